@@ -13,9 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import InputError, MicroBatch, end_of_turn, pack
 
@@ -165,11 +166,10 @@ def shard(model: PackedModel, device: str, dtype: torch.dtype, replicas: int = 1
 
 
 def blocks(model: PackedModel) -> list[torch.nn.Module]:
-    """The transformer blocks: the modules of the classes that the model declares must not be split."""
-    names = set(model.model._no_split_modules or [])
-    found = [module for module in model.modules() if type(module).__name__ in names]
+    """The transformer blocks, which transformers derives from a class of their own. Raises InputError if there are none."""
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not found:
-        raise InputError(f"{type(model.model).__name__} does not declare its transformer blocks (_no_split_modules)")
+        raise InputError(f"{type(model.model).__name__} has no blocks of transformers' class GradientCheckpointingLayer")
     return found
 
 
@@ -190,7 +190,7 @@ def load_model(
     with torch.device("meta"):
         model = build_model(config)
     if activation_checkpointing:
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.model.activation_checkpointing_enable({"use_reentrant": False})
     if compile:
         for block in blocks(model):
             block.compile()
@@ -236,6 +236,8 @@ def self_check(model: PackedModel, device: str, tolerance: float) -> None:
         for prompt, *responses in pairs
         for response in responses
     ]
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward without a backward leaves the outermost parameters gathered
     difference = (packed - torch.cat(plain)).abs().max().item()
     if not difference <= tolerance:  # also if it is NaN
         raise InputError(
@@ -269,8 +271,6 @@ def export(model: PackedModel, name: str, tokenizer, folder: Path, dtype: torch.
 
 def generation_config(name: str, tokenizer):
     """The generation config that came with the model, made to stop at the end-of-turn token that was trained."""
-    from transformers import GenerationConfig
-
     try:
         config = GenerationConfig.from_pretrained(name)
     except OSError:  # it has none

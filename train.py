@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from data import InputError, fingerprint, load_pairs, load_tokenizer, pack_rows, split, step_indices
 from loss import mean_logps, simper_loss
@@ -91,6 +93,9 @@ def train(config: Config) -> None:
     steps_per_epoch = len(pairs) // config.batch_size
     if steps_per_epoch == 0:
         raise InputError(f"{len(pairs)} pairs do not fill one batch: lower batch_size={config.batch_size}")
+    limit = getattr(AutoConfig.from_pretrained(resolve_model(config.model)), "max_position_embeddings", config.max_length)
+    if config.max_length > limit:
+        raise InputError(f"max_length={config.max_length} exceeds the {limit} positions of {config.model}")
     total_steps = config.max_steps or config.num_epochs * steps_per_epoch
     tokens = [sum(lengths) for lengths in pairs["lengths"]]  # distinct tokens of each pair
     schedule = []  # of every step: (indices of its pairs, its micro-batches as positions in indices [m][rank])
@@ -212,6 +217,7 @@ def evaluate(model, pairs: datasets.Dataset, micro_batches: list, device) -> tor
     for shares in micro_batches:
         batch = pack_rows(pairs, shares[dist.get_rank()]).to(device)
         sums += pair_metrics(model(batch), batch.lengths).sum(dim=0)
+    model.reshard()  # a forward without a backward leaves the outermost parameters gathered
     return sums
 
 
@@ -290,7 +296,7 @@ def start_wandb(config: Config):
     output = Path(config.output_dir)
     id_file = output / "wandb_run_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(uuid.uuid4().hex)
     mode = "offline" if config.wandb == "offline" else "online"
     return wandb.init(
         project="simper", name=output.name, id=id_file.read_text(), resume="allow", mode=mode, dir=output, config=asdict(config)

@@ -4,8 +4,8 @@ demo's model itself, so that the pairs are on-policy.
     python -m demo.sample_rejected
 
 demo/answers.jsonl holds a category, a prompt (messages) and the chosen answer, written for this project. A prompt is
-answered at temperature 0.7 until the model ends its answer within 80 tokens (up to 8 tries, the seeds 0 to 7): a cut
-answer would teach when to stop rather than what to say. Prompts that get no such answer are left out.
+answered at temperature 0.7 until the model ends its answer within 80 tokens (8 tries, the seeds 0 to 7) or 128 tokens (4
+more): a cut answer would teach when to stop rather than what to say. Prompts that get no such answer are left out.
 """
 
 import json
@@ -27,10 +27,11 @@ def main() -> None:
     rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(demo_model())
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32).eval()
-    for seed in range(8):
+    for seed in range(12):
         todo = [row for row in rows if "rejected" not in row]
         prompts = [row["prompt"] for row in todo]
-        answers = generate(model, tokenizer, prompts, max_new_tokens=80, temperature=0.7, batch_size=28, seed=seed)
+        limit = 80 if seed < 8 else 128
+        answers = generate(model, tokenizer, prompts, max_new_tokens=limit, temperature=0.7, batch_size=28, seed=seed)
         for row, (text, finished) in zip(todo, answers):
             if finished and text and text != row["chosen"]:
                 row["rejected"] = text

@@ -1,0 +1,478 @@
+"""data.py against literal expectations: what is written here was worked out by hand, not by running data.py."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import CHATML, make_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import data
+from data import InputError, fingerprint, load_pairs, load_rows, pack, pack_rows, split, step_indices, truncate
+
+CHAT, PLAIN = make_tokenizer(), make_tokenizer(None)
+TEXT = {"prompt": "what is two?", "chosen": "plus", "rejected": "what"}
+# Tokens are written with a dot between them.
+USER, END, HEADER = "<|im_start|>·us·er·\n·", "·<|im_end|>·\n·", "<|im_start|>·assistant·\n"
+QUESTION = "what· is· two·?"
+PROMPT = USER + QUESTION + END + HEADER  # of 13 tokens
+
+
+def message(role, text):
+    return [{"role": role, "content": text}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """The datasets library's own cache is not the user's either."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("datasets")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        yield
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Rows (or raw text) → the path of a file that holds them."""
+
+    def write(rows, name="rows.jsonl"):
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def load(sources, tokenizer=CHAT, max_length=200, max_prompt_length=100):
+    """The pairs as [prompt, chosen, rejected], each as its tokens with a dot between them."""
+    pairs, _ = load_pairs(sources, tokenizer, max_length, max_prompt_length)
+    return [["·".join(map(tokenizer.decode, pair[part])) for part in ("prompt", "chosen", "rejected")] for pair in pairs]
+
+
+# ---- Row formats ----------------------------------------------------------------------------------------------------
+
+HH = "\n\nHuman: what?\n\nAssistant: plus two\n\nHuman: what is two?\n\nAssistant:"
+Q, PLUS, WHAT = message("user", "what is two?"), message("assistant", "plus"), message("assistant", "what")
+TURNS = message("user", "what?") + message("assistant", "plus two") + Q
+TURNS_PROMPT = USER + "what·?" + END + HEADER + "·plus· two" + END + PROMPT
+SYSTEM, SYSTEM_PROMPT = message("system", "what?") + Q, "<|im_start|>·s·yst·em·\n·what·?" + END + PROMPT
+IMPLICIT = {"chosen": Q + PLUS, "rejected": Q + WHAT}
+EXTRA = {"prompt_id": "7f", "messages": Q + PLUS, "score_chosen": 8.5, "source": "a", "row": "b", "status": None}
+ROWS = {
+    "text": (TEXT, PROMPT),
+    "messages, text answers": ({"prompt": Q, "chosen": "plus", "rejected": "what"}, PROMPT),
+    "messages, message answers": ({"prompt": Q, "chosen": PLUS, "rejected": WHAT}, PROMPT),
+    "implicit": (IMPLICIT, PROMPT),
+    "implicit, as ultrafeedback": ({"prompt": "what is two?"} | IMPLICIT | EXTRA, PROMPT),
+    "implicit, prompt messages repeated": ({"prompt": Q} | IMPLICIT, PROMPT),
+    "system": ({"chosen": SYSTEM + PLUS, "rejected": SYSTEM + WHAT}, SYSTEM_PROMPT),
+    "turns": ({"prompt": TURNS, "chosen": "plus", "rejected": "what"}, TURNS_PROMPT),
+    "turns, implicit": ({"chosen": TURNS + PLUS, "rejected": TURNS + WHAT}, TURNS_PROMPT),
+    "HH, text answers": ({"prompt": HH, "chosen": "plus", "rejected": "what"}, TURNS_PROMPT),
+    # The space after "Assistant:" belongs to HH's notation: the earlier turns lose it, so must the answer.
+    "HH": ({"chosen": HH + " plus", "rejected": HH + " what"}, TURNS_PROMPT),
+}
+
+
+@pytest.mark.parametrize("row, prompt", ROWS.values(), ids=ROWS)
+def test_row_formats_with_a_chat_template(write, row, prompt):
+    assert load(write([row])) == [[prompt, "plus·<|im_end|>", "what·<|im_end|>"]]
+
+
+HH_PROMPT = "\n·\n·Human·:· ·what·?·\n·\n·Assistant·:· plus· two·\n·\n·Human·:· ·what· is· two·?·\n·\n·Assistant·:"
+PLAIN_ROWS = {
+    "text": (TEXT, QUESTION, "plus·</s>"),
+    "HH": ({"chosen": HH + " plus", "rejected": HH + " what"}, HH_PROMPT, " plus·</s>"),
+    "messages become HH's form": ({"prompt": TURNS, "chosen": "plus", "rejected": "what"}, HH_PROMPT, " plus·</s>"),
+}
+
+
+@pytest.mark.parametrize("row, prompt, chosen", PLAIN_ROWS.values(), ids=PLAIN_ROWS)
+def test_row_formats_without_a_chat_template(write, row, prompt, chosen):
+    assert load(write([row]), PLAIN)[0][:2] == [prompt, chosen]
+
+
+BAD_ROWS = [
+    ({"question": "what?", "answer": "two"}, "'question': 'str', 'answer': 'str'"),
+    ({"prompt": "what?", "chosen": 2, "rejected": 3}, "'prompt': 'str', 'chosen': 'int', 'rejected': 'int'"),
+    ({"prompt": "what?", "chosen": "two"}, "'prompt': 'str', 'chosen': 'str', 'rejected': 'NoneType'"),
+    ({"chosen": "plus", "rejected": "two"}, "'prompt': 'NoneType', 'chosen': 'str', 'rejected': 'str'"),
+    ({"prompt": Q + PLUS, "chosen": "two", "rejected": "is"}, "'prompt': 'list', 'chosen': 'str'"),
+    ({"chosen": TURNS, "rejected": TURNS}, "'chosen': 'list', 'rejected': 'list'"),
+    ({"chosen": PLUS, "rejected": WHAT}, "'chosen': 'list', 'rejected': 'list'"),
+    ({"chosen": message("human", "?") + PLUS, "rejected": Q + WHAT}, "'chosen': 'list', 'rejected': 'list'"),
+    ({"chosen": message("user", None) + PLUS, "rejected": Q + WHAT}, "'chosen': 'list', 'rejected': 'list'"),
+]
+
+
+@pytest.mark.parametrize("row, kinds", BAD_ROWS)
+def test_any_other_row_is_an_error_that_names_source_row_columns_and_formats(write, row, kinds):
+    source = write([TEXT, TEXT, row])
+    formats = re.escape('{"prompt": text, "chosen": text, "rejected": text}')
+    with pytest.raises(InputError, match=f"(?s)^{re.escape(source)}, row 2: .*{kinds}.*{formats}"):
+        load(source)
+
+
+# ---- Sources --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_file_type(tmp_path, suffix, gz):
+    rows, path = datasets.Dataset.from_list([TEXT, TEXT | {"chosen": 'a, "b"\nGröße 日本'}]), tmp_path / f"rows{suffix}"
+    {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(suffix, rows.to_json)(path)
+    if suffix == ".json":
+        path.write_text(json.dumps(rows.to_list(), indent=1))
+    if gz:
+        path.with_name(path.name + gz).write_bytes(gzip.compress(path.read_bytes()))
+    assert list(load_rows(str(path) + gz)) == [TEXT, TEXT | {"chosen": 'a, "b"\nGröße 日本'}]
+
+
+LOOKALIKES = [
+    ("numbers.csv", "prompt,chosen,rejected\nwhat?,4,5\n", ["4", "5"]),
+    ("words.csv", "prompt,chosen,rejected\nwhat?,None,N/A\nwhat?,a,b\n", ["None", "N/A"]),
+    (
+        "dates.jsonl",
+        json.dumps({"prompt": "?", "chosen": "2020-01-01", "rejected": "2021-01-01"}),
+        ["2020-01-01", "2021-01-01"],
+    ),
+]
+
+
+@pytest.mark.parametrize("name, text, answers", LOOKALIKES, ids=["numbers", "words", "dates"])
+def test_answers_that_look_like_something_else_stay_text(write, name, text, answers):
+    assert [part.replace("·", "") for part in load(write(text, name), PLAIN)[0][1:]] == [f"{answer}</s>" for answer in answers]
+
+
+FOLDERS = {"one": 1, "both": 1, "both:test_prefs": 2, "numpy": 1, "both:dev": InputError, "one:dev": InputError}
+
+
+@pytest.mark.parametrize("name, expected", FOLDERS.items())
+def test_folders_and_their_splits(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    one = datasets.Dataset.from_list([IMPLICIT])
+    one.save_to_disk("one")
+    one.with_format("numpy").save_to_disk("numpy")
+    datasets.DatasetDict({"train": one, "test_prefs": datasets.concatenate_datasets([one, one])}).save_to_disk("both")
+    if expected is InputError:  # also for a folder without splits: held-out data must not turn out to be all of the data
+        with pytest.raises(InputError, match=f"^{name}: .*" + ("splits train, test_prefs" if name == "both:dev" else "")):
+            load(name)
+    else:
+        assert load(name) == [[PROMPT, "plus·<|im_end|>", "what·<|im_end|>"]] * expected
+
+
+def test_several_sources_of_different_formats_in_order(write):
+    first, second = write([TEXT, TEXT | {"chosen": ""}, TEXT]), write([IMPLICIT], "more.jsonl")
+    pairs, report = load_pairs(f"{first}, {second}", CHAT, 200, 100)
+    assert (list(pairs["source"]), list(pairs["row"])) == ([first, first, second], [0, 2, 0])
+    assert list(pairs["lengths"]) == [[13, 2, 2]] * 3 and pairs[0]["chosen"] == pairs[2]["chosen"]
+    assert report.startswith(f"3 pairs from {first}, {second}: 1 of 4 rows dropped (1 empty, ")
+
+
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "no-such-user/no-such-data", "no-such-user/no-such-data:config:test"])
+def test_a_source_that_is_not_there_is_named(source):
+    with pytest.raises(InputError, match=f"^{source}: cannot be read: ."):
+        load(source)
+
+
+GOOD = json.dumps(TEXT)
+BAD_LINES = {
+    "broken": f'{GOOD}\n\n{{"prompt": "what?", }}\n{GOOD}\n',
+    "cut off": f'{GOOD}\n{GOOD}\n{{"prompt": "wh',
+    "no object": f"{GOOD}\n{GOOD}\n[1]\n",
+    "after U+2028, which ends no line": f'{GOOD}\n{{"prompt": "a\u2028b", "chosen": "c", "rejected": "d"}}\n{{bad\n',
+    "after a byte order mark": f"\ufeff{GOOD}\n{GOOD}\n{{bad\n",
+}
+
+
+@pytest.mark.parametrize("text", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_json_line_is_named(write, text):
+    source = write(text, "bad.jsonl")
+    with pytest.raises(InputError, match=f"^{re.escape(source)}: .*line 3 is not"):
+        load(source)
+
+
+def test_of_a_compressed_file_no_wrong_line_is_named(tmp_path):
+    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(BAD_LINES["broken"].encode()))
+    with pytest.raises(InputError, match=r"bad\.jsonl\.gz: (?!.*line [12] )"):
+        load(f"{tmp_path}/bad.jsonl.gz")
+
+
+@pytest.mark.parametrize("name, text", [("empty.jsonl", ""), ("blank.jsonl", "\n\n"), ("head.csv", "prompt,chosen,rejected\n")])
+def test_an_empty_file_is_said_to_have_no_rows(write, name, text):
+    with pytest.raises(InputError, match=f"{name}: .*no rows"):
+        load(write(text, name))
+
+
+def test_a_file_name_is_not_a_pattern(write):
+    write([TEXT, TEXT], "a1.jsonl")
+    assert len(load_rows(write([TEXT], "a[1].jsonl"))) == 1
+
+
+# ---- Tokens ---------------------------------------------------------------------------------------------------------
+
+TURN = "{% for m in messages %}{% if m.role == 'assistant' %}ANSWER{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+TEMPLATES = {
+    "ChatML": (CHATML, "<|im_end|>"),
+    "ChatML with BOS": ("{{ bos_token }}" + CHATML, "<|im_end|>"),
+    "Mistral": ("{{ bos_token }}" + TURN.replace("ANSWER", " {{ m.content }}{{ eos_token }}"), "</s>"),
+    "Zephyr": (TURN.replace("ANSWER", "{{ m.content }}{{ eos_token }}\n"), "</s>"),
+    "two ends": (TURN.replace("ANSWER", "{{ m.content | trim }}<|im_end|></s>"), "<|im_end|>"),
+    "Llama 2": ("{{ bos_token }}" + TURN.replace("ANSWER", " {{ m.content | trim }} {{ eos_token }}"), "</s>"),
+    "Qwen 3": (TURN.replace("ANSWER", "<think>\n\n</think>\n\n{{ m.content }}<|im_end|>\n"), "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("template, end", TEMPLATES.values(), ids=TEMPLATES)
+def test_ids_are_those_of_the_chat_template(write, template, end, adds_bos):
+    tokenizer = make_tokenizer(template, adds_bos)
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+    context = message("user", " what is\n\n two? ") + message("assistant", "Größe 日本") + message("user", "🙂")
+    conversation = context + message("assistant", " plus two\n")
+    pairs, _ = load_pairs(write([{"chosen": conversation, "rejected": context + WHAT}]), tokenizer, 200, 100)
+    prompt = tokenizer.apply_chat_template(context, tokenize=True, return_dict=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
+    first_end = whole.index(tokenizer.convert_tokens_to_ids(end), len(prompt))
+    assert (pairs[0]["prompt"], pairs[0]["chosen"]) == (prompt, whole[len(prompt) : first_end + 1])
+
+
+@pytest.mark.parametrize("ending", ["", "END", "END\n", "ENDEND", "END \n END "])
+@pytest.mark.parametrize("tokenizer, end", [(CHAT, "<|im_end|>"), (PLAIN, "</s>")], ids=["chat", "plain"])
+def test_exactly_one_end_of_turn_whatever_the_data_ends_with(write, tokenizer, end, ending):
+    assert load(write([TEXT | {"chosen": "plus" + ending.replace("END", end)}]), tokenizer)[0][1] == f"plus·{end}"
+
+
+@pytest.mark.parametrize(
+    "template, adds, prompt, expected",
+    [
+        ("{{ bos_token }}" + CHATML, "<s> $A", "what is two?", "<s>·" + PROMPT),
+        (CHATML, "<s> $A", "what is two?", PROMPT),  # without, as the template writes it at inference
+        (None, "<s> $A", "what?", "<s>·what·?"),
+        (None, "<s> $A </s>", "what?", "<s>·what·?"),
+        (None, "<s> $A", "<s>what?", "<s>·what·?"),
+        (None, "$A", "<s>what?", "<s>·what·?"),
+    ],
+)
+def test_at_most_one_bos(write, template, adds, prompt, expected):
+    tokenizer = make_tokenizer(template)
+    special = [("<s>", 0), ("</s>", 1)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=adds, special_tokens=special)
+    end = "<|im_end|>" if template else "</s>"
+    assert load(write([TEXT | {"prompt": prompt}]), tokenizer) == [[expected, f"plus·{end}", f"what·{end}"]]
+
+
+def test_the_prompt_keeps_its_tokens_where_the_answer_would_merge_with_it(write):
+    assert PLAIN.tokenize("Human:") == ["Human", ":"]
+    assert load(write([TEXT | {"prompt": "Hu", "chosen": "man:"}]), PLAIN) == [["Hu", "man·:·</s>", "what·</s>"]]
+
+
+@pytest.mark.parametrize(
+    "prompt, answer, expected", [("2+2=", " 4", " 4·</s>"), ("2+2=", "4", "4·</s>"), ("2+2= ", "4", "4·</s>")]
+)
+def test_a_tokenizer_like_sentencepiece_adds_no_space_to_the_answer(write, prompt, answer, expected):
+    """As Llama 2's: a space is written ▁, one is put before every text, and "▁4" is a token."""
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *"▁+=245", "▁4"])}
+    backend = Tokenizer(models.BPE(vocab, [("▁", "4")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    prompt_tokens = " ·2·+·2·=" + ("· " if prompt.endswith(" ") else "")
+    row = {"prompt": prompt, "chosen": answer, "rejected": "5"}
+    assert load(write([row]), tokenizer) == [[prompt_tokens, expected, "5·</s>"]]
+
+
+def test_a_template_that_rewrites_the_prompt_is_an_error(write):
+    tokenizer = make_tokenizer("{% if messages | length == 4 %}four{% endif %}" + CHATML)
+    with pytest.raises(InputError, match="rows.jsonl, row 1: the chat template"):
+        load(write([IMPLICIT, ROWS["turns, implicit"][0]]), tokenizer)
+
+
+# ---- Truncation and what is dropped ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pair, max_length, max_prompt_length, expected",
+    [
+        (([1, 2, 3, 4], [5, 6, 7], [8]), 5, 3, ([2, 3, 4], [5, 6], [8])),  # the docstring's
+        (([1, 2, 3], [4, 5], [6]), 5, 2, ([1, 2, 3], [4, 5], [6])),  # fits exactly, also with a prompt over its limit
+        (([1, 2, 3, 4, 5], [6, 7], [8]), 5, 3, ([3, 4, 5], [6, 7], [8])),  # cutting the prompt is enough
+        (([1, 2, 3, 4], [5], [6, 7, 8]), 5, 2, ([3, 4], [5], [6, 7, 8])),  # the rejected one is the longer
+        (([1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]), 5, 3, ([2, 3, 4], [5, 6], [8, 9])),  # prompt and both responses
+        (([1], [2, 3, 4, 5, 6], [7]), 4, 2, ([1], [2, 3], [7])),  # a short prompt leaves no more room
+        (([1, 2, 3, 4], [5, 6], [7, 8]), 4, 3, ([2, 3, 4], [5], [7])),  # one response token survives
+    ],
+)
+def test_truncate(pair, max_length, max_prompt_length, expected):
+    assert truncate(*pair, max_length, max_prompt_length) == expected
+
+
+@pytest.mark.parametrize("max_prompt_length", [-1, 0, 8, 9])
+def test_impossible_lengths_are_an_error(write, max_prompt_length):
+    with pytest.raises(InputError, match=rf"max_prompt_length \({max_prompt_length}\) must be .* max_length \(8\)"):
+        load(write([TEXT]), CHAT, 8, max_prompt_length)
+
+
+def test_dropped_and_truncated_rows_are_counted(write):
+    rows = [
+        TEXT,  # 13 + 2 tokens: fits
+        TEXT | {"chosen": ""},
+        TEXT | {"rejected": " \n\t\u00a0"},
+        TEXT | {"rejected": " <|im_end|>\n<|im_end|> "},
+        TEXT | {"rejected": "plus"},
+        TEXT | {"chosen": "plus two?", "rejected": "plus two plus"},  # both are cut to "plus two"
+        {"prompt": "", "chosen": "\n\nHuman: a?\n\nAssistant: b", "rejected": "\n\nHuman: c?\n\nAssistant: b"},
+        TEXT | {"chosen": "plus two?"},
+    ]
+    source = write(rows)
+    pairs, report = load_pairs(source, CHAT, 15, 13)
+    dropped = "6 of 8 rows dropped (3 empty, 2 identical, 1 different prompts)"
+    assert report == f"2 pairs from {source}: {dropped}, 50.0% of the pairs truncated"
+    assert list(pairs["row"]) == [0, 7] and list(pairs["lengths"]) == [[13, 2, 2], [13, 2, 2]]
+    assert load(source, CHAT, 15, 13)[1] == [PROMPT, "plus· two", "what·<|im_end|>"]
+    with pytest.raises(InputError, match="no pairs are left: 0 pairs from .*: 3 of 3 rows dropped"):
+        load(write(rows[1:4]))
+
+
+# ---- Cache and fingerprint ------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_used_but_never_stale(write, monkeypatch):
+    def tokenize_row(*args, **kwargs):
+        raise RuntimeError("tokenizes")
+
+    source, other_vocabulary = write([TEXT]), make_tokenizer()
+    other_vocabulary.add_tokens("two?")
+    first = load(source)
+    monkeypatch.setattr(data, "tokenize_row", tokenize_row)
+    assert first == load(source) == load(source, make_tokenizer()) == [[PROMPT, "plus·<|im_end|>", "what·<|im_end|>"]]
+    for changed in [(CHAT, 199), (CHAT, 200, 99), (make_tokenizer(CHATML + " "),), (PLAIN,), (other_vocabulary,)]:
+        with pytest.raises(RuntimeError, match="tokenizes"):
+            load(source, *changed)
+    write([TEXT | {"chosen": "plux"}])  # the same file name, the same size
+    with pytest.raises(RuntimeError, match="tokenizes"):
+        load(source)
+
+
+def test_fingerprint_is_of_the_tokens_and_their_order(write):
+    def of(name, *rows):
+        return fingerprint(load_pairs(write(rows, name), CHAT, 200, 100)[0])
+
+    other, dropped = TEXT | {"chosen": "plus?"}, TEXT | {"chosen": ""}
+    first = of("a.jsonl", TEXT, other)
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    assert first == of("b.jsonl", *({"prompt": Q, "chosen": chosen, "rejected": "what"} for chosen in ("plus", "plus?")))
+    assert first == of("c.jsonl", dropped, TEXT, dropped, other)
+    changed = [of("d.jsonl", other, TEXT), of("e.jsonl", TEXT), of("f.jsonl", TEXT, other | {"rejected": "what?"})]
+    changed += [of("g.jsonl", TEXT, other | {"prompt": "what is two!"}), of("h.jsonl", TEXT, other, other)]
+    assert len({first, *changed}) == 6
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+
+def test_step_indices_are_pinned():  # every run ever made depends on them
+    steps = [step_indices(10, 3, seed=42, step=step) for step in range(5)]
+    assert steps == [[5, 6, 0], [7, 3, 2], [4, 9, 1], [0, 8, 7], [4, 3, 1]]
+
+
+@pytest.mark.parametrize("num_pairs, batch_size", [(10, 3), (12, 4), (5, 5), (7, 1), (1000, 128)])
+def test_step_indices_are_a_permutation_in_each_epoch(num_pairs, batch_size):
+    steps = num_pairs // batch_size
+    epochs = [[step_indices(num_pairs, batch_size, 1, epoch * steps + step) for step in range(steps)] for epoch in range(3)]
+    for epoch in epochs:
+        assert all(len(step) == batch_size for step in epoch)
+        seen = {i for step in epoch for i in step}
+        assert len(seen) == steps * batch_size and seen <= set(range(num_pairs))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert [step_indices(num_pairs, batch_size, 2, step) for step in range(steps)] != epochs[0]
+
+
+@pytest.mark.parametrize(
+    "tokens, ranks, budget, expected",
+    [
+        ([5, 3, 4, 4], 2, 8, [[[0, 1], [2, 3]]]),  # the docstring's
+        ([8, 1, 2, 7], 2, 8, [[[0], [3]], [[2], [1]]]),  # pairs of similar cost run side by side
+        ([4, 4, 4], 1, 8, [[[0, 2]], [[1]]]),
+        ([1, 1], 3, 10, "2 pairs cannot be spread over 3 ranks"),
+        ([3, 11], 1, 10, "a pair of 11 tokens .* micro_batch_tokens=10"),
+        ([6, 6, 6], 2, 10, "3 pairs cannot be spread over 2 ranks .* micro_batch_tokens=10"),
+    ],
+)
+def test_split_literally(tokens, ranks, budget, expected):
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            split(tokens, ranks, budget)
+    else:
+        assert split(tokens, ranks, budget) == expected
+
+
+def test_split_of_random_batches():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        ranks = int(random.integers(1, 6))
+        tokens = random.integers(1, 100, size=random.integers(ranks, 50)).tolist()
+        budget = int(random.integers(2 * max(tokens), 600))  # twice the longest pair: always possible
+        batches = split(tokens, ranks, budget)
+        assert all(len(batch) == ranks for batch in batches)  # as many forwards on every rank
+        bins = [pairs for batch in batches for pairs in batch]
+        assert sorted(i for pairs in bins for i in pairs) == list(range(len(tokens)))
+        assert all(0 < sum(tokens[i] for i in pairs) <= budget for pairs in bins)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_split_is_balanced(ranks):
+    tokens = np.random.default_rng(0).integers(50, 1000, size=131).tolist()
+    batches = split(tokens, ranks, 4096)
+    costs = [sum(tokens[i] for i in pairs) for batch in batches for pairs in batch]
+    assert max(costs) < 1.2 * min(costs)
+    assert len(batches) <= -(-sum(tokens) // (ranks * 4096)) + 1  # at most one more than any method needs
+
+
+PAIRS = [([1, 2], [3, 4], [5]), ([6], [7], [8, 9])]
+ONE = [[1, 2, 3, 4, 5], [0, 1, 2, 3, 2], [1, 2, 1], [3, 4, 5], [[2, 1]]]  # MicroBatch's docstring
+BOTH = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 2, 0, 1, 1, 2], [1, 2, 1, 5, 5, 7], [3, 4, 5, 7, 8, 9], [[2, 1], [1, 2]]]
+
+
+@pytest.mark.parametrize("number, expected, segments", [(1, ONE, [(2, 2, 1)]), (2, BOTH, [(2, 2, 1), (1, 1, 2)])])
+def test_pack(number, expected, segments):
+    rows = datasets.Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS[::-1]])
+    for batch in (pack(PAIRS[:number]), pack_rows(rows, [1, 0][:number]), pack(PAIRS[:number]).to("cpu")):
+        tensors = (batch.input_ids, batch.position_ids, batch.predictors, batch.targets, batch.lengths)
+        assert [tensor.tolist() for tensor in tensors] == expected and batch.segments == segments
+        assert {str(tensor.dtype) for tensor in tensors} == {"torch.int64"}
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_shows_tokens_and_statistics_or_one_line_of_error(write, tmp_path):
+    CHAT.save_pretrained(tmp_path / "tokenizer")
+    source = write([TEXT, TEXT | {"chosen": "plus plus plus"}, TEXT | {"rejected": ""}])
+    command = [sys.executable, "data.py", "--model", tmp_path / "tokenizer", "--num_pairs", "1"]
+    where = {"cwd": Path(data.__file__).parent, "capture_output": True, "text": True}
+    shown, failed = (subprocess.run([*command, argument], **where) for argument in (source, "nowhere.jsonl"))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines() == [
+        f"{source}, row 0",
+        r"  prompt (13 tokens, context): <|im_start|>|us|er|\n|what| is| two|?|<|im_end|>|\n|<|im_start|>|assistant|\n",
+        "  chosen (2 tokens, scored): plus|<|im_end|>",
+        "  rejected (2 tokens, scored): what|<|im_end|>",
+        f"2 pairs from {source}: 1 of 3 rows dropped (1 empty, 0 identical, 0 different prompts), 0.0% of the pairs truncated",
+        "tokens        mean  median    95 %     max",
+        "prompt          13      13      13      13",
+        "chosen           3       3       4       4",
+        "rejected         2       2       2       2",
+        "pair            18      18      19      19",
+    ]
+    assert (failed.returncode, failed.stdout) == (1, "") and "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("error: nowhere.jsonl: cannot be read: no such file")

@@ -1,0 +1,461 @@
+"""The training loop: one gradient under any split, exact metrics, resume, learning, and clear errors."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+import yaml
+from conftest import make_model, make_tokenizer
+from safetensors.torch import load_file
+
+import train
+from data import InputError, load_pairs, step_indices
+from train import Config, parse_args
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_pairs(path: Path, count: int, seed: int = 0) -> str:
+    """Conversations with answers of very different lengths; chosen ones hold lower-case letters, rejected ones digits."""
+    draw = random.Random(seed)
+    text = lambda letters, most: "".join(draw.choice(letters) for _ in range(draw.randint(1, most)))  # noqa: E731
+    with open(path, "w") as file:
+        for _ in range(count):
+            prompt = [{"role": "user", "content": text("what is two plus ", 40)}]
+            print(json.dumps({"prompt": prompt, "chosen": text("abcde", 30), "rejected": text("01234", 50)}), file=file)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, model_folder) -> dict:
+    """Settings of a short run: 3 steps of 8 pairs."""
+    folder = tmp_path_factory.mktemp("data")
+    values = {"model": str(model_folder), "train_data": write_pairs(folder / "train.jsonl", 26), "wandb": "off"}
+    values |= {"eval_data": write_pairs(folder / "heldout.jsonl", 11, seed=1), "batch_size": 8, "learning_rate": 1e-3}
+    return values | {"max_length": 96, "max_prompt_length": 60, "micro_batch_tokens": 600, "max_grad_norm": 1e9}
+
+
+def run(values: dict, output: Path) -> list[dict]:
+    """Train in this process, alone; return the lines of metrics.jsonl."""
+    train.train(Config(**values | {"output_dir": str(output)}))
+    return read_metrics(output)
+
+
+def command(values: dict, output: Path, ranks: int) -> list[str]:
+    flags = [part for name, value in (values | {"output_dir": output}).items() for part in (f"--{name}", str(value))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [*launcher, str(ROOT / "train.py"), *flags]
+
+
+def run_ranks(values: dict, output: Path, ranks: int = 2) -> list[dict]:
+    """The same through torchrun."""
+    done = subprocess.run(command(values, output, ranks), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_metrics(output)
+
+
+def read_metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint that any number of ranks wrote."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    state = {name: torch.empty(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return state
+
+
+def gradients(folder: Path) -> dict[str, torch.Tensor]:
+    """The gradient of step 1, from Adam's first moment after it: exp_avg = (1 - 0.9) · gradient."""
+    tensors = read_checkpoint(folder / "checkpoints" / "step_1")
+    return {name.removeprefix("exp_avg.model."): 10 * t for name, t in tensors.items() if name.startswith("exp_avg.")}
+
+
+def relative_difference(some: dict, others: dict) -> float:
+    assert some.keys() == others.keys()
+    difference = sum((some[name] - others[name]).square().sum() for name in some).sqrt()
+    return (difference / sum(tensor.square().sum() for tensor in others.values()).sqrt()).item()
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    """Metrics without what depends on the machine's speed."""
+    return [
+        {k: v for k, v in line.items() if k not in ("pairs_per_second", "tokens_per_second", "peak_memory_gb")}
+        for line in lines
+    ]
+
+
+# ---- One gradient ---------------------------------------------------------------------------------------------------
+
+
+def plain_gradient(values: dict, indices: list[int]) -> tuple[dict, list[float]]:
+    """Gradient and per-pair losses of a batch in float64, from separate plain forwards: written from the paper."""
+    model = make_model("llama").double()
+    pairs, _ = load_pairs(values["train_data"], make_tokenizer(), values["max_length"], values["max_prompt_length"])
+    losses = []
+    for pair in pairs.select(indices):
+        inverse_perplexity = {}
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([pair["prompt"] + pair[side]])
+            logps = model(ids).logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+            inverse_perplexity[side] = torch.exp(logps[len(pair["prompt"]) - 1 :].mean())
+        losses.append(inverse_perplexity["rejected"] - inverse_perplexity["chosen"])
+    (sum(losses) / len(losses)).backward()
+    return {name: p.grad for name, p in model.named_parameters()}, [loss.item() for loss in losses]
+
+
+@pytest.fixture(scope="module")
+def three_runs(base, tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
+    """The same run in one process, in many small micro-batches, and on two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    values = base | {"max_steps": 3, "save_every": 1, "keep_checkpoints": 0}
+    return {
+        "one": (folder / "one", run(values, folder / "one")),
+        "split": (folder / "split", run(values | {"micro_batch_tokens": 200}, folder / "split")),
+        "ranks": (folder / "ranks", run_ranks(values | {"micro_batch_tokens": 250}, folder / "ranks")),
+    }
+
+
+def test_gradient_equals_plain_float64_forwards(base, three_runs):
+    folder, lines = three_runs["one"]
+    expected, losses = plain_gradient(base, step_indices(26, 8, seed=42, step=0))
+    found = gradients(folder)
+    assert relative_difference(found, expected) < 1e-5
+    first = next(line for line in lines if line["step"] == 1)
+    assert first["loss"] == pytest.approx(sum(losses) / 8, abs=1e-6)
+    norm = sum(tensor.square().sum() for tensor in expected.values()).sqrt().item()
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("other", ["split", "ranks"])
+def test_gradient_is_the_same_for_any_split(three_runs, other):
+    assert relative_difference(gradients(three_runs[other][0]), gradients(three_runs["one"][0])) < 1e-6
+
+
+@pytest.mark.parametrize("other", ["split", "ranks"])
+def test_metrics_are_the_same_for_any_split(three_runs, other):
+    ours, theirs = (timeless(three_runs[name][1]) for name in ("one", other))
+    assert [line["step"] for line in ours] == [0, 1, 2, 3, 3]  # evaluated before and after
+    assert len(ours) == len(theirs)
+    for mine, its in zip(ours, theirs):
+        assert mine == pytest.approx(its, rel=1e-5, abs=1e-6)
+
+
+def test_metrics_are_exact_means(base, three_runs, model_folder):
+    """Every held-out metric of the untrained model, from plain forwards."""
+    model, pairs = make_model("llama"), load_pairs(base["eval_data"], make_tokenizer(), 96, 60)[0]
+    means = {"chosen": [], "rejected": []}
+    for pair in pairs:
+        for side in means:
+            ids = torch.tensor([pair["prompt"] + pair[side]])
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+            means[side].append(logps[len(pair["prompt"]) - 1 :].double().mean())
+    chosen, rejected = torch.stack(means["chosen"]), torch.stack(means["rejected"])
+    expected = {
+        "step": 0,
+        "eval/loss": (rejected.exp() - chosen.exp()).mean().item(),
+        "eval/inverse_perplexity/chosen": chosen.exp().mean().item(),
+        "eval/inverse_perplexity/rejected": rejected.exp().mean().item(),
+        "eval/inverse_perplexity/margin": (chosen.exp() - rejected.exp()).mean().item(),
+        "eval/logps/chosen": chosen.mean().item(),
+        "eval/logps/rejected": rejected.mean().item(),
+        "eval/accuracy": (chosen > rejected).double().mean().item(),
+        "eval/length/chosen": sum(len(ids) for ids in pairs["chosen"]) / len(pairs),
+        "eval/length/rejected": sum(len(ids) for ids in pairs["rejected"]) / len(pairs),
+    }
+    assert three_runs["one"][1][0] == pytest.approx(expected, abs=1e-6)
+    assert 0 < expected["eval/accuracy"] < 1  # the case tells something
+
+
+def test_run_directory(three_runs):
+    folder, lines = three_runs["ranks"]
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "final"}
+    text = (folder / "config.yaml").read_text()
+    assert "torch 2" in text and "transformers 5" in text and "datasets" in text
+    assert set(yaml.safe_load(text)) == set(Config.__dataclass_fields__)
+    assert parse_args([str(folder / "config.yaml")]).batch_size == 8  # a run's config is a recipe
+    names = {"epoch", "step", "loss", "accuracy", "grad_norm", "learning_rate", "pairs_per_second", "tokens_per_second"}
+    names |= {f"{group}/{side}" for group in ("inverse_perplexity", "logps", "length") for side in ("chosen", "rejected")}
+    assert set(lines[1]) == names | {"inverse_perplexity/margin", "peak_memory_gb"}
+    final = transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
+    trained = read_checkpoint(folder / "checkpoints" / "step_2")
+    assert not torch.equal(final.lm_head.weight, trained["model.lm_head.weight"])  # step 3 has moved it
+
+
+def test_small_learning_rate_moves_float32_weights(base, tmp_path):
+    run(base | {"learning_rate": 5e-7, "max_steps": 3}, tmp_path / "run")
+    before = load_file(Path(base["model"]) / "model.safetensors")
+    after = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    for name in before:
+        moved = (after[name] != before[name]).float().mean()
+        assert moved > (0.1 if "embed" in name else 0.5), name  # many tokens of the vocabulary do not occur
+
+
+# ---- Resume ---------------------------------------------------------------------------------------------------------
+
+
+def test_resume_is_bitwise(base, three_runs, tmp_path):
+    whole, lines = three_runs["one"]
+    checkpoint = whole / "checkpoints" / "step_2"
+    resumed = run(base | {"max_steps": 3, "save_every": 1, "resume": str(checkpoint)}, tmp_path / "resumed")
+    assert timeless(resumed) == timeless(lines)[3:]  # steps after 2, and the last evaluation
+    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (whole, tmp_path / "resumed"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_rank_resumes_two(base, three_runs, tmp_path):
+    two, lines = three_runs["ranks"]
+    output = tmp_path / "run"
+    shutil.copytree(two, output)
+    shutil.rmtree(output / "final")
+    shutil.rmtree(output / "checkpoints" / "step_2")
+    (output / "checkpoints" / "step_3.part").mkdir()  # an interrupted save is not a checkpoint
+    resumed = run(base | {"max_steps": 3, "save_every": 0}, output)  # finds step_1 by itself
+    assert [line["step"] for line in resumed] == [0, 1, 2, 3, 3]  # what it repeats is not logged twice
+    assert timeless(resumed)[:2] == timeless(lines)[:2]
+    for mine, its in zip(timeless(resumed), timeless(lines)):
+        assert mine == pytest.approx(its, rel=1e-5, abs=1e-6)
+
+
+def test_damaged_checkpoint_is_passed_over(base, three_runs, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(three_runs["one"][0], output)
+    shutil.rmtree(output / "final")
+    shard = next((output / "checkpoints" / "step_2").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    run(base | {"max_steps": 3, "save_every": 0}, output)
+    assert f"resuming from {output / 'checkpoints' / 'step_1'}" in capsys.readouterr().out
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(base, tmp_path):
+    values = base | {"max_steps": 100, "save_every": 0, "eval_every": 0}
+    process = subprocess.Popen(command(values, tmp_path / "run", 2), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists() or len(read_metrics(tmp_path / "run")) < 4:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "stopped by SIGTERM after step" in output
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    reached = int(checkpoint.name.removeprefix("step_"))
+    assert 3 <= reached < 100 and not (tmp_path / "run" / "final").exists()
+    lines = run(values, tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, *range(1, 101), 100]
+    run(values, tmp_path / "run")  # and once more is no harm: it says that the run is finished
+    assert read_metrics(tmp_path / "run") == lines
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"learning_rate": 2e-3}, "learning_rate was 0.001, is 0.002"),
+        ({"seed": 1}, "seed was 42, is 1"),
+        ({"max_length": 97}, "max_length was 96, is 97"),
+    ],
+)
+def test_resume_of_another_run_is_refused(base, three_runs, tmp_path, change, message):
+    checkpoint = str(three_runs["one"][0] / "checkpoints" / "step_2")
+    with pytest.raises(InputError, match=message):
+        run(base | {"max_steps": 3, "resume": checkpoint} | change, tmp_path / "run")
+    torch.distributed.destroy_process_group()
+
+
+def test_resume_with_other_data_is_refused(base, three_runs, tmp_path):
+    shutil.copytree(three_runs["one"][0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    changed = Path(base["train_data"]).read_text().replace("a", "e", 1)
+    original = Path(base["train_data"]).read_text()
+    try:
+        Path(base["train_data"]).write_text(changed)
+        with pytest.raises(InputError, match="the training tokens are others"):
+            run(base | {"max_steps": 3}, tmp_path / "run")
+        torch.distributed.destroy_process_group()
+    finally:
+        Path(base["train_data"]).write_text(original)
+
+
+def test_resume_from_nothing_is_an_error(base, tmp_path):
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        run(base | {"resume": str(tmp_path / "nowhere")}, tmp_path / "run")
+    torch.distributed.destroy_process_group()
+
+
+def test_resume_never_sets_the_old_run_aside(base, tmp_path):
+    run(base | {"max_steps": 1}, tmp_path / "run")
+    run(base | {"max_steps": 1, "resume": "never"}, tmp_path / "run")
+    (old,) = (path for path in tmp_path.iterdir() if path.name.startswith("run."))
+    assert (old / "final" / "model.safetensors").exists() and (tmp_path / "run" / "final").exists()
+
+
+# ---- Learning, and the loop's edges ---------------------------------------------------------------------------------
+
+
+def test_a_tiny_model_learns_its_pairs(base, tmp_path):
+    values = base | {"eval_data": base["train_data"], "num_epochs": 20, "learning_rate": 3e-3, "max_grad_norm": 1.0}
+    lines = [line for line in run(values | {"log_every": 60, "eval_every": 0}, tmp_path / "run") if "eval/loss" in line]
+    assert lines[0]["eval/accuracy"] < 0.8
+    assert lines[-1]["eval/accuracy"] > 0.95
+    assert lines[-1]["eval/inverse_perplexity/chosen"] > 2 * lines[0]["eval/inverse_perplexity/chosen"]
+    assert lines[-1]["eval/inverse_perplexity/rejected"] < 0.5 * lines[0]["eval/inverse_perplexity/rejected"]
+
+
+def test_learning_rate_is_transformers_cosine_schedule():
+    config = Config(learning_rate=2.0, warmup_ratio=0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=3, num_training_steps=27)
+    for step in range(27):
+        assert train.learning_rate(step, 27, config) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_log_every_reports_means_of_all_its_steps(base, three_runs, tmp_path):
+    each = [line for line in three_runs["one"][1] if "loss" in line]
+    (line,) = (line for line in run(base | {"max_steps": 3, "log_every": 3}, tmp_path / "run") if "loss" in line)
+    for name in train.METRICS:
+        assert line[name] == pytest.approx(sum(other[name] for other in each) / 3, rel=1e-9)
+
+
+def test_gradients_are_clipped(base, tmp_path):
+    values = base | {"max_steps": 2, "save_every": 1, "max_grad_norm": 1e-3}
+    lines = run(values, tmp_path / "run")
+    assert lines[1]["grad_norm"] > 1e-2  # what is reported is the norm before clipping
+    norm = sum(tensor.square().sum() for tensor in gradients(tmp_path / "run").values()).sqrt()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_nonfinite_gradient_stops_before_the_optimizer_moves(base, model_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    rows = step_indices(26, 8, seed=42, step=0)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][make_tokenizer()("|").input_ids] = float("nan")  # a token of one pair only
+    from safetensors.torch import save_file
+
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    lines = [json.loads(line) for line in Path(base["train_data"]).read_text().splitlines()]
+    lines[rows[3]]["rejected"] = "a|b"
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = base | {"model": str(broken), "train_data": str(data), "eval_data": "", "save_every": 1}
+    with pytest.raises(FloatingPointError, match=rf"step 1: .* row {rows[3]}\b"):
+        run(values, tmp_path / "run")
+    torch.distributed.destroy_process_group()
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "final").exists()
+
+
+def test_bare_command(base, tmp_path):
+    """`train.py` without a recipe is the demo: here with its own data and a tiny model, by plain python."""
+    flags = ["--model", base["model"], "--max_steps", "2", "--output_dir", str(tmp_path / "run"), "--wandb", "off"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags, "--max_length", "200", "--max_prompt_length", "100"],
+        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "before" in done.stdout and "after" in done.stdout and f"is in {tmp_path / 'run' / 'final'}" in done.stdout
+    assert "inverse_perplexity/chosen" in done.stdout and "accuracy=" in done.stderr
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["train_data"] == "demo/train.jsonl" and config["eval_data"] == "demo/heldout.jsonl"
+
+
+def test_demo_data():
+    """The bundled pairs: enough of them, well-formed, and no held-out prompt among the training ones."""
+    rows = {name: [json.loads(line) for line in (ROOT / "demo" / f"{name}.jsonl").open()] for name in ("train", "heldout")}
+    assert len(rows["train"]) >= 200 and len(rows["heldout"]) >= 50
+    prompts = [json.dumps(row["prompt"]) for part in rows.values() for row in part]
+    assert len(set(prompts)) == len(prompts)
+    assert any(len(row["prompt"]) >= 3 for row in rows["train"]) and len({row["category"] for row in rows["train"]}) >= 4
+    for row in rows["train"] + rows["heldout"]:
+        assert row["prompt"][-1]["role"] == "user" and row["chosen"] != row["rejected"]
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--learning_rat", "1"], "there is no option 'learning_rat'; did you mean 'learning_rate'"),
+        (["--batch_size", "many"], "batch_size: 'many' is not a valid int"),
+        (["--batch_size", "0"], "batch_size must be positive"),
+        (["--compile", "perhaps"], "compile: 'perhaps' is not true or false"),
+        (["nowhere.yaml"], "no recipe nowhere.yaml"),
+        (["--max_prompt_length", "4096"], "max_prompt_length=4096 must be below max_length"),
+        (["--wandb", "maybe"], "wandb must be auto, online, offline or off"),
+        (["--dtype", "float16"], "dtype must be auto, float32 or bfloat16"),
+        (["--model", ""], "model is needed"),
+    ],
+)
+def test_bad_arguments(args, message):
+    with pytest.raises(InputError, match=message):
+        parse_args(args)
+
+
+def test_recipe_and_command_line_precedence(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\ntrain_data: d\noutput_dir: o\nlearning_rate: 3e-7\nbatch_size: 64\n")
+    config = parse_args([str(recipe), "--batch_size=32", "--compile", "true"])
+    assert (config.learning_rate, config.batch_size, config.compile, config.max_length) == (3e-7, 32, True, 2048)
+    recipe.write_text("model: m\nbeta: 2.0\n")
+    with pytest.raises(InputError, match=f"{recipe}: there is no option 'beta'"):
+        parse_args([str(recipe)])
+
+
+def test_help_names_every_option():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and all(f"--{name} " in done.stdout for name in Config.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": 27}, "26 pairs do not fill one batch"),
+        ({"micro_batch_tokens": 60}, "longer than micro_batch_tokens=60"),
+        ({"train_data": "nowhere.jsonl"}, "nowhere.jsonl: .*no such file"),
+        ({"max_length": 300, "max_prompt_length": 60}, "max_length=300 .* 256 positions"),
+    ],
+)
+def test_bad_input_before_the_model_is_loaded(base, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(InputError, match=message):
+        run(base | change, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_smaller_than_the_ranks(base, tmp_path):
+    done = subprocess.run(command(base | {"batch_size": 1}, tmp_path / "run", 2), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "error: 1 pairs cannot be spread over 2 ranks" in done.stderr
+
+
+def test_wandb_never_asks(base, tmp_path, monkeypatch):
+    """Without a login, `auto` is off, `online` an error and `offline` writes a run to disk."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for input"))
+    assert len(run(base | {"max_steps": 1, "wandb": "auto"}, tmp_path / "auto")) == 3
+    assert not (tmp_path / "auto" / "wandb").exists()
+    with pytest.raises(InputError, match="nobody is logged in"):
+        run(base | {"max_steps": 1, "wandb": "online"}, tmp_path / "online")
+    torch.distributed.destroy_process_group()
+    run(base | {"max_steps": 1, "wandb": "offline"}, tmp_path / "offline")
+    assert list((tmp_path / "offline" / "wandb").glob("offline-run-*"))
