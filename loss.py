@@ -28,17 +28,13 @@ def simper_loss(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
     Compared with DPO there is no reference model, no β and no sigmoid; compared with SimPO there is no β, no margin γ
     and no sigmoid that couples the two sides. Nothing is left to tune.
     """
-    chosen, rejected = inverse_perplexities(token_logps, lengths).unbind(dim=1)
+    mean_logps = sum_logps(token_logps, lengths) / lengths  # the length normalization
+    chosen, rejected = mean_logps.exp().unbind(dim=1)  # inverse perplexities
     return rejected - chosen
 
 
-def inverse_perplexities(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """exp(mean log-prob of a response's tokens): (pairs, 2), chosen and rejected. Arguments as in simper_loss."""
-    return mean_logps(token_logps, lengths).exp()
-
-
-def mean_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Mean log-prob of each response's tokens: (pairs, 2), chosen and rejected. Arguments as in simper_loss."""
+def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """log p(response | prompt), the sum over its tokens: (pairs, 2), chosen and rejected. Arguments as in simper_loss."""
     # unsafe skips the check that the lengths sum to the number of tokens: the host would have to wait for the GPU.
     sums = torch.segment_reduce(token_logps, "sum", lengths=lengths.flatten(), unsafe=token_logps.is_cuda)
-    return sums.view_as(lengths) / lengths  # the length normalization
+    return sums.view_as(lengths)

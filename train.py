@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from data import InputError, fingerprint, load_pairs, load_tokenizer, pack_rows, split, step_indices
-from loss import mean_logps, simper_loss
+from loss import simper_loss, sum_logps
 from model import export, load_model, resolve_model
 
 
@@ -132,7 +132,7 @@ def train(config: Config) -> None:
     for step in range(start, total_steps + 1):
         finished = step == total_steps
         due = step == 0 or finished or (config.eval_every and step % config.eval_every == 0)
-        if heldout and due and not evaluated and not stop.requested:
+        if heldout and due and not evaluated and (finished or not stop.requested):
             means, _ = reduce(evaluate(model, heldout, heldout_split, device), len(heldout))
             log.write({"step": step, **{f"eval/{name}": value for name, value in means.items()}})
             evaluated = True
@@ -151,12 +151,11 @@ def train(config: Config) -> None:
         finite = torch.ones((), device=device, dtype=torch.bool)
         for shares in micro_batches:
             batch = pack_rows(pairs, [indices[position] for position in shares[rank]]).to(device)
-            logps = model(batch)
-            losses = simper_loss(logps, batch.lengths)
+            losses, metrics = pair_losses(model, batch)
             # FSDP averages gradients over ranks: times their number, the gradient is that of the mean over the batch.
             (losses.sum() * ranks / config.batch_size).backward()
             finite &= losses.detach().isfinite().all()
-            sums += pair_metrics(logps.detach(), batch.lengths).sum(dim=0)
+            sums += metrics.sum(dim=0)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).full_tensor().item()
         all_finite = stop.agree(finite, device)
         if not (all_finite and math.isfinite(norm)):
@@ -202,12 +201,15 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 # ---- Metrics --------------------------------------------------------------------------------------------------------
 
 
-def pair_metrics(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The METRICS of every pair: (pairs, 8) float64. Arguments as in simper_loss."""
-    logps = mean_logps(token_logps.double(), lengths)
-    correct = (logps[:, 0] > logps[:, 1]).unsqueeze(1)
-    loss = simper_loss(token_logps.double(), lengths).unsqueeze(1)
-    return torch.cat((loss, logps.exp(), logps, correct, lengths), dim=1)
+def pair_losses(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The objective of every pair of a MicroBatch, for training and evaluation: (pairs,) float32 losses with gradient, and
+    (pairs, 8) float64 METRICS without."""
+    logps = model(batch)
+    losses = simper_loss(logps, batch.lengths)
+    with torch.no_grad():
+        mean_logps = sum_logps(logps.double(), batch.lengths) / batch.lengths
+        correct = mean_logps[:, :1] > mean_logps[:, 1:]
+        return losses, torch.cat((losses[:, None], mean_logps.exp(), mean_logps, correct, batch.lengths), dim=1)
 
 
 @torch.no_grad()
@@ -216,7 +218,7 @@ def evaluate(model, pairs: datasets.Dataset, micro_batches: list, device) -> tor
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
     for shares in micro_batches:
         batch = pack_rows(pairs, shares[dist.get_rank()]).to(device)
-        sums += pair_metrics(model(batch), batch.lengths).sum(dim=0)
+        sums += pair_losses(model, batch)[1].sum(dim=0)
     model.reshard()  # a forward without a backward leaves the outermost parameters gathered
     return sums
 
