@@ -7,6 +7,8 @@ See what will be trained on, token by token:
 """
 
 import argparse
+import glob
+import gzip
 import hashlib
 import heapq
 import inspect
@@ -29,6 +31,8 @@ class InputError(ValueError):
     """The user's input is at fault: the message says what is wrong, where, and what to do."""
 
 
+DROPPED = ("empty", "identical", "different prompts", "end of turn inside")
+COLUMNS = ("prompt", "chosen", "rejected")
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 FORMATS = """Accepted rows (further columns are ignored):
   {"prompt": text, "chosen": text, "rejected": text}
@@ -42,59 +46,82 @@ A message is {"role": "system" or "user" or "assistant", "content": text}."""
 
 
 def load_rows(source: str) -> datasets.Dataset:
-    """The rows of one source: a file (.jsonl .json .parquet .csv, also .gz), a folder written by datasets'
+    """The rows of one source: a file (.jsonl .json .csv, also .gz, or .parquet), a folder written by datasets'
     `save_to_disk` (`folder` or `folder:split`), or a hub id (`name`, `name:split`, `name:config:split`; default: train).
 
     Raises InputError, naming the source and, for JSON lines, the line, when it cannot be read.
     """
-    path, _, folder_split = source.partition(":")
-    suffix = Path(source.removesuffix(".gz")).suffix
+    path, _, split = source.partition(":")
     try:
         if Path(path).is_dir():
             rows = datasets.load_from_disk(path)
-            if isinstance(rows, datasets.DatasetDict):
-                if (folder_split or "train") not in rows:
-                    raise InputError(f"it has the splits {', '.join(rows)}: write {path}:SPLIT")
-                rows = rows[folder_split or "train"]
-        elif suffix in FILE_TYPES:
-            if not Path(source).is_file():
-                raise FileNotFoundError(f"no such file (working directory: {os.getcwd()})")
-            rows = datasets.load_dataset(FILE_TYPES[suffix], data_files=source, split="train")
+            splits = rows if isinstance(rows, datasets.DatasetDict) else {"train": rows}
+            if (split or "train") not in splits:
+                raise InputError(
+                    f"it has no split '{split or 'train'}', only the splits {', '.join(splits)}: write {path}:SPLIT"
+                )
+            rows = splits[split or "train"].with_format(None)
+        elif Path(path).is_file() or Path(source.lower().removesuffix(".gz")).suffix in FILE_TYPES:
+            rows = load_file(source)
         else:
             name, *config, split = source.split(":") if ":" in source else (source, "train")
             rows = datasets.load_dataset(name, *config, split=split)
     except Exception as error:
-        reason = find_bad_json_line(source) if suffix == ".jsonl" else None
-        raise InputError(f"{source}: cannot be read: {reason or error.__cause__ or error}") from error
+        reason = error if isinstance(error, InputError) else error.__cause__ or error
+        raise InputError(f"{source}: cannot be read: {reason}") from error
     if len(rows) == 0:
         raise InputError(f"{source}: has no rows")
     return rows
 
 
-def find_bad_json_line(path: str) -> str | None:
-    """Which line of an uncompressed .jsonl file is not a JSON object: the reader's own message does not say."""
-    if Path(path).is_file():
-        for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+def load_file(path: str) -> datasets.Dataset:
+    """The rows of one local file. Raises InputError if it is missing, of an unknown type, malformed or without rows."""
+    if not Path(path).is_file():
+        raise InputError(f"no such file (working directory: {os.getcwd()})")
+    kind = FILE_TYPES.get(Path(path.lower().removesuffix(".gz")).suffix)
+    if kind is None or path.lower().endswith(".parquet.gz"):
+        raise InputError("its type is not .jsonl, .json, .csv (also .gz) or .parquet")
+    content = Path(path).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    text = (
+        {"converters": dict.fromkeys(COLUMNS, str), "keep_default_na": False} if kind == "csv" else {}
+    )  # "4" and "None" are answers
+    try:
+        # A cache of its own for each content: datasets knows a file by path and time, which a copy can leave unchanged.
+        cache = str(CACHE_DIR / "rows" / digest[:32])
+        rows = datasets.load_dataset(kind, data_files=glob.escape(path), split="train", cache_dir=cache, **text)
+    except Exception as error:
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        if not content.strip() or "no data" in str(error):
+            raise InputError("has no rows") from error
+        # The reader's own message does not name the line.
+        for number, line in enumerate(content.decode("utf-8-sig", "replace").split("\n") if ".jsonl" in path else (), 1):
             try:
                 if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"line {number} is not a JSON object"
-            except json.JSONDecodeError as error:
-                return f"line {number} is not valid JSON ({error})"
+                    raise InputError(f"line {number} is not a JSON object") from error
+            except json.JSONDecodeError as reason:
+                raise InputError(f"line {number} is not valid JSON ({reason})") from error
+        raise
+    rows._fingerprint = digest  # the key of what is cached downstream
+    return rows
 
 
 def parse_row(row: dict) -> tuple[list | str, str, str] | None:
-    """One row in any of FORMATS → (prompt, chosen answer, rejected answer), or None if the two have different prompts.
+    """One row in any of FORMATS → (prompt, chosen answer, rejected answer), or None if the two do not answer the same
+    prompt, or ([], "", "") if prompt, chosen or rejected is empty.
 
     The prompt is a list of messages, or text where the row has text. Only the last assistant turn is the answer.
     Raises InputError for a row in none of the formats.
     """
-    prompt, chosen, rejected = (row.get(column) for column in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (row.get(column) for column in COLUMNS)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if chosen.startswith("\n\nHuman:"):
             marker = "\n\nAssistant:"
             (context, found, chosen), (other, _, rejected) = (text.rpartition(marker) for text in (chosen, rejected))
             if found:
-                return (context + marker, chosen, rejected) if context == other else None
+                comparable = context == other and "\n\nHuman:" not in chosen + rejected
+                return (context + marker, chosen, rejected) if comparable else None
         elif isinstance(prompt, str) and prompt.strip():
             return prompt, chosen, rejected
         elif is_conversation(prompt) and prompt[-1]["role"] != "assistant":
@@ -106,8 +133,12 @@ def parse_row(row: dict) -> tuple[list | str, str, str] | None:
                 return None
             if context and (not is_conversation(prompt) or as_messages(prompt) == context):
                 return context, chosen["content"], rejected["content"]  # a prompt column as text is redundant here
-            if not context and (is_conversation(prompt) or (isinstance(prompt, str) and prompt.strip())):
+            if not context and isinstance(prompt, str) and prompt.strip():
+                return prompt, chosen["content"], rejected["content"]
+            if not context and is_conversation(prompt) and prompt[-1]["role"] != "assistant":
                 return as_messages(prompt), chosen["content"], rejected["content"]
+    if any(row.get(column) in ("", []) for column in COLUMNS):
+        return [], "", ""
     kinds = {column: type(value).__name__ for column, value in row.items()}
     raise InputError(f"in none of the accepted formats; its columns are {kinds}.\n{FORMATS}")
 
@@ -129,7 +160,7 @@ def as_messages(prompt: list | str) -> list[dict]:
     if not prompt.startswith("\n\nHuman:"):
         return [{"role": "user", "content": prompt}]
     messages = []
-    for turn in prompt.removesuffix("\n\nAssistant:").split("\n\nHuman:")[1:]:
+    for turn in prompt.rstrip().removesuffix("\n\nAssistant:").split("\n\nHuman:")[1:]:
         user, *answers = turn.split("\n\nAssistant:")
         messages.append({"role": "user", "content": user.strip()})
         messages.extend({"role": "assistant", "content": answer.strip()} for answer in answers)
@@ -140,8 +171,11 @@ def as_messages(prompt: list | str) -> list[dict]:
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a hub id or local folder. Never runs code that comes with it."""
-    return AutoTokenizer.from_pretrained(name)
+    """The tokenizer of a hub id or local folder. Never runs code that comes with it. Raises InputError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tokenizer can be loaded from {name}: {error}") from error
 
 
 def prompt_text(tokenizer, prompt: list | str) -> str:
@@ -161,12 +195,15 @@ def end_of_turn(tokenizer) -> tuple[int, str]:
     """(id of the token that ends an assistant's turn, the text that the chat template writes after the answer).
 
     The token is the first special token after the answer; the tokenizer's EOS if there is none, or no template.
-    Raises InputError if there is no such token at all.
+    Raises InputError if there is no such token at all, or if the template fails on a question and an answer.
     """
     tail = ""
     if tokenizer.chat_template:
         probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
-        tail = tokenizer.apply_chat_template(probe, tokenize=False).rpartition("ANSWER")[2]
+        try:
+            tail = tokenizer.apply_chat_template(probe, tokenize=False).rpartition("ANSWER")[2]
+        except Exception as error:
+            raise InputError(f"the tokenizer's chat template fails on a question and an answer: {error}") from error
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
     ids = [i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special]
     if not ids and tokenizer.eos_token_id is None:
@@ -189,12 +226,15 @@ def tokenize_answer(tokenizer, prompt: list | str, prompt_ids: list[int], answer
     """Ids of the response: what the chat template writes after the prompt, up to and including one end-of-turn token.
 
     They are the ids that follow the prompt's in the whole text; where the tokenizer would merge the prompt's last
-    characters with the answer's first ones, the answer is tokenized by itself, so that the prompt keeps its ids.
+    characters with the answer's first ones, those that follow a line break, so that the prompt keeps its ids.
     An answer without any text gives [].
     """
-    start = text = prompt_text(tokenizer, prompt)
+    start = prompt_text(tokenizer, prompt)
     end_id, tail = end
+    end_text = tokenizer.convert_ids_to_tokens(end_id)
     if tokenizer.chat_template:
+        if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
+            answer = answer.strip()  # as as_messages does with the dialogue's earlier turns
         messages = [*as_messages(prompt), {"role": "assistant", "content": answer}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         if not text.startswith(start) or not text.endswith(tail):
@@ -204,15 +244,16 @@ def tokenize_answer(tokenizer, prompt: list | str, prompt_ids: list[int], answer
             )
         body = text[len(start) : len(text) - len(tail)]
     else:
-        body = answer
-    end_text = tokenizer.convert_ids_to_tokens(end_id)
+        body = answer if isinstance(prompt, str) else " " + answer
     while body.rstrip().endswith(end_text):  # the data wrote it already
         body = body.rstrip().removesuffix(end_text)
-    if not answer.replace(end_text, "").strip():
+    if not body.strip():
         return []
-    ids = tokenize_text(tokenizer, start + body)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        return [*ids[len(prompt_ids) :], end_id]
+    body += tail.partition(end_text)[0]  # what the template writes between the answer and the end of the turn
+    for before, before_ids in ((start, prompt_ids), ("\n", tokenize_text(tokenizer, "\n"))):
+        ids = tokenize_text(tokenizer, before + body)
+        if ids[: len(before_ids)] == before_ids:
+            return [*ids[len(before_ids) :], end_id]
     return [*tokenizer(body, add_special_tokens=False).input_ids, end_id]
 
 
@@ -245,7 +286,7 @@ def load_pairs(sources: str, tokenizer, max_length: int, max_prompt_length: int)
     features = {"prompt": integers, "chosen": integers, "rejected": integers, "lengths": integers}
     features = datasets.Features(features | {"source": text, "row": datasets.Value("int64"), "status": text})
     parts = []
-    for source in (part.strip() for part in sources.split(",")):
+    for source in filter(None, map(str.strip, sources.split(","))):
         rows = load_rows(source)
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
         what = (rows._fingerprint, source, backend, tokenizer.chat_template, str(tokenizer.special_tokens_map))
@@ -275,7 +316,7 @@ def load_pairs(sources: str, tokenizer, max_length: int, max_prompt_length: int)
     pairs = datasets.concatenate_datasets(parts)
     status = np.array(pairs["status"])
     kept = np.flatnonzero(np.isin(status, ["whole", "truncated"]))
-    dropped = ", ".join(f"{np.sum(status == reason)} {reason}" for reason in ("empty", "identical", "different prompts"))
+    dropped = ", ".join(f"{np.sum(status == reason)} {reason}" for reason in DROPPED)
     report = (
         f"{len(kept)} pairs from {sources}: {len(pairs) - len(kept)} of {len(pairs)} rows dropped ({dropped}), "
         f"{np.sum(status == 'truncated') / max(len(kept), 1):.1%} of the pairs truncated"
@@ -291,12 +332,15 @@ def tokenize_row(row: dict, index: int, source: str, tokenizer, end, max_length:
         parsed = parse_row(row)
         prompt, chosen, rejected, status = [], [], [], "different prompts"
         if parsed:
-            prompt_ids = tokenize_text(tokenizer, prompt_text(tokenizer, parsed[0]))
-            whole = (prompt_ids, *(tokenize_answer(tokenizer, parsed[0], prompt_ids, text, end) for text in parsed[1:]))
+            prompt_ids = tokenize_text(tokenizer, prompt_text(tokenizer, parsed[0])) if parsed[0] else []
+            answers = (tokenize_answer(tokenizer, parsed[0], prompt_ids, text, end) for text in parsed[1:])
+            whole = (prompt_ids, *answers) if prompt_ids else ([], [], [])
             prompt, chosen, rejected = truncate(*whole, max_length, max_prompt_length)
             status = "whole" if (prompt, chosen, rejected) == whole else "truncated"
             if not (prompt and chosen and rejected):
                 status = "empty"
+            elif end[0] in chosen[:-1] + rejected[:-1]:
+                status = "end of turn inside"
             elif chosen == rejected:  # no preference is left: the two sides' gradients cancel
                 status = "identical"
     except Exception as error:
@@ -440,6 +484,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from data import InputError, main  # one class InputError, also for what model.py raises
+
     try:
         main()
     except InputError as error:

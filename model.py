@@ -97,11 +97,11 @@ def packed_attention(
     """Causal attention within [prompt, chosen] and within [prompt, rejected] of every pair, and nowhere else.
 
     query: (1, heads, T, d); key, value: (1, key-value heads, T, d); segments: as in MicroBatch. Returns (1, T, heads, d).
-    A function for transformers' AttentionInterface. Raises NotImplementedError for attention with further terms.
+    A function for transformers' AttentionInterface. Raises InputError for attention with further terms.
     """
     extra = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if segments is None or extra:
-        raise NotImplementedError(f"packed attention has no {', '.join(extra) or 'segments'}")
+        raise InputError(f"packed attention cannot do what this model's does: {', '.join(extra) or 'no segments arrived'}")
 
     def causal(q, k, v):
         mask, length = None, q.shape[2]

@@ -19,7 +19,7 @@ from data import load_tokenizer
 from demo.smollm2 import demo_model
 from eval.generate import generate
 
-HELDOUT_EVERY = 5  # every fifth pair of each category is held out
+HELDOUT_EVERY = 5  # of each category the 1st, 6th, 11th ... pair is held out
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
                 seen[row["category"]] += 1
                 messages = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
                 line = json.dumps({"prompt": row["prompt"], **messages, "category": row["category"]}, ensure_ascii=False)
-                print(line, file=heldout if seen[row["category"]] % HELDOUT_EVERY == 0 else train)
+                print(line, file=heldout if seen[row["category"]] % HELDOUT_EVERY == 1 else train)
 
 
 if __name__ == "__main__":

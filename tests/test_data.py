@@ -71,9 +71,9 @@ ROWS = {
     "messages, text answers": ({"prompt": Q, "chosen": "plus", "rejected": "what"}, PROMPT),
     "messages, message answers": ({"prompt": Q, "chosen": PLUS, "rejected": WHAT}, PROMPT),
     "implicit": (IMPLICIT, PROMPT),
-    "implicit, as ultrafeedback": ({"prompt": "what is two?"} | IMPLICIT | EXTRA, PROMPT),
     "implicit, prompt messages repeated": ({"prompt": Q} | IMPLICIT, PROMPT),
     "system": ({"chosen": SYSTEM + PLUS, "rejected": SYSTEM + WHAT}, SYSTEM_PROMPT),
+    "as ultrafeedback": ({"prompt": "what is two?", "chosen": SYSTEM + PLUS, "rejected": SYSTEM + WHAT} | EXTRA, SYSTEM_PROMPT),
     "turns": ({"prompt": TURNS, "chosen": "plus", "rejected": "what"}, TURNS_PROMPT),
     "turns, implicit": ({"chosen": TURNS + PLUS, "rejected": TURNS + WHAT}, TURNS_PROMPT),
     "HH, text answers": ({"prompt": HH, "chosen": "plus", "rejected": "what"}, TURNS_PROMPT),
@@ -131,6 +131,11 @@ def test_every_file_type(tmp_path, suffix, gz):
     {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(suffix, rows.to_json)(path)
     if suffix == ".json":
         path.write_text(json.dumps(rows.to_list(), indent=1))
+    if gz and suffix == ".parquet":  # compressed already
+        with pytest.raises(InputError, match="its type is not"):
+            path.rename(path.with_name(path.name + gz))
+            load_rows(str(path) + gz)
+        return
     if gz:
         path.with_name(path.name + gz).write_bytes(gzip.compress(path.read_bytes()))
     assert list(load_rows(str(path) + gz)) == [TEXT, TEXT | {"chosen": 'a, "b"\nGröße 日本'}]
@@ -139,15 +144,10 @@ def test_every_file_type(tmp_path, suffix, gz):
 LOOKALIKES = [
     ("numbers.csv", "prompt,chosen,rejected\nwhat?,4,5\n", ["4", "5"]),
     ("words.csv", "prompt,chosen,rejected\nwhat?,None,N/A\nwhat?,a,b\n", ["None", "N/A"]),
-    (
-        "dates.jsonl",
-        json.dumps({"prompt": "?", "chosen": "2020-01-01", "rejected": "2021-01-01"}),
-        ["2020-01-01", "2021-01-01"],
-    ),
 ]
 
 
-@pytest.mark.parametrize("name, text, answers", LOOKALIKES, ids=["numbers", "words", "dates"])
+@pytest.mark.parametrize("name, text, answers", LOOKALIKES, ids=["numbers", "words"])
 def test_answers_that_look_like_something_else_stay_text(write, name, text, answers):
     assert [part.replace("·", "") for part in load(write(text, name), PLAIN)[0][1:]] == [f"{answer}</s>" for answer in answers]
 
@@ -202,7 +202,7 @@ def test_a_bad_json_line_is_named(write, text):
 
 def test_of_a_compressed_file_no_wrong_line_is_named(tmp_path):
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(BAD_LINES["broken"].encode()))
-    with pytest.raises(InputError, match=r"bad\.jsonl\.gz: (?!.*line [12] )"):
+    with pytest.raises(InputError, match=r"bad\.jsonl\.gz: cannot be read: (?!line [12] is)"):
         load(f"{tmp_path}/bad.jsonl.gz")
 
 
@@ -275,10 +275,8 @@ def test_the_prompt_keeps_its_tokens_where_the_answer_would_merge_with_it(write)
     assert load(write([TEXT | {"prompt": "Hu", "chosen": "man:"}]), PLAIN) == [["Hu", "man·:·</s>", "what·</s>"]]
 
 
-@pytest.mark.parametrize(
-    "prompt, answer, expected", [("2+2=", " 4", " 4·</s>"), ("2+2=", "4", "4·</s>"), ("2+2= ", "4", "4·</s>")]
-)
-def test_a_tokenizer_like_sentencepiece_adds_no_space_to_the_answer(write, prompt, answer, expected):
+@pytest.mark.parametrize("prompt, answer, token", [("2+2=", " 4", " 4"), ("2+2=", "4", "4"), ("2+2= ", "4", "4")])
+def test_a_tokenizer_like_sentencepiece_adds_no_space_to_the_answer(write, prompt, answer, token):
     """As Llama 2's: a space is written ▁, one is put before every text, and "▁4" is a token."""
     vocab = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *"▁+=245", "▁4"])}
     backend = Tokenizer(models.BPE(vocab, [("▁", "4")], unk_token="<unk>"))
@@ -288,13 +286,20 @@ def test_a_tokenizer_like_sentencepiece_adds_no_space_to_the_answer(write, promp
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     prompt_tokens = " ·2·+·2·=" + ("· " if prompt.endswith(" ") else "")
     row = {"prompt": prompt, "chosen": answer, "rejected": "5"}
-    assert load(write([row]), tokenizer) == [[prompt_tokens, expected, "5·</s>"]]
+    assert load(write([row]), tokenizer) == [[prompt_tokens, token + "·</s>", "5·</s>"]]
 
 
 def test_a_template_that_rewrites_the_prompt_is_an_error(write):
     tokenizer = make_tokenizer("{% if messages | length == 4 %}four{% endif %}" + CHATML)
     with pytest.raises(InputError, match="rows.jsonl, row 1: the chat template"):
         load(write([IMPLICIT, ROWS["turns, implicit"][0]]), tokenizer)
+
+
+def test_a_tokenizer_without_any_end_token_is_an_error(write):
+    tokenizer = make_tokenizer(None)
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="neither an EOS token nor"):
+        load(write([TEXT]), tokenizer)
 
 
 # ---- Truncation and what is dropped ---------------------------------------------------------------------------------
@@ -305,6 +310,7 @@ def test_a_template_that_rewrites_the_prompt_is_an_error(write):
     [
         (([1, 2, 3, 4], [5, 6, 7], [8]), 5, 3, ([2, 3, 4], [5, 6], [8])),  # the docstring's
         (([1, 2, 3], [4, 5], [6]), 5, 2, ([1, 2, 3], [4, 5], [6])),  # fits exactly, also with a prompt over its limit
+        (([1], [2, 3, 4], [5]), 4, 2, ([1], [2, 3, 4], [5])),  # also with a response over its limit
         (([1, 2, 3, 4, 5], [6, 7], [8]), 5, 3, ([3, 4, 5], [6, 7], [8])),  # cutting the prompt is enough
         (([1, 2, 3, 4], [5], [6, 7, 8]), 5, 2, ([3, 4], [5], [6, 7, 8])),  # the rejected one is the longer
         (([1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]), 5, 3, ([2, 3, 4], [5, 6], [8, 9])),  # prompt and both responses
@@ -335,7 +341,7 @@ def test_dropped_and_truncated_rows_are_counted(write):
     ]
     source = write(rows)
     pairs, report = load_pairs(source, CHAT, 15, 13)
-    dropped = "6 of 8 rows dropped (3 empty, 2 identical, 1 different prompts)"
+    dropped = "6 of 8 rows dropped (3 empty, 2 identical, 1 different prompts, 0 end of turn inside)"
     assert report == f"2 pairs from {source}: {dropped}, 50.0% of the pairs truncated"
     assert list(pairs["row"]) == [0, 7] and list(pairs["lengths"]) == [[13, 2, 2], [13, 2, 2]]
     assert load(source, CHAT, 15, 13)[1] == [PROMPT, "plus· two", "what·<|im_end|>"]
@@ -364,17 +370,17 @@ def test_the_cache_is_used_but_never_stale(write, monkeypatch):
 
 
 def test_fingerprint_is_of_the_tokens_and_their_order(write):
-    def of(name, *rows):
-        return fingerprint(load_pairs(write(rows, name), CHAT, 200, 100)[0])
+    def of(*pairs):
+        rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) | {"lengths": [*map(len, pair)]} for pair in pairs]
+        return fingerprint(datasets.Dataset.from_list(rows))
 
-    other, dropped = TEXT | {"chosen": "plus?"}, TEXT | {"chosen": ""}
-    first = of("a.jsonl", TEXT, other)
-    assert re.fullmatch("[0-9a-f]{64}", first)
-    assert first == of("b.jsonl", *({"prompt": Q, "chosen": chosen, "rejected": "what"} for chosen in ("plus", "plus?")))
-    assert first == of("c.jsonl", dropped, TEXT, dropped, other)
-    changed = [of("d.jsonl", other, TEXT), of("e.jsonl", TEXT), of("f.jsonl", TEXT, other | {"rejected": "what?"})]
-    changed += [of("g.jsonl", TEXT, other | {"prompt": "what is two!"}), of("h.jsonl", TEXT, other, other)]
-    assert len({first, *changed}) == 6
+    one, two = ([1, 2], [3, 4], [5]), ([6], [7], [8, 9])
+    hashes = [of(one, two), of(two, one), of(one), of(one, two, two), of(([1], [3, 4], [5]), ([2, 6], [7], [8, 9]))]
+    hashes += [of(one, ([0], [7], [8, 9])), of(one, ([6], [0], [8, 9])), of(one, ([6], [7], [8, 0]))]
+    assert len(set(hashes)) == 8 and all(re.fullmatch("[0-9a-f]{64}", h) for h in hashes)
+    sources = write([TEXT | {"chosen": ""}, TEXT]), write([IMPLICIT], "b.jsonl"), write([IMPLICIT, TEXT], "c.jsonl")
+    same, equal, longer = (fingerprint(load_pairs(source, CHAT, 200, 100)[0]) for source in sources)
+    assert same == equal != longer
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
@@ -467,7 +473,7 @@ def test_the_command_line_shows_tokens_and_statistics_or_one_line_of_error(write
         r"  prompt (13 tokens, context): <|im_start|>|us|er|\n|what| is| two|?|<|im_end|>|\n|<|im_start|>|assistant|\n",
         "  chosen (2 tokens, scored): plus|<|im_end|>",
         "  rejected (2 tokens, scored): what|<|im_end|>",
-        f"2 pairs from {source}: 1 of 3 rows dropped (1 empty, 0 identical, 0 different prompts), 0.0% of the pairs truncated",
+        f"2 pairs from {source}: 1 of 3 rows dropped (1 empty, 0 identical, 0 different prompts, 0 end of turn inside), 0.0% of the pairs truncated",
         "tokens        mean  median    95 %     max",
         "prompt          13      13      13      13",
         "chosen           3       3       4       4",

@@ -11,27 +11,26 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, CHATML, GQA, TINY, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import model as model_module
 from data import InputError, pack
 from loss import simper_loss
 from model import PackedModel, build_model, export, load_model, token_logps
 
-TOLERANCE = 1e-5  # of float32 results, relative to the largest value
-REFUSED = {  # models that packing gets wrong, and why
-    "granite": TINY | {"num_key_value_heads": 2, "logits_scaling": 1.05},  # divides its logits after the head
-    "cohere": TINY | {"num_key_value_heads": 2, "logit_scale": 0.5},  # multiplies them
-    "mamba": {"vocab_size": 320, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2},  # recurrent
-    "bloom": {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4},  # position bias instead of position ids
-    "gemma2": TINY | GQA,  # soft-caps its attention scores
-    "gptj": {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},  # knows no other attention
-}
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On models this small, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def make_pairs(*lengths: tuple[int, int, int], seed: int = 0) -> list[tuple[list[int], ...]]:
+def make_pairs(*lengths: tuple[int, int, int]) -> list[tuple[list[int], ...]]:
     """Pairs of random tokens with these numbers of tokens in prompt, chosen and rejected."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return [tuple(torch.randint(320, (n,), generator=generator).tolist() for n in pair) for pair in lengths]
 
 
@@ -46,6 +45,16 @@ def make_reference(name: str, **changes):
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def make_other(kind: str, options: dict):
+    """A plain random model that is not one of ARCHITECTURES."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options), dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
 
 
 def make_packed(reference) -> PackedModel:
@@ -66,40 +75,34 @@ def plain_logps(model, pairs) -> list[torch.Tensor]:
     return logps
 
 
-def plain_results(model, pairs=PAIRS) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(log-probs, gradients of the mean loss by parameter name), without pack, PackedModel and simper_loss."""
-    logps = plain_logps(model, pairs)
+def plain_results(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(log-probs of PAIRS, gradients of their mean loss by name) by nothing of this repository."""
+    logps = plain_logps(model, PAIRS)
     inverse_perplexities = [response.mean().exp() for response in logps]
-    model.zero_grad()
-    (sum(inverse_perplexities[1::2]) - sum(inverse_perplexities[::2])).div(len(pairs)).backward()
-    return torch.cat(logps).detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    (sum(inverse_perplexities[1::2]) - sum(inverse_perplexities[::2])).div(len(PAIRS)).backward()
+    return torch.cat(logps).detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def packed_results(model: PackedModel, pairs=PAIRS, scale: float | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The same by the packed model; `scale` of the summed loss instead of 1 / pairs."""
-    batch = pack(pairs)
-    model.zero_grad()
-    logps = model(batch)
-    (simper_loss(logps, batch.lengths).sum() * (scale or 1 / len(pairs))).backward()
-    return logps.detach(), {name.removeprefix("model."): whole(p.grad).clone() for name, p in model.named_parameters()}
+def packed_results(model: PackedModel, pairs=PAIRS, scale=0.25) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The same by the packed model: of other pairs, with `scale` in place of 1 / 4."""
+    logps, lengths = model(pack(pairs)), pack(pairs).lengths
+    (simper_loss(logps, lengths).sum() * scale).backward()
+    whole = lambda grad: grad.full_tensor() if isinstance(grad, DTensor) else grad  # noqa: E731
+    return logps.detach(), {name.removeprefix("model."): whole(p.grad) for name, p in model.named_parameters()}
 
 
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def assert_near(actual, expected, tolerance: float = TOLERANCE) -> None:
-    """Tensors, or dictionaries of them, differ by at most `tolerance` of their largest value (or 1 % of the largest of all:
-    some gradients are zero but for rounding)."""
+def assert_near(actual, expected, tolerance: float = 1e-5) -> None:
+    """float32 tensors, or dictionaries of them, differ by at most `tolerance` of their largest value (gradients that are
+    zero but for rounding: of 1 % of the largest of all)."""
     if isinstance(expected, torch.Tensor):
         actual, expected = {"": actual}, {"": expected}
     assert actual.keys() == expected.keys()
-    largest = max(value.abs().max().item() for value in expected.values())
-    assert largest > 0
+    floor = 0.01 * max(value.abs().max().item() for value in expected.values())
+    assert floor > 0
     for name, value in expected.items():
         assert actual[name].shape == value.shape and actual[name].dtype == torch.float32
         difference = (actual[name] - value).abs().max().item()
-        assert difference <= tolerance * max(value.abs().max().item(), 0.01 * largest), f"{name}: {difference}"
+        assert difference <= tolerance * max(value.abs().max().item(), floor), f"{name}: {difference}"
 
 
 # ---- The packed forward ---------------------------------------------------------------------------------------------
@@ -109,9 +112,8 @@ def assert_near(actual, expected, tolerance: float = TOLERANCE) -> None:
 def test_packed_equals_plain(name, monkeypatch):
     monkeypatch.setitem(model_module.LOGITS_BYTES, "cpu", 4 * 320 * 7)  # 7 of the 50 response tokens at a time
     reference = make_reference(name)
-    (logps, gradients), (expected, expected_gradients) = packed_results(make_packed(reference)), plain_results(reference)
-    assert_near(logps, expected)
-    assert_near(gradients, expected_gradients)
+    for actual, expected in zip(packed_results(make_packed(reference)), plain_results(reference)):
+        assert_near(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-sliding-window", "gpt2"])
@@ -119,41 +121,39 @@ def test_packed_equals_plain(name, monkeypatch):
 def test_pairs_and_responses_do_not_see_each_other(name):
     model = make_packed(make_reference(name))
     logps = model(pack(PAIRS))
-    alone = torch.cat([model(pack([pair])) for pair in PAIRS])
-    assert_near(logps, alone)
-    (prompt, chosen, rejected), others = PAIRS[1], [PAIRS[0], *PAIRS[2:]]
-    start, c = 6, len(chosen)  # PAIRS[1] comes after 6 response tokens
-    changed = model(pack([others[0], (prompt, [(token + 1) % 320 for token in chosen], rejected), *others[1:]]))
-    mine = torch.zeros_like(logps, dtype=torch.bool)
-    mine[start : start + c] = True
-    assert (changed[mine] != logps[mine]).all()
-    assert_near(changed[~mine], logps[~mine], 1e-6)
-    changed = model(pack([others[0], (prompt, chosen[:2], rejected[:-1] + [7]), *others[1:]]))  # nor the future
-    assert_near(changed[start : start + 2], logps[start : start + 2], 1e-6)
-    assert_near(changed[start + 2 :][: len(rejected) - 1], logps[start + c :][: len(rejected) - 1], 1e-6)
+    assert_near(logps, torch.cat([model(pack([pair])) for pair in PAIRS]))
+    prompt, chosen, rejected = PAIRS[1]  # after 6 response tokens: 6 to 10 are its chosen ones, 11 to 22 its rejected ones
+    with_pair = lambda *pair: model(pack([PAIRS[0], pair, *PAIRS[2:]]))  # noqa: E731
+    changed = with_pair(prompt, [(token + 1) % 320 for token in chosen], rejected)
+    assert (changed[6:11] != logps[6:11]).all()
+    assert_near(torch.cat([changed[:6], changed[11:]]), torch.cat([logps[:6], logps[11:]]), 1e-6)
+    changed = with_pair(prompt, chosen[:2], [*rejected[:-1], 7])  # nor do tokens see later ones
+    assert_near(changed[6:8], logps[6:8], 1e-6)
+    assert_near(changed[8:19], logps[11:22], 1e-6)
 
 
-ROPE = {"rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "partial_rotary_factor": 1.0}
-ROPES = {  # rotary frequencies that depend on the length of the sequence, here from 32 tokens on
-    "phi3": {"original_max_position_embeddings": 32, "rope_parameters": ROPE | {"rope_type": "longrope"}},
-    "llama": {
-        "max_position_embeddings": 32,
-        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+LENGTH_DEPENDENT = {  # what a forward does depends on how long the sequence is, here from 20 or 32 tokens on
+    "phi3": TINY
+    | {
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
     },
+    "llama": TINY
+    | {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+    "qwen2_moe": TINY
+    | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    | {"num_key_value_heads": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
 }
 
 
-@pytest.mark.parametrize("name", ROPES)
-def test_a_long_neighbour_does_not_change_the_rotary_frequencies(name, group, tmp_path):
-    config = AutoConfig.for_model(name, **(TINY | {"num_key_value_heads": 2} | ROPES[name]))
-    torch.manual_seed(0)
-    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+@pytest.mark.parametrize("kind", LENGTH_DEPENDENT)
+def test_length_dependent_models_are_right_or_refused(kind, group, tmp_path):
+    reference, pairs = make_other(kind, LENGTH_DEPENDENT[kind]), make_pairs((7, 5, 9), (40, 30, 20))
     reference.save_pretrained(tmp_path)
-    pairs = make_pairs((7, 5, 9), (40, 30, 20))
     try:
         model = load_model(str(tmp_path), "cpu", torch.float32)
     except InputError:
-        return  # refused, which is as good
+        return
     with torch.no_grad():
         assert_near(model(pack(pairs)), torch.cat(plain_logps(reference, pairs)))
 
@@ -165,33 +165,30 @@ def test_token_logps_in_chunks(bias, rows, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     shapes = [(20, 8), (50, 8), (50,)] if bias else [(20, 8), (50, 8)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    targets = torch.randint(50, (20,), generator=generator)
+    targets, weights = torch.randint(50, (20,), generator=generator), torch.randn(20, generator=generator)
     expected = F.linear(*inputs).log_softmax(dim=1)[torch.arange(20), targets]
-    weights = torch.randn(20, generator=generator, dtype=torch.float64)
-    expected_gradients = torch.autograd.grad(expected @ weights, inputs)
+    expected_gradients = torch.autograd.grad(expected @ weights.double(), inputs)
     for dtype, tolerance in [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]:
         cast = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
         logps = token_logps(cast[0], cast[1], cast[2] if bias else None, targets)
         assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(logps.double(), expected, rtol=tolerance, atol=tolerance)
-        gradients = torch.autograd.grad(logps @ weights.to(logps.dtype), cast)
-        for actual, gradient in zip(gradients, expected_gradients):
+        for actual, gradient in zip(torch.autograd.grad(logps @ weights.to(logps.dtype), cast), expected_gradients):
             assert (actual - gradient).abs().max() <= tolerance * gradient.abs().max()
-        if dtype == torch.bfloat16:
-            assert (logps != logps.bfloat16().float()).sum() > 15  # not a rounded bfloat16
+    assert (logps != logps.bfloat16().float()).sum() > 15  # those of bfloat16 inputs are not rounded to bfloat16
 
 
 @pytest.mark.parametrize(
-    "name, names", [("gpt2", ("attn_pdrop", "embd_pdrop", "resid_pdrop")), ("llama", ("attention_dropout",))]
+    "name, options", [("gpt2", ("attn_pdrop", "embd_pdrop", "resid_pdrop")), ("llama", ("attention_dropout",))]
 )
 @torch.no_grad()
-def test_no_dropout_in_training(name, names):
-    reference = make_model(name, **dict.fromkeys(names, 0.1)).train()
+def test_no_dropout_in_training(name, options):
+    reference = make_model(name, **dict.fromkeys(options, 0.1)).train()
     ids = torch.tensor([PAIRS[1][0]])
     assert not torch.equal(reference(ids).logits, reference(ids).logits)  # with dropout, they differ
     model = make_packed(reference)
     assert model.training and torch.equal(model(pack(PAIRS)), model(pack(PAIRS)))
-    assert all(getattr(reference.config, name) == 0.1 for name in names)  # the caller's config is as it was
+    assert all(getattr(reference.config, option) == 0.1 for option in options)  # the caller's config is as it was
 
 
 # ---- Loading --------------------------------------------------------------------------------------------------------
@@ -204,27 +201,25 @@ def test_load_model(name, dtype, group, tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     model = load_model(str(tmp_path), "cpu", torch.float32)
     assert model.training
-    expected = dict(reference.named_parameters())
-    assert [key for key, _ in model.named_parameters()] == [f"model.{key}" for key in expected]
+    expected = {f"model.{key}": parameter for key, parameter in reference.named_parameters()}
+    assert dict(model.named_parameters()).keys() == expected.keys()
     for key, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor) and parameter.dtype == torch.float32 and parameter.requires_grad
-        assert torch.equal(parameter.full_tensor(), expected[key.removeprefix("model.")])
+        assert torch.equal(parameter.full_tensor(), expected[key])
     tied = model.model.get_input_embeddings().weight is model.model.get_output_embeddings().weight
     assert tied == ARCHITECTURES[name].get("tie_word_embeddings", False)
     for key, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, reference.get_buffer(key.removeprefix("model.")), rtol=1e-6, atol=0)
-    (logps, gradients), (expected, expected_gradients) = packed_results(model), plain_results(reference)
-    assert_near(logps, expected)
-    assert_near(gradients, expected_gradients)
+    for actual, expected in zip(packed_results(model), plain_results(reference)):
+        assert_near(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 def test_activation_checkpointing_changes_nothing(name, group, tmp_path, monkeypatch):
     make_reference(name).save_pretrained(tmp_path)
-    calls, original = [], model_module.packed_attention
-    attention = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)  # noqa: E731
-    monkeypatch.setitem(model_module.AttentionInterface._global_mapping, "packed", attention)
-    results, counts = [], []
+    results, counts, calls, attention = [], [], [], model_module.packed_attention
+    count = lambda *args, **kwargs: calls.append(1) or attention(*args, **kwargs)  # noqa: E731
+    monkeypatch.setitem(AttentionInterface._global_mapping, "packed", count)
     for on in (False, True):
         model = load_model(str(tmp_path), "cpu", torch.float32, activation_checkpointing=on)
         calls.clear()
@@ -235,33 +230,36 @@ def test_activation_checkpointing_changes_nothing(name, group, tmp_path, monkeyp
         assert_near(checkpointed, plain, 1e-6)
 
 
-@pytest.mark.parametrize("fault", ["missing", "shape", "untied", "layer"])
+@pytest.mark.parametrize("fault", ["missing", "shape", "untied"])
 def test_wrong_weights_are_an_error(fault, group, tmp_path):
     make_model("llama-tied" if fault == "untied" else "llama").save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    key = "model.layers.1.mlp.up_proj.weight"
     if fault == "missing":
-        del state[key]
+        del state["model.layers.1.mlp.up_proj.weight"]
     elif fault == "shape":
-        state[key] = torch.zeros(40, 32)
-    elif fault == "untied":  # transformers unties such a model: tying it would train another one
+        state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(40, 32)
+    else:  # the config ties the head, the file holds another one: transformers unties the model, so tying changes it
         state["lm_head.weight"] = torch.randn(320, 32)
-    else:  # more layers than the config says
-        state |= {name.replace("layers.1", "layers.2"): state[name].clone() for name in state if "layers.1" in name}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError):
         load_model(str(tmp_path), "cpu", torch.float32)
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+WRONG = {  # models that packing gets wrong, and why
+    "granite": TINY | {"num_key_value_heads": 2, "logits_scaling": 1.05},  # divides its logits after the head
+    "cohere": TINY | {"num_key_value_heads": 2, "logit_scale": 0.5},  # multiplies them
+    "mamba": {"vocab_size": 320, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2},  # recurrent
+    "bloom": {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4},  # position bias instead of position ids
+    "gemma2": TINY | GQA,  # soft-caps its attention scores
+    "gptj": {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},  # knows no other attention
+}
+
+
+@pytest.mark.parametrize(
+    "kind, dtype", [(k, torch.float32) for k in WRONG] + [(k, torch.bfloat16) for k in ("granite", "bloom")]
+)
 def test_models_that_packing_gets_wrong_are_refused(kind, dtype, group, tmp_path):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **REFUSED[kind]), dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(tmp_path)
+    make_other(kind, WRONG[kind]).save_pretrained(tmp_path)
     with pytest.raises(InputError):
         load_model(str(tmp_path), "cpu", dtype)
 
@@ -277,72 +275,67 @@ def test_export(name, dtype, group, tmp_path):
     make_reference(name, **{dropout: 0.1}).save_pretrained(source)
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "temperature": 0.6}))
     model = load_model(str(source), "cpu", torch.float32)
-    packed_results(model)
+    before, _ = packed_results(model)
     torch.optim.SGD(model.parameters(), lr=10.0).step()
     export(model, str(source), tokenizer, folder, dtype)
 
     files = {path.name for path in folder.iterdir()}
-    assert list(folder.parent.iterdir()) == [folder] and not any(name.endswith((".bin", ".pt", ".pth")) for name in files)
+    assert list(folder.parent.iterdir()) == [folder]  # no .part
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= files
+    assert not any(file.endswith((".bin", ".pt", ".pth", ".pkl")) for file in files)
+    config, expected = (json.loads((path / "config.json").read_text()) for path in (folder, source))
+    assert config == expected | {"dtype": str(dtype).removeprefix("torch.")} and config[dropout] == 0.1
+    reloaded, text = AutoTokenizer.from_pretrained(folder), "<|im_start|>user\nhello<|im_end|>"
+    assert reloaded.chat_template == CHATML and reloaded.special_tokens_map == tokenizer.special_tokens_map
+    assert reloaded(text).input_ids == tokenizer(text).input_ids
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == [1, tokenizer.convert_tokens_to_ids("<|im_end|>")] and generation.temperature == 0.6
+
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tied = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
+    assert tied == (name != "llama") and exported.config._attn_implementation == "sdpa"
+    for key, parameter in model.named_parameters():
+        expected = parameter.full_tensor().to(dtype).float()
+        assert torch.equal(exported.get_parameter(key.removeprefix("model.")), expected)
+    with torch.no_grad():
+        logps, expected = model(pack(PAIRS)), torch.cat(plain_logps(exported, PAIRS))
+        assert_near(logps, expected, 1e-5 if dtype == torch.float32 else 0.02)
+        assert (logps - before).abs().max() > 0.1  # the trained weights, not the first ones
+        prompt, chosen, _ = PAIRS[1]
+        assert_near(model.plain_logps(torch.tensor(prompt + chosen))[len(prompt) - 1 :], logps[6:11])
     state = load_file(folder / "model.safetensors")
     assert {value.dtype for value in state.values()} == {dtype}
     assert state.keys() == load_file(source / "model.safetensors").keys()  # tied weights once
-    for key, parameter in model.named_parameters():
-        if (key := key.removeprefix("model.")) in state:
-            assert torch.equal(state[key], parameter.full_tensor().to(dtype))
-    before, after = (json.loads((path / "config.json").read_text()) for path in (source, folder))
-    assert after == before | {"dtype": str(dtype).removeprefix("torch.")} and after[dropout] == 0.1
-
-    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert exported.config._attn_implementation == "sdpa"
-    with torch.no_grad():
-        expected = torch.cat(plain_logps(exported, PAIRS))
-        assert (expected - torch.cat(plain_logps(AutoModelForCausalLM.from_pretrained(source), PAIRS))).abs().max() > 0.01
-        assert_near(model(pack(PAIRS)), expected, TOLERANCE if dtype == torch.float32 else 0.05)
-        ids = torch.tensor(PAIRS[1][0] + PAIRS[1][1])
-        start, stop = len(PAIRS[1][0]) - 1, len(ids) - 1
-        assert_near(
-            model.plain_logps(ids)[start:stop], expected[6 : 6 + stop - start], TOLERANCE if dtype == torch.float32 else 0.05
-        )
-    reloaded = AutoTokenizer.from_pretrained(folder)
-    assert reloaded.chat_template == CHATML and reloaded.special_tokens_map == tokenizer.special_tokens_map
-    assert reloaded("<|im_start|>user\nhello<|im_end|>").input_ids == tokenizer("<|im_start|>user\nhello<|im_end|>").input_ids
-    generation = GenerationConfig.from_pretrained(folder)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert generation.eos_token_id == [1, end] and generation.temperature == 0.6
 
 
-GENERATION = [
-    {},
-    {"top_k": 20},
-    {"min_p": 0.1},
-    {"do_sample": False, "temperature": 0.6},
-    {"do_sample": True, "temperature": 0.6},
-]
-
-
-@pytest.mark.parametrize("generation", GENERATION)
-def test_export_accepts_published_generation_configs(generation, group, tmp_path):
+@pytest.mark.parametrize("given", [{"top_k": 20}, {"do_sample": False, "temperature": 0.6}, {"eos_token_id": [3, 1]}])
+def test_export_takes_any_generation_config(given, group, tmp_path):
     make_model("llama").save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(given))
     model = load_model(str(tmp_path / "source"), "cpu", torch.float32)
-    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(generation))
     export(model, str(tmp_path / "source"), make_tokenizer(), tmp_path / "final", torch.float32)
-    saved = json.loads((tmp_path / "final" / "generation_config.json").read_text())
-    assert saved["eos_token_id"] in (3, [3])
-    assert saved.get("do_sample") == generation.get("do_sample") or "do_sample" not in generation
+    generation = GenerationConfig.from_pretrained(tmp_path / "final")
+    assert generation.eos_token_id in (3, given.get("eos_token_id", [3]))
+    assert generation.do_sample == given.get("do_sample") or "do_sample" not in given
 
 
 def test_an_interrupted_export_leaves_no_folder(model_folder, group, tmp_path, monkeypatch):
+    class Interrupted(Exception):
+        pass
+
+    def save_pretrained(*args, **kwargs):
+        raise Interrupted
+
     model, tokenizer = load_model(str(model_folder), "cpu", torch.float32), make_tokenizer()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(type(tokenizer), "save_pretrained", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(type(tokenizer), "save_pretrained", save_pretrained)
         export(model, str(model_folder), tokenizer, tmp_path / "final", torch.float32)
     assert not (tmp_path / "final").exists()
     export(model, str(model_folder), tokenizer, tmp_path / "final", torch.float32)  # what was left is no obstacle
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-# ---- Two ranks, and memory, in new processes --------------------------------------------------------------------------
+# ---- Two ranks, and memory, in new processes ------------------------------------------------------------------------
 
 
 def measure_memory() -> float:
@@ -350,26 +343,24 @@ def measure_memory() -> float:
     hidden, weight = torch.randn(4096, 64, requires_grad=True), torch.randn(65536, 64, requires_grad=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     token_logps(hidden, weight, None, torch.arange(4096)).sum().backward()
-    assert hidden.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0
+    assert hidden.grad.any() and weight.grad.any()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def work(rank: int, folder) -> None:
     """What each of two ranks does with the model in folder / source."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    results = {"MiB": measure_memory() if rank == 0 else None}
+    results, source = {"MiB": measure_memory() if rank == 0 else None}, str(folder / "source")
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     if rank == 1:
-        model_module.read_weights = None  # only rank 0 may read
-    source = str(folder / "source")
+        model_module.read_weights = None  # only rank 0 may read them
     with pytest.raises(InputError, match="replicas"):
         load_model(source, "cpu", torch.float32, 3)
     for replicas in (1, 2):
         model = load_model(source, "cpu", torch.float32, replicas)
-        local = [parameter.to_local().shape for parameter in model.parameters()]
-        results[replicas] = (*packed_results(model, PAIRS[rank::2], scale=2 / len(PAIRS)), dict(model.named_buffers()), local)
+        rows = [parameter.to_local().shape[0] for parameter in model.parameters()]
+        results[replicas] = (*packed_results(model, PAIRS[rank::2], 2 / len(PAIRS)), dict(model.named_buffers()), rows)
     export(model, source, make_tokenizer(), folder / "final", torch.float32)
     assert (folder / "final" / "model.safetensors").is_file()  # on every rank, once export returns
     torch.save(results, folder / f"rank{rank}")
@@ -378,32 +369,33 @@ def work(rank: int, folder) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """(the plain model, its folder, what `work` found on rank 0 and 1). 321 words: not the same number on both ranks."""
+    """(the plain model, its folder, what `work` found on ranks 0 and 1). 321 words: they hold different numbers of rows."""
     folder, reference = tmp_path_factory.mktemp("two_ranks"), make_reference("gemma3_text", vocab_size=321)
     reference.save_pretrained(folder / "source")
     torch.multiprocessing.spawn(work, (folder,), nprocs=2)
-    return reference, folder, [torch.load(folder / f"rank{rank}", weights_only=False) for rank in (0, 1)]
+    return reference, folder, [torch.load(folder / f"rank{rank}") for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_two_ranks_equal_one(replicas, two_ranks):
     reference, _, results = two_ranks
-    logps, gradients = plain_results(reference)
-    for rank, (mine, my_gradients, buffers, local) in enumerate(result[replicas] for result in results):
-        assert_near(mine, torch.cat(plain_logps(reference, PAIRS[rank::2])).detach())
-        assert_near(my_gradients, gradients)
-        assert {key.removeprefix("model.") for key in buffers} == dict(reference.named_buffers()).keys() != set()
-        for key, buffer in buffers.items():
-            assert torch.equal(buffer, reference.get_buffer(key.removeprefix("model.")))
-        rows = [shape[0] for shape in local]
+    reference.zero_grad()
+    _, expected_gradients = plain_results(reference)
+    expected_buffers = {f"model.{key}": buffer for key, buffer in reference.named_buffers()}
+    for rank in (0, 1):
+        logps, gradients, buffers, rows = results[rank][replicas]
+        assert_near(logps, torch.cat(plain_logps(reference, PAIRS[rank::2])).detach())
+        assert_near(gradients, expected_gradients)
+        assert buffers.keys() == expected_buffers.keys() != set()
+        assert all(torch.equal(buffer, expected_buffers[key]) for key, buffer in buffers.items())
         full = [parameter.shape[0] for parameter in reference.parameters()]
-        assert rows == (full if replicas == 2 else [n - n // 2 if rank == 0 else n // 2 for n in full])
+        assert rows == (full if replicas == 2 else [(n + 1 - rank) // 2 for n in full])
 
 
 def test_two_ranks_export(two_ranks):
     reference, folder, _ = two_ranks
-    exported = AutoModelForCausalLM.from_pretrained(folder / "final")
-    assert all(torch.equal(value, exported.state_dict()[key]) for key, value in reference.state_dict().items())
+    exported = AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
+    assert all(torch.equal(value, exported[key]) for key, value in reference.state_dict().items())
 
 
 def test_memory_stays_far_below_the_full_logits(two_ranks):
