@@ -117,7 +117,8 @@ def train(config: Config) -> None:
     log = Logger(config, state["step"])
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    layout = (config.replicas, config.activation_checkpointing, config.compile)
+    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs["lengths"])
+    layout = (config.replicas, config.activation_checkpointing, config.compile, longest)
     model = load_model(resolve_model(config.model), device.type, dtype, *layout)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     if checkpoint:
@@ -425,9 +426,10 @@ def start_process() -> tuple[int, int, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
-        # torchrun gives each of several processes one thread; they can share all cores.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if processes > 1:  # torchrun gives each of them one thread; they can share all cores
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // processes))
         device = torch.device("cpu")
     return rank, ranks, device
 

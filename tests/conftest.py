@@ -102,3 +102,4 @@ def model_folder(tmp_path_factory):
 
 
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # several threads slow tiny models down

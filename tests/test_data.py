@@ -473,7 +473,8 @@ def test_the_command_line_shows_tokens_and_statistics_or_one_line_of_error(write
         r"  prompt (13 tokens, context): <|im_start|>|us|er|\n|what| is| two|?|<|im_end|>|\n|<|im_start|>|assistant|\n",
         "  chosen (2 tokens, scored): plus|<|im_end|>",
         "  rejected (2 tokens, scored): what|<|im_end|>",
-        f"2 pairs from {source}: 1 of 3 rows dropped (1 empty, 0 identical, 0 different prompts, 0 end of turn inside), 0.0% of the pairs truncated",
+        f"2 pairs from {source}: 1 of 3 rows dropped (1 empty, 0 identical, 0 different prompts, 0 end of turn inside), "
+        "0.0% of the pairs truncated",
         "tokens        mean  median    95 %     max",
         "prompt          13      13      13      13",
         "chosen           3       3       4       4",
