@@ -375,17 +375,6 @@ def test_bare_command(base, tmp_path):
     assert config["train_data"] == "demo/train.jsonl" and config["eval_data"] == "demo/heldout.jsonl"
 
 
-def test_demo_data():
-    """The bundled pairs: enough of them, well-formed, and no held-out prompt among the training ones."""
-    rows = {name: [json.loads(line) for line in (ROOT / "demo" / f"{name}.jsonl").open()] for name in ("train", "heldout")}
-    assert len(rows["train"]) >= 200 and len(rows["heldout"]) >= 50
-    prompts = [json.dumps(row["prompt"]) for part in rows.values() for row in part]
-    assert len(set(prompts)) == len(prompts)
-    assert any(len(row["prompt"]) >= 3 for row in rows["train"]) and len({row["category"] for row in rows["train"]}) >= 4
-    for row in rows["train"] + rows["heldout"]:
-        assert row["prompt"][-1]["role"] == "user" and row["chosen"] != row["rejected"]
-
-
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 
