@@ -83,9 +83,8 @@ def load_file(path: str) -> datasets.Dataset:
         raise InputError("its type is not .jsonl, .json, .csv (also .gz) or .parquet")
     content = Path(path).read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    text = (
-        {"converters": dict.fromkeys(COLUMNS, str), "keep_default_na": False} if kind == "csv" else {}
-    )  # "4" and "None" are answers
+    # "4" and "None" are answers, too.
+    text = {"converters": dict.fromkeys(COLUMNS, str), "keep_default_na": False} if kind == "csv" else {}
     try:
         # A cache of its own for each content: datasets knows a file by path and time, which a copy can leave unchanged.
         cache = str(CACHE_DIR / "rows" / digest[:32])
@@ -286,7 +285,7 @@ def load_pairs(sources: str, tokenizer, max_length: int, max_prompt_length: int)
     features = {"prompt": integers, "chosen": integers, "rejected": integers, "lengths": integers}
     features = datasets.Features(features | {"source": text, "row": datasets.Value("int64"), "status": text})
     parts = []
-    for source in filter(None, map(str.strip, sources.split(","))):
+    for source in map(str.strip, sources.strip(" ,").split(",")):
         rows = load_rows(source)
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
         what = (rows._fingerprint, source, backend, tokenizer.chat_template, str(tokenizer.special_tokens_map))

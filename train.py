@@ -90,18 +90,12 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(resolve_model(config.model))
     pairs, report = load_pairs(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
     say(f"training: {report}")
-    steps_per_epoch = len(pairs) // config.batch_size
-    if steps_per_epoch == 0:
-        raise InputError(f"{len(pairs)} pairs do not fill one batch: lower batch_size={config.batch_size}")
     limit = getattr(AutoConfig.from_pretrained(resolve_model(config.model)), "max_position_embeddings", config.max_length)
     if config.max_length > limit:
         raise InputError(f"max_length={config.max_length} exceeds the {limit} positions of {config.model}")
-    total_steps = config.max_steps or config.num_epochs * steps_per_epoch
     tokens = [sum(lengths) for lengths in pairs["lengths"]]  # distinct tokens of each pair
-    schedule = []  # of every step: (indices of its pairs, its micro-batches as positions in indices [m][rank])
-    for step in range(total_steps):
-        indices = step_indices(len(pairs), config.batch_size, config.seed, step)
-        schedule.append((indices, split([tokens[i] for i in indices], ranks, config.micro_batch_tokens)))
+    schedule = make_schedule(config, tokens, ranks)
+    total_steps, steps_per_epoch = len(schedule), len(pairs) // config.batch_size
     heldout, heldout_split = None, []
     if config.eval_data:
         heldout, report = load_pairs(config.eval_data, tokenizer, config.max_length, config.max_prompt_length)
@@ -132,13 +126,13 @@ def train(config: Config) -> None:
 
     for step in range(start, total_steps + 1):
         finished = step == total_steps
-        due = step == 0 or finished or (config.eval_every and step % config.eval_every == 0)
-        if heldout and due and not evaluated and (finished or not stop.requested):
+        evaluation_due = step == 0 or finished or (config.eval_every and step % config.eval_every == 0)
+        if heldout and evaluation_due and not evaluated and (finished or not stop.requested):
             means, _ = reduce(evaluate(model, heldout, heldout_split, device), len(heldout))
             log.write({"step": step, **{f"eval/{name}": value for name, value in means.items()}})
             evaluated = True
-        due = step > start and config.save_every and step % config.save_every == 0
-        if not finished and (due or stop.requested):
+        checkpoint_due = step > start and config.save_every and step % config.save_every == 0
+        if not finished and (checkpoint_due or stop.requested):
             save_checkpoint(model, optimizer, config, state | {"step": step, "evaluated": evaluated})
         if finished or stop.requested:
             break
@@ -186,6 +180,21 @@ def train(config: Config) -> None:
         say(f"stopped by SIGTERM after step {step}, with a checkpoint: the same command goes on from there")
     log.close()
     dist.destroy_process_group()
+
+
+def make_schedule(config: Config, tokens: list[int], ranks: int) -> list[tuple[list[int], list[list[list[int]]]]]:
+    """What every step does: (indices of its pairs, its micro-batches as positions in these indices [m][rank]).
+
+    tokens: distinct tokens of each pair. Raises InputError if a step cannot be spread over the ranks.
+    """
+    steps_per_epoch = len(tokens) // config.batch_size
+    if steps_per_epoch == 0:
+        raise InputError(f"{len(tokens)} pairs do not fill one batch: lower batch_size={config.batch_size}")
+    schedule = []
+    for step in range(config.max_steps or config.num_epochs * steps_per_epoch):
+        indices = step_indices(len(tokens), config.batch_size, config.seed, step)
+        schedule.append((indices, split([tokens[i] for i in indices], ranks, config.micro_batch_tokens)))
+    return schedule
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:

@@ -3,9 +3,10 @@ demo's model itself, so that the pairs are on-policy.
 
     python -m demo.sample_rejected
 
-demo/answers.jsonl holds a category, a prompt (messages) and the chosen answer, written for this project. A prompt is
-answered at temperature 0.7 until the model ends its answer within 80 tokens (8 tries, the seeds 0 to 7) or 128 tokens (4
-more): a cut answer would teach when to stop rather than what to say. Prompts that get no such answer are left out.
+demo/answers.jsonl holds a category, a prompt (messages) and the chosen answer, written for this project. Each prompt is
+answered until the model ends its answer itself, by the TRIES below: a cut answer would teach when to stop rather than what
+to say. At temperature 0.9 the model finds most of its own answers likelier than the chosen ones, but not so much that
+pushing them down is all that there is to learn. Prompts without a whole answer are left out.
 """
 
 import json
@@ -19,6 +20,8 @@ from data import load_tokenizer
 from demo.smollm2 import demo_model
 from eval.generate import generate
 
+TRIES = [(0.9, 80)] * 5 + [(0.7, 128)] * 8  # temperature, most tokens of an answer
+ENOUGH = 260
 HELDOUT_EVERY = 5  # of each category the 1st, 6th, 11th ... pair is held out
 
 
@@ -27,15 +30,16 @@ def main() -> None:
     rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(demo_model())
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32).eval()
-    for seed in range(12):
+    for seed, (temperature, limit) in enumerate(TRIES):
         todo = [row for row in rows if "rejected" not in row]
+        if len(rows) - len(todo) >= ENOUGH:
+            break
         prompts = [row["prompt"] for row in todo]
-        limit = 80 if seed < 8 else 128
-        answers = generate(model, tokenizer, prompts, max_new_tokens=limit, temperature=0.7, batch_size=28, seed=seed)
-        for row, (text, finished) in zip(todo, answers):
+        settings = {"max_new_tokens": limit, "temperature": temperature, "batch_size": 112, "seed": seed}
+        for row, (text, finished) in zip(todo, generate(model, tokenizer, prompts, **settings)):
             if finished and text and text != row["chosen"]:
                 row["rejected"] = text
-        print(f"seed {seed}: {sum('rejected' in row for row in rows)} of {len(rows)} prompts have an answer", flush=True)
+        print(f"try {seed}: {sum('rejected' in row for row in rows)} of {len(rows)} prompts have an answer", flush=True)
     seen = Counter()
     with open(folder / "train.jsonl", "w") as train, open(folder / "heldout.jsonl", "w") as heldout:
         for row in rows:

@@ -21,7 +21,6 @@ def test_pairs():
     """Enough of them, well-formed, and no held-out prompt among the training ones."""
     rows = {name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").open()] for name in ("train", "heldout")}
     assert len(rows["train"]) >= 200 and len(rows["heldout"]) >= 50
-    assert len(rows["train"]) % 8 == 0  # the demo's batches are full
     prompts = [json.dumps(row["prompt"]) for part in rows.values() for row in part]
     assert len(set(prompts)) == len(prompts)
     written = {json.dumps(row["prompt"]): row["chosen"] for row in map(json.loads, (FOLDER / "answers.jsonl").open())}
