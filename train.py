@@ -111,7 +111,8 @@ def train(config: Config) -> None:
     log = Logger(config, state["step"])
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs["lengths"])
+    lengths = [*pairs["lengths"], *(heldout["lengths"] if heldout else [])]
+    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
     layout = (config.replicas, config.activation_checkpointing, config.compile, longest)
     model = load_model(resolve_model(config.model), device.type, dtype, *layout)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True)
