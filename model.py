@@ -90,9 +90,9 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         logits = F.linear(hidden, weight, bias)
         return -F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
-    rows = max(1, LOGITS_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+    count = -(-len(targets) * 4 * weight.shape[0] // LOGITS_BYTES[hidden.device.type])
     # checkpoint: the backward computes a chunk's logits once more instead of keeping them.
-    chunks = zip(hidden.split(rows), targets.split(rows))
+    chunks = zip(hidden.chunk(count), targets.chunk(count))
     return torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
 
 
@@ -116,25 +116,27 @@ def packed_attention(
     if segments is None or extra:
         raise InputError(f"packed attention cannot do what this model's does: {', '.join(extra) or 'no segments arrived'}")
 
-    def causal(q, k, v):
-        mask, length = None, q.shape[2]
-        if sliding_window is not None and length > sliding_window:
-            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-            mask = (distance >= 0) & (distance < sliding_window)
-        return F.scaled_dot_product_attention(
+    def attend(q, k, v):  # causal attention of the last n of m tokens to all of them: (1, heads, n, d) → (1, n, heads, d)
+        (n, m), mask = (q.shape[2], k.shape[2]), None
+        window = sliding_window or m
+        if n < m or window < m:
+            mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n).triu(m - n - window + 1)
+        out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
+        return out.transpose(1, 2)
 
-    outputs, start = [], 0
-    for p, c, r in segments:
-        q, k, v = (x[:, :, start : start + p + c + r] for x in (query, key, value))
-        outputs.append(causal(q[:, :, : p + c], k[:, :, : p + c], v[:, :, : p + c]))
-        # The prompt's own queries run again and are cut off, which costs little and keeps to plain causal attention,
-        # for which every device has its fastest kernel.
-        again = (torch.cat((x[:, :, :p], x[:, :, p + c :]), dim=2) for x in (q, k, v))
-        outputs.append(causal(*again)[:, :, p:])
-        start += p + c + r
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    outputs = []
+    sizes = [size for p, c, r in segments for size in (p + c, r)]
+    parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
+    for (p, _, _), (q, k, v), rejected in zip(segments, parts, parts):
+        outputs.append(attend(q, k, v))
+        k, v = torch.cat((k[:, :, :p], rejected[1]), dim=2), torch.cat((v[:, :, :p], rejected[2]), dim=2)
+        if q.is_cuda:  # the prompt's queries run again and are cut off: only attention without a mask is fast there
+            outputs.append(attend(torch.cat((q[:, :, :p], rejected[0]), dim=2), k, v)[:, p:])
+        else:
+            outputs.append(attend(rejected[0], k, v))
+    return torch.cat(outputs, dim=1), None
 
 
 # Under torch.compile, blocks are compiled around this function: its segments differ from batch to batch.

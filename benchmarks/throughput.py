@@ -1,0 +1,205 @@
+"""Measure train.py against the textbook step and against TRL, side by side.
+
+    python benchmarks/throughput.py                                   # HH lengths, the demo's model, 8 pairs a step
+    python benchmarks/throughput.py --data ultrafeedback --model random-256k --pairs 2 8 32 --ranks 1 2
+    python benchmarks/throughput.py --data my_pairs.jsonl --arms simper textbook --repeats 3
+
+Every measurement is a process of its own: `python train.py` itself, and benchmarks/baselines.py for the others, on the same
+pairs with the same weights and optimizer. They take turns, each repetition with another seed and so with other pairs. The
+first step of a process counts only for the time to get there; losses, log-probs and gradient norms of all steps must agree.
+Prints a Markdown table per workload; --log keeps every step.
+
+data: hh or ultrafeedback (random words, with the lengths of Anthropic's HH and of UltraFeedback), or any --train_data.
+model: demo, random-32k, random-128k, random-256k (8 random layers of width 512 under a vocabulary of that size), or a folder.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.plan import flops
+from data import load_pairs, load_tokenizer, step_indices
+from model import resolve_model
+
+# Each is one token of the demo's tokenizer, too.
+WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one"
+WORDS = (WORDS + " you were her all she there would their we him been has when who will more no if out so said what").split()
+# Mean tokens of prompt, chosen, rejected, and the spread of their logarithms.
+LENGTHS = {"hh": ((125, 40, 50), (0.8, 0.9, 0.9)), "ultrafeedback": ((150, 300, 250), (1.0, 0.7, 0.7))}
+ARMS = {
+    "simper": [str(ROOT / "train.py")],
+    "textbook": [str(ROOT / "benchmarks" / "baselines.py"), "textbook"],
+    "trl": [str(ROOT / "benchmarks" / "baselines.py"), "trl"],
+}
+
+
+def make_pairs(name: str, folder: Path, count: int) -> str:
+    """Write `count` pairs of random words with the lengths of `name` (log-normal, cut at 2,048); return the file."""
+    rng = np.random.default_rng(0)
+    means, spreads = (np.array(values) for values in LENGTHS[name])
+    lengths = np.exp(rng.normal(np.log(means) - spreads**2 / 2, spreads, size=(count, 3))).round().clip(2, 2048).astype(int)
+    path = folder / f"{name}-{count}.jsonl"
+    with open(path, "w") as file:
+        for row in lengths:
+            texts = (" ".join(rng.choice(WORDS, size=size)) for size in row)
+            print(json.dumps(dict(zip(("prompt", "chosen", "rejected"), texts))), file=file)
+    return str(path)
+
+
+def make_model(name: str, folder: Path) -> str:
+    """Write the random model `name`, with a tokenizer of WORDS, to a folder and return it; "demo" and folders stay."""
+    if not name.startswith("random-"):
+        return resolve_model(name)
+    vocabulary = int(name.removeprefix("random-").removesuffix("k")) * 1000
+    path = folder / name
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=4096, **shape)
+    LlamaForCausalLM(config).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>").save_pretrained(path)
+    return str(path)
+
+
+def matmul_speed() -> float:
+    """Floating-point operations per second of a float32 matrix product of size 2048³ on all cores: the best of ten."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    best = 0.0
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - began))
+    return best
+
+
+def measure(arm: str, ranks: int, flags: list[str], output: Path) -> dict:
+    """Run one process (with more ranks: torchrun and as many): {"start": seconds to the end of the first step, "steps":
+    its lines of metrics.jsonl}."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    lines = output / "metrics.jsonl"
+    began, start = time.perf_counter(), None
+    with open(f"{output}.log", "w") as log:
+        process = subprocess.Popen(
+            [*launch, *ARMS[arm], *flags, "--output_dir", str(output)], stdout=log, stderr=log, env=environment
+        )
+        while process.poll() is None:
+            if start is None and lines.exists() and lines.stat().st_size:
+                start = time.perf_counter() - began
+            time.sleep(0.02)
+    if process.returncode:
+        raise RuntimeError(f"{arm} failed:\n{Path(f'{output}.log').read_text()[-3000:]}")
+    return {"start": start, "steps": [json.loads(line) for line in lines.read_text().splitlines()]}
+
+
+def check(results: dict[str, dict]) -> None:
+    """Raise ValueError unless all arms computed the same: each step's log-probs, and the textbook's loss and gradient."""
+    for arm, other in results.items():
+        names = ("loss", "grad_norm", "logps/chosen", "logps/rejected") if arm == "textbook" else ("logps/chosen",)
+        for name, (mine, theirs) in itertools.product(names, zip(results["simper"]["steps"], other["steps"])):
+            if not abs(mine[name] - theirs[name]) <= 1e-3 * max(abs(mine[name]), 0.01):
+                raise ValueError(f"step {mine['step']}: {name} is {mine[name]} in simper and {theirs[name]} in {arm}")
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["hh"])
+    parser.add_argument("--model", nargs="+", default=["demo"])
+    parser.add_argument("--pairs", nargs="+", type=int, default=[8], help="pairs a step, all in one micro-batch per rank")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1])
+    parser.add_argument("--activation_checkpointing", nargs="+", choices=["true", "false"], default=["false"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="simper always takes part")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each process; the first is not timed")
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--log", default="", help="file to which every measurement is added as a line of JSON")
+    args = parser.parse_args()
+    try:
+        import trl
+
+        versions = f"TRL {trl.__version__}"
+    except ImportError:
+        versions = "TRL is not installed (pip install -r benchmarks/requirements.txt) and left out"
+    arms = [arm for arm in ARMS if arm == "simper" or arm in args.arms and (arm != "trl" or "not installed" not in versions)]
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, float32; ")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {versions}\n")
+    workloads = itertools.product(args.data, args.model, args.pairs, args.ranks, args.activation_checkpointing)
+    with tempfile.TemporaryDirectory() as folder:
+        for workload in workloads:
+            run(*workload, arms, args, Path(folder))
+
+
+def run(data: str, model: str, pairs: int, ranks: int, checkpointing: str, arms: list[str], args, folder: Path) -> None:
+    """Measure one workload and print its table."""
+    source = make_pairs(data, folder, max(400, 4 * pairs)) if data in LENGTHS else str(Path(data).resolve())
+    name = make_model(model, folder)
+    limits = {"max_length": args.max_length, "max_prompt_length": args.max_length // 2}
+    # As large a micro-batch as the step has pairs, on every rank: what is compared is one forward and one backward.
+    flags = {"model": name, "train_data": source, "batch_size": pairs, "max_steps": args.steps, "micro_batch_tokens": 10**6}
+    flags |= {"activation_checkpointing": checkpointing, "wandb": "off", "eval_data": "", "save_every": 0, **limits}
+    rows = load_pairs(source, load_tokenizer(name), *limits.values())[0]
+    config = AutoConfig.from_pretrained(name)
+    figures = {arm: {"speed": [], "tokens": [], "share": [], "memory": [], "start": []} for arm in arms}
+    for repeat in range(args.repeats):
+        peak, results = matmul_speed(), {}
+        for arm in arms[repeat % len(arms) :] + arms[: repeat % len(arms)]:
+            line = [text for key, value in (flags | {"seed": repeat}).items() for text in (f"--{key}", str(value))]
+            output = Path(tempfile.mkdtemp(dir=folder)) / arm
+            results[arm] = measure(arm, ranks, line, output)
+            peak = max(peak, matmul_speed())
+        check(results)
+        for arm, result in results.items():
+            if args.log:
+                with open(args.log, "a") as file:
+                    setting = {"data": data, "model": model, "pairs": pairs, "ranks": ranks, "checkpointing": checkpointing}
+                    print(json.dumps(setting | {"seed": repeat, "arm": arm, "matmul": peak, **result}), file=file)
+            figures[arm]["start"].append(result["start"])
+            figures[arm]["memory"].append(max(step["peak_memory_gb"] for step in result["steps"]))
+            speeds, tokens, shares = [], [], []
+            for step in result["steps"][1:]:
+                segments = rows[step_indices(len(rows), pairs, repeat, step["step"] - 1)]["lengths"]
+                speeds.append(step["pairs_per_second"])
+                tokens.append(sum(map(sum, segments)) / pairs * speeds[-1])
+                shares.append(flops(config, segments) / pairs * speeds[-1] / peak)
+            for key, values in (("speed", speeds), ("tokens", tokens), ("share", shares)):
+                figures[arm][key].append(statistics.median(values))
+    means = np.array(rows["lengths"]).mean(axis=0)
+    print(f"**{data}, {model}, {pairs} pairs a step, {ranks} rank{'s' * (ranks > 1)}, checkpointing {checkpointing}**: ")
+    print(f"mean tokens {means[0]:.0f} + {means[1]:.0f} + {means[2]:.0f}; {args.repeats} repeats, median (min–max)\n")
+    print("| | pairs/s | distinct tokens/s | of matmul speed | peak GB | s to first step | speed of simper | memory of simper |")
+    print("|---|---|---|---|---|---|---|---|")
+    for arm, values in figures.items():
+        faster = [a / b for a, b in zip(figures["simper"]["speed"], values["speed"])]
+        leaner = [a / b for a, b in zip(figures["simper"]["memory"], values["memory"])]
+        cells = [spread(values["speed"]), spread(values["tokens"], 0), spread(values["share"]), spread(values["memory"])]
+        cells += [spread(values["start"], 1), spread(faster) + " ×", spread(leaner) + " ×"]
+        print(f"| {arm} | " + " | ".join(cells) + " |")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
