@@ -121,6 +121,7 @@ def train(config: Config) -> None:
         say(f"resuming from {checkpoint}")
         load_checkpoint(checkpoint, model, optimizer, state["step"])
 
+    rehearse(model, optimizer, pairs, schedule, rank, device)
     start, evaluated = state["step"], state["evaluated"]
     stop = StopRequest()
     progress = tqdm(total=total_steps, initial=start, desc="SimPER", unit="step", disable=rank > 0, dynamic_ncols=True)
@@ -197,6 +198,30 @@ def make_schedule(config: Config, tokens: list[int], ranks: int) -> list[tuple[l
         indices = step_indices(len(tokens), config.batch_size, config.seed, step)
         schedule.append((indices, split([tokens[i] for i in indices], ranks, config.micro_batch_tokens)))
     return schedule
+
+
+def rehearse(model, optimizer, pairs: datasets.Dataset, schedule: list, rank: int, device) -> None:
+    """Run forward and backward of the micro-batch with the most tokens on one rank, with Adam's state in place, and forget
+    the result: memory that will not suffice is missed now and not hours later. Collective.
+
+    Such an error gets a note that says what to do; only the rank that lacks memory may have it.
+    """
+    lengths = [sum(pair) for pair in pairs["lengths"]]
+
+    def cost(shares: list[list[int]]) -> int:
+        return max(sum(lengths[i] for i in share) for share in shares)
+
+    every = ([[indices[i] for i in share] for share in shares] for indices, batches in schedule for shares in batches)
+    largest = max(every, key=cost)
+    checkpoint_tensors(model, optimizer)  # creates Adam's state
+    try:
+        pair_losses(model, pack_rows(pairs, largest[rank]).to(device))[0].sum().backward()
+    except RuntimeError as error:
+        if "memory" in str(error):
+            advice = f"lower --micro_batch_tokens (the longest pair has {max(lengths)}), or set --activation_checkpointing true"
+            error.add_note(f"The run's largest micro-batch, {cost(largest)} tokens on a rank, needs too much memory: {advice}.")
+        raise
+    optimizer.zero_grad()
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
