@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -57,7 +56,7 @@ class PackedModel(torch.nn.Module):
             use_cache=False,
         ).last_hidden_state[0]  # (T, hidden size)
         head = self.model.get_output_embeddings()
-        return token_logps(hidden[batch.predictors], head.weight, getattr(head, "bias", None), batch.targets)
+        return TokenLogps.apply(hidden[batch.predictors], head.weight, getattr(head, "bias", None), batch.targets)
 
     def plain_logps(self, ids: torch.Tensor, attention: str | None = None) -> torch.Tensor:
         """Log-probs of ids[1:] by the model's own forward, nothing packed: (n,) int64 → (n-1,) float32.
@@ -79,21 +78,47 @@ class PackedModel(torch.nn.Module):
         return (self.model.get_output_embeddings()(hidden) - logits).abs().max() / logits.abs().max()
 
 
-def token_logps(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-    """log softmax(hidden @ weight.T + bias)[targets], without ever holding all logits.
+class TokenLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T + bias)[targets], without ever holding all logits: apply(hidden, weight, bias, targets).
 
     hidden: (R, d); weight: (V, d); bias: (V,) or None; targets: (R,) int64. Returns (R,) float32 (float64 for float64).
+
+    Forward and backward go through the rows in chunks; the backward computes a chunk's logits once more. Its sum over the
+    chunks is taken in place, where autograd's would hold a further (V, d) gradient, and softmax is in float32 also where the
+    model computes in bfloat16 (F.linear_cross_entropy rounds its result).
     """
 
-    def chunk_logps(hidden, targets):
-        # Softmax in float32 also where the model computes in bfloat16 (F.linear_cross_entropy would round its result).
-        logits = F.linear(hidden, weight, bias)
-        return -F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        chunks = -(-len(targets) * 4 * weight.shape[0] // LOGITS_BYTES[hidden.device.type])
+        logps, normalizers = [], []
+        for h, t in zip(hidden.chunk(chunks), targets.chunk(chunks)):
+            logits = at_least_float32(F.linear(h, weight, bias))
+            normalizers.append(logits.logsumexp(dim=1))
+            logps.append(logits.gather(1, t[:, None])[:, 0] - normalizers[-1])
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalizers))
+        ctx.chunks = chunks
+        return torch.cat(logps)
 
-    count = -(-len(targets) * 4 * weight.shape[0] // LOGITS_BYTES[hidden.device.type])
-    # checkpoint: the backward computes a chunk's logits once more instead of keeping them.
-    chunks = zip(hidden.chunk(count), targets.chunk(count))
-    return torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, *rows = ctx.saved_tensors
+        grad_hidden, grad_weight = [], torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for h, t, normalizer, g in zip(*(x.chunk(ctx.chunks) for x in (hidden, *rows, grad))):
+            # The gradient of log p(t) with respect to the logits is onehot(t) − p.
+            logits = at_least_float32(F.linear(h, weight, bias))
+            grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden.append(grad_logits @ weight)
+            grad_weight.addmm_(grad_logits.T, h)
+            if bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
+        return torch.cat(grad_hidden), grad_weight, grad_bias, None
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def packed_attention(

@@ -12,6 +12,7 @@ which is how throughput.py runs train.py, too; more ranks run as DistributedData
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -22,12 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from data import load_pairs, load_tokenizer
 from model import resolve_model
-from train import learning_rate, make_schedule, parse_args, reduce, start_group, start_process
+from train import learning_rate, make_schedule, parse_args, reduce, start_group
 
 
 def write(config, metrics: dict) -> None:
@@ -36,8 +36,10 @@ def write(config, metrics: dict) -> None:
 
 
 def prepare(config):
-    """→ rank, ranks, tokenizer, pairs, and for every step the indices of its pairs on each rank: [step][rank]."""
-    rank, ranks, device = start_process()
+    """→ rank, ranks, device, tokenizer, pairs, and for every step the indices of its pairs on each rank: [step][rank]."""
+    # As users of these start: train.py's own settings of the memory allocator (start_process) are not applied.
+    rank, ranks, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     tokenizer = load_tokenizer(resolve_model(config.model))
     pairs, _ = load_pairs(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
     tokens = [sum(lengths) for lengths in pairs["lengths"]]
@@ -157,7 +159,7 @@ def trl(config) -> None:
         report_to=[],
         disable_tqdm=True,
         bf16=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=True,
     )
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(resolve_model(config.model), dtype=torch.float32),

@@ -25,8 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -34,15 +33,14 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.plan import flops
+from benchmarks.plan import LENGTHS, flops, sample_lengths
 from data import load_pairs, load_tokenizer, step_indices
-from model import resolve_model
+from model import build_model, resolve_model
 
+ROOT = Path(__file__).resolve().parent.parent
 # Each is one token of the demo's tokenizer, too.
 WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one"
 WORDS = (WORDS + " you were her all she there would their we him been has when who will more no if out so said what").split()
-# Mean tokens of prompt, chosen, rejected, and the spread of their logarithms.
-LENGTHS = {"hh": ((125, 40, 50), (0.8, 0.9, 0.9)), "ultrafeedback": ((150, 300, 250), (1.0, 0.7, 0.7))}
 ARMS = {
     "simper": [str(ROOT / "train.py")],
     "textbook": [str(ROOT / "benchmarks" / "baselines.py"), "textbook"],
@@ -51,13 +49,11 @@ ARMS = {
 
 
 def make_pairs(name: str, folder: Path, count: int) -> str:
-    """Write `count` pairs of random words with the lengths of `name` (log-normal, cut at 2,048); return the file."""
+    """Write `count` pairs of random words with the lengths of `name` and return the file."""
     rng = np.random.default_rng(0)
-    means, spreads = (np.array(values) for values in LENGTHS[name])
-    lengths = np.exp(rng.normal(np.log(means) - spreads**2 / 2, spreads, size=(count, 3))).round().clip(2, 2048).astype(int)
     path = folder / f"{name}-{count}.jsonl"
     with open(path, "w") as file:
-        for row in lengths:
+        for row in sample_lengths(name, count):
             texts = (" ".join(rng.choice(WORDS, size=size)) for size in row)
             print(json.dumps(dict(zip(("prompt", "chosen", "rejected"), texts))), file=file)
     return str(path)
@@ -113,10 +109,13 @@ def measure(arm: str, ranks: int, flags: list[str], output: Path) -> dict:
 
 
 def check(results: dict[str, dict]) -> None:
-    """Raise ValueError unless all arms computed the same: each step's log-probs, and the textbook's loss and gradient."""
+    """Raise ValueError unless all arms computed the same: in each step the textbook's loss, log-probs and gradient; in TRL,
+    whose objective is another, the log-probs of the first two steps, before which no weight has moved."""
     for arm, other in results.items():
-        names = ("loss", "grad_norm", "logps/chosen", "logps/rejected") if arm == "textbook" else ("logps/chosen",)
-        for name, (mine, theirs) in itertools.product(names, zip(results["simper"]["steps"], other["steps"])):
+        names, last = (
+            (("logps/chosen",), 2) if arm == "trl" else (("loss", "grad_norm", "logps/chosen", "logps/rejected"), None)
+        )
+        for name, (mine, theirs) in itertools.product(names, list(zip(results["simper"]["steps"], other["steps"]))[:last]):
             if not abs(mine[name] - theirs[name]) <= 1e-3 * max(abs(mine[name]), 0.01):
                 raise ValueError(f"step {mine['step']}: {name} is {mine[name]} in simper and {theirs[name]} in {arm}")
 
@@ -135,7 +134,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="simper always takes part")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps of each process; the first is not timed")
-    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--max_length", type=int, default=512, help="of prompt + response; the prompt's limit is half of it")
     parser.add_argument("--log", default="", help="file to which every measurement is added as a line of JSON")
     args = parser.parse_args()
     try:
@@ -162,7 +161,8 @@ def run(data: str, model: str, pairs: int, ranks: int, checkpointing: str, arms:
     flags = {"model": name, "train_data": source, "batch_size": pairs, "max_steps": args.steps, "micro_batch_tokens": 10**6}
     flags |= {"activation_checkpointing": checkpointing, "wandb": "off", "eval_data": "", "save_every": 0, **limits}
     rows = load_pairs(source, load_tokenizer(name), *limits.values())[0]
-    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        shape = build_model(AutoConfig.from_pretrained(name))
     figures = {arm: {"speed": [], "tokens": [], "share": [], "memory": [], "start": []} for arm in arms}
     for repeat in range(args.repeats):
         peak, results = matmul_speed(), {}
@@ -184,13 +184,15 @@ def run(data: str, model: str, pairs: int, ranks: int, checkpointing: str, arms:
                 segments = rows[step_indices(len(rows), pairs, repeat, step["step"] - 1)]["lengths"]
                 speeds.append(step["pairs_per_second"])
                 tokens.append(sum(map(sum, segments)) / pairs * speeds[-1])
-                shares.append(flops(config, segments) / pairs * speeds[-1] / peak)
+                shares.append(sum(flops(shape, segments)) / pairs * speeds[-1] / peak)
             for key, values in (("speed", speeds), ("tokens", tokens), ("share", shares)):
                 figures[arm][key].append(statistics.median(values))
     means = np.array(rows["lengths"]).mean(axis=0)
     print(f"**{data}, {model}, {pairs} pairs a step, {ranks} rank{'s' * (ranks > 1)}, checkpointing {checkpointing}**: ")
     print(f"mean tokens {means[0]:.0f} + {means[1]:.0f} + {means[2]:.0f}; {args.repeats} repeats, median (min–max)\n")
-    print("| | pairs/s | distinct tokens/s | of matmul speed | peak GB | s to first step | speed of simper | memory of simper |")
+    print(
+        "| | pairs/s | distinct tokens/s | share of matmul | peak GB | s to first step | speed of simper | memory of simper |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for arm, values in figures.items():
         faster = [a / b for a, b in zip(figures["simper"]["speed"], values["speed"])]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -338,6 +339,36 @@ def test_gradients_are_clipped(base, tmp_path):
     assert lines[1]["grad_norm"] > 1e-2  # what is reported is the norm before clipping
     norm = sum(tensor.square().sum() for tensor in gradients(tmp_path / "run").values()).sqrt()
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_costliest_micro_batch_comes_first(base, tmp_path, monkeypatch):
+    seen, pair_losses = [], train.pair_losses
+
+    def watch(model, batch):
+        seen.append(len(batch.input_ids))
+        return pair_losses(model, batch)
+
+    monkeypatch.setattr(train, "pair_losses", watch)
+    lines = run(base | {"micro_batch_tokens": 200, "eval_data": ""}, tmp_path / "run")
+    assert seen[0] == max(seen[1:]) and len(seen) > 4
+    # The first step's learning rate is 0: had the rehearsal left a gradient behind, the norm would be another.
+    plain = run(base | {"micro_batch_tokens": 2000, "eval_data": ""}, tmp_path / "plain")
+    assert lines[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=1e-5)
+
+
+def test_too_little_memory_says_what_to_lower(base, tmp_path, monkeypatch):
+    def fail(model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "pair_losses", fail)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(base | {"eval_data": ""}, tmp_path / "run")
+    torch.distributed.destroy_process_group()
+    (note,) = caught.value.__notes__
+    assert re.search(
+        r"largest micro-batch, \d+ tokens on a rank, .* lower --micro_batch_tokens \(the longest pair has \d+\)", note
+    )
+    assert read_metrics(tmp_path / "run") == []
 
 
 def test_nonfinite_gradient_stops_before_the_optimizer_moves(base, model_folder, tmp_path):

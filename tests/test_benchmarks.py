@@ -1,0 +1,150 @@
+"""The counts that benchmarks/ reports, against torch's own counters and values worked out by hand."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import make_config, make_model
+from test_recipes import MODELS, RECIPES
+from test_train import write_pairs
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from benchmarks.plan import GPUS, flops, kept_bytes, plan, sample_lengths
+from benchmarks.plan import main as plan_main
+from benchmarks.throughput import check
+from data import InputError, pack
+from model import PackedModel, blocks, build_model, shard
+from train import Config, parse_args
+
+ROOT = Path(__file__).parent.parent
+SEGMENTS = [(7, 5, 9), (4, 8, 3)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3"])
+def test_flops_are_those_that_torch_counts(name):
+    """The plain model on every token once: torch counts its matrix products; attention and the head are checked by hand."""
+    model = make_model(name)
+    ids = torch.randint(320, (1, 24))
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden.sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in counted.items() if "mm" in str(op) and "bmm" not in str(op))
+    # Without a response that attends to anything, all that is left of the blocks is their weights: subtract attention.
+    body, head = flops(PackedModel(model), [(24, 0, 0)])
+    width = 4 * 8  # heads × head size
+    assert body - 12 * width * 2 * (24 * 25 / 2) == products
+    assert head == 0
+    assert flops(PackedModel(model), [(24, 3, 4)])[1] == 6 * 320 * 32 * 7
+
+
+def test_attention_operations_of_a_pair():
+    """By hand: which tokens see which, for a prompt of 2, a chosen response of 2 and a rejected one of 1."""
+    seen = 1 + 2 + 3 + 4 + 3  # prompt: itself; chosen: prompt and chosen so far; rejected: prompt and itself
+    model = PackedModel(make_model("llama"))
+    none = flops(model, [(1, 0, 0)])[0] - 12 * 32 * 2  # one token's weights
+    assert flops(model, [(2, 2, 1)])[0] == 5 * none + 12 * 32 * 2 * seen
+
+
+def test_kept_bytes_are_those_of_the_real_forward():
+    batch = pack([([1] * p, [2] * c, [3] * r) for p, c, r in SEGMENTS])
+    config = make_config("llama")
+    per_block, outside = kept_bytes(config, batch, torch.float32)
+    model, kept = build_model(config), {}
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage()._cdata not in parameters:
+            kept[tensor.untyped_storage()._cdata] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch)
+    assert outside + 2 * per_block == sum(size for size, _ in kept.values())
+
+
+def test_collectives_are_those_that_fsdp_runs():
+    """plan counts two gathers and a reduction for a block, one gather and one reduction for the rest."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        model = build_model(make_config("llama"))
+        shard(model, "cpu", torch.float32)
+        with CommDebugMode() as counter:
+            model(pack([([1] * p, [2] * c, [3] * r) for p, c, r in SEGMENTS])).sum().backward()
+        counts = {str(op).split(".")[-1]: count for op, count in counter.get_comm_counts().items()}
+        assert sum(counts.values()) == 3 * len(blocks(model)) + 2, counts
+    finally:
+        dist.destroy_process_group()
+
+
+def test_throughput_measures_the_same_computation(model_folder, tmp_path):
+    """The whole benchmark on a tiny model: train.py's steps against the textbook's. It stops if a figure differs."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--model", str(model_folder), "--pairs", "4"]
+    command += ["--data", write_pairs(tmp_path / "pairs.jsonl", 20), "--max_length", "96", "--repeats", "1"]
+    command += ["--arms", "textbook", "--log", str(tmp_path / "log.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^\| textbook \| \d", done.stdout, re.MULTILINE)
+    simper, textbook = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert len(simper["steps"]) == len(textbook["steps"]) == 3
+    assert simper["steps"][2]["loss"] == pytest.approx(textbook["steps"][2]["loss"], rel=1e-4)
+    textbook["steps"][2]["grad_norm"] *= 1.01
+    with pytest.raises(ValueError, match="step 3: grad_norm"):
+        check({"simper": simper, "textbook": textbook})
+
+
+def llama3(**changes):
+    kind, values, parameters = MODELS["meta-llama/Meta-Llama-3-8B-Instruct"]
+    return AutoConfig.for_model(kind, **values | changes), parameters
+
+
+def test_plan_of_an_8b_model():
+    config, parameters = llama3()
+    result = plan(Config(batch_size=128, activation_checkpointing=True), config, 8, GPUS["a100"], "ultrafeedback", 60_000)
+    memory = result["memory"]
+    assert memory["parameters"] == memory["gradients"] == memory["Adam"] / 2 == pytest.approx(4 * parameters / 8, rel=1e-3)
+    assert result["fits"] and result["bound"] == "computation"
+    assert 0.2 < result["model_flops"] < 0.45  # checkpointing takes a quarter of what EFFICIENCY allows, and balance some
+    assert result["epoch"] == result["step"] * 468
+    longer = plan(Config(batch_size=128), config, 8, GPUS["a100"], "ultrafeedback", 60_000)
+    assert longer["memory"]["activations"] > 5 * memory["activations"] and longer["compute"] < result["compute"]
+
+
+def test_plan_of_one_gpu_has_no_transfers_and_does_not_fit():
+    result = plan(Config(batch_size=16), llama3()[0], 1, GPUS["h100"], "hh", 1600)
+    assert result["transfer"] == 0 and not result["fits"]
+
+
+def test_plan_refuses_more_gpus_than_pairs():
+    with pytest.raises(InputError, match="128 pairs cannot be spread over 512 ranks"):
+        plan(Config(batch_size=128), llama3(num_hidden_layers=1)[0], 512, GPUS["h100"], "ultrafeedback", 60_000)
+
+
+def test_sampled_lengths_have_the_stated_means():
+    assert sample_lengths("hh", 100_000).mean(axis=0) == pytest.approx([125, 40, 50], rel=0.02)
+
+
+ROWS = re.findall(r"^\| ([\w.-]+) \| `(.*?)` \| (.*) \|$", (ROOT / "docs" / "plan.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("recipe, flags, cells", ROWS, ids=lambda value: value if " | " not in value else "")
+def test_plan_of_the_docs(recipe, flags, cells, tmp_path, capsys, monkeypatch):
+    kind, values, _ = MODELS[parse_args([str(ROOT / "recipes" / f"{recipe}.yaml")]).model]
+    AutoConfig.for_model(kind, **values).save_pretrained(tmp_path)
+    arguments = [str(ROOT / "recipes" / f"{recipe}.yaml"), *flags.split(), "--model", str(tmp_path), "--row"]
+    arguments += ["--lengths", "hh", "--pairs", "160000"] if recipe == "pythia-2.8b-hh" else []
+    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+    plan_main()
+    assert capsys.readouterr().out.strip() == cells
+
+
+def test_the_docs_plan_every_recipe():
+    assert {recipe for recipe, _, _ in ROWS} == {path.stem for path in RECIPES} - {"demo"} and len(ROWS) == 15
