@@ -171,8 +171,8 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
         # and output, float32.
         "gathered": 2 * 2 * block + 2 * 2 * root + 4 * max(root, block) * (1 + 1 / shards),
         "activations": activations + outside,
-        # A chunk's logits in bfloat16, in float32, their log-softmax and its gradient.
-        "logits": min(LOGITS_BYTES["cuda"], 4 * scored * vocabulary) * 3.5,
+        # A chunk's logits in float32 and one more tensor of their size, in forward (logsumexp) and backward (bfloat16 twice).
+        "logits": min(LOGITS_BYTES["cuda"], 4 * scored * vocabulary) * 2,
     }
     seconds = forward_backward + adam
     return {
