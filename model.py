@@ -93,7 +93,7 @@ class TokenLogps(torch.autograd.Function):
         chunks = -(-len(targets) * 4 * weight.shape[0] // LOGITS_BYTES[hidden.device.type])
         logps, normalizers = [], []
         for h, t in zip(hidden.chunk(chunks), targets.chunk(chunks)):
-            logits = at_least_float32(F.linear(h, weight, bias))
+            logits = F.linear(h, weight, bias).to(torch.promote_types(h.dtype, torch.float32))
             normalizers.append(logits.logsumexp(dim=1))
             logps.append(logits.gather(1, t[:, None])[:, 0] - normalizers[-1])
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalizers))
@@ -107,7 +107,7 @@ class TokenLogps(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for h, t, normalizer, g in zip(*(x.chunk(ctx.chunks) for x in (hidden, *rows, grad))):
             # The gradient of log p(t) with respect to the logits is onehot(t) − p.
-            logits = at_least_float32(F.linear(h, weight, bias))
+            logits = F.linear(h, weight, bias).to(g.dtype)
             grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden.append(grad_logits @ weight)
@@ -115,10 +115,6 @@ class TokenLogps(torch.autograd.Function):
             if bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
         return torch.cat(grad_hidden), grad_weight, grad_bias, None
-
-
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def packed_attention(
@@ -154,13 +150,11 @@ def packed_attention(
     outputs = []
     sizes = [size for p, c, r in segments for size in (p + c, r)]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
-    for (p, _, _), (q, k, v), rejected in zip(segments, parts, parts):
-        outputs.append(attend(q, k, v))
-        k, v = torch.cat((k[:, :, :p], rejected[1]), dim=2), torch.cat((v[:, :, :p], rejected[2]), dim=2)
-        if q.is_cuda:  # the prompt's queries run again and are cut off: only attention without a mask is fast there
-            outputs.append(attend(torch.cat((q[:, :, :p], rejected[0]), dim=2), k, v)[:, p:])
-        else:
-            outputs.append(attend(rejected[0], k, v))
+    for (p, _, _), first, (q, k, v) in zip(segments, parts, parts):  # first: prompt and chosen; then rejected
+        outputs.append(attend(*first))
+        again, k, v = (torch.cat((x[:, :, :p], y), dim=2) for x, y in zip(first, (q, k, v)))
+        # On GPUs the prompt's queries run again and are cut off: only attention without a mask is fast there.
+        outputs.append(attend(again, k, v)[:, p:] if q.is_cuda else attend(q, k, v))
     return torch.cat(outputs, dim=1), None
 
 

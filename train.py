@@ -121,7 +121,7 @@ def train(config: Config) -> None:
         say(f"resuming from {checkpoint}")
         load_checkpoint(checkpoint, model, optimizer, state["step"])
 
-    rehearse(model, optimizer, pairs, schedule, rank, device)
+    rehearse(model, optimizer, pairs, tokens, schedule, rank, device)
     start, evaluated = state["step"], state["evaluated"]
     stop = StopRequest()
     progress = tqdm(total=total_steps, initial=start, desc="SimPER", unit="step", disable=rank > 0, dynamic_ncols=True)
@@ -200,16 +200,15 @@ def make_schedule(config: Config, tokens: list[int], ranks: int) -> list[tuple[l
     return schedule
 
 
-def rehearse(model, optimizer, pairs: datasets.Dataset, schedule: list, rank: int, device) -> None:
+def rehearse(model, optimizer, pairs: datasets.Dataset, tokens: list[int], schedule: list, rank: int, device) -> None:
     """Run forward and backward of the micro-batch with the most tokens on one rank, with Adam's state in place, and forget
     the result: memory that will not suffice is missed now and not hours later. Collective.
 
-    Such an error gets a note that says what to do; only the rank that lacks memory may have it.
+    tokens, schedule: as in make_schedule. The error gets a note that says what to do, on the ranks that lack memory.
     """
-    lengths = [sum(pair) for pair in pairs["lengths"]]
 
     def cost(shares: list[list[int]]) -> int:
-        return max(sum(lengths[i] for i in share) for share in shares)
+        return max(sum(tokens[i] for i in share) for share in shares)
 
     every = ([[indices[i] for i in share] for share in shares] for indices, batches in schedule for shares in batches)
     largest = max(every, key=cost)
@@ -217,8 +216,8 @@ def rehearse(model, optimizer, pairs: datasets.Dataset, schedule: list, rank: in
     try:
         pair_losses(model, pack_rows(pairs, largest[rank]).to(device))[0].sum().backward()
     except RuntimeError as error:
-        if "memory" in str(error):
-            advice = f"lower --micro_batch_tokens (the longest pair has {max(lengths)}), or set --activation_checkpointing true"
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):  # on a GPU, or on CPU
+            advice = f"lower --micro_batch_tokens (the longest pair has {max(tokens)}), or set --activation_checkpointing true"
             error.add_note(f"The run's largest micro-batch, {cost(largest)} tokens on a rank, needs too much memory: {advice}.")
         raise
     optimizer.zero_grad()
@@ -263,17 +262,20 @@ def evaluate(model, pairs: datasets.Dataset, micro_batches: list, device) -> tor
 def reduce(sums: torch.Tensor, num_pairs: int) -> tuple[dict, float]:
     """Sums of METRICS on every rank → ({name: mean over the num_pairs pairs of all ranks}, GB of memory at the peak of
     the rank that took most). One collective."""
-    if sums.is_cuda:
-        memory = torch.cuda.max_memory_allocated() / 1e9
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    mine = torch.cat((sums, sums.new_tensor([memory])))
+    mine = torch.cat((sums, sums.new_tensor([peak_memory(sums.device)])))
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
     *totals, _ = torch.stack(rows).sum(dim=0).tolist()
     means = {name: total / num_pairs for name, total in zip(METRICS, totals)}
     means["inverse_perplexity/margin"] = means["inverse_perplexity/chosen"] - means["inverse_perplexity/rejected"]
     return means, max(row[-1].item() for row in rows)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB that this process had at most: allocated on its GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class Logger:

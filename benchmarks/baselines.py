@@ -7,16 +7,14 @@
 prompt, padded to the longest and concatenated into one batch; the logits of all positions; log_softmax; gather. `trl` is
 TRL's CPOTrainer with loss_type="simpo" and cpo_alpha=0, the same computation (TRL has no SimPER).
 
-Each writes metrics.jsonl into its output_dir as train.py does, with the same names. Every step is one micro-batch a rank,
-which is how throughput.py runs train.py, too; more ranks run as DistributedDataParallel.
+Each writes metrics.jsonl into its output_dir as train.py does, with the same names. Every step must fit one micro-batch a rank
+(micro_batch_tokens), which is how throughput.py runs train.py, too; more ranks run as DistributedDataParallel. On CPU only.
 """
 
 import json
 import os
-import resource
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,7 +25,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from data import load_pairs, load_tokenizer
 from model import resolve_model
-from train import learning_rate, make_schedule, parse_args, reduce, start_group
+from train import METRICS, learning_rate, make_schedule, parse_args, peak_memory, reduce, start_group
 
 
 def write(config, metrics: dict) -> None:
@@ -36,19 +34,18 @@ def write(config, metrics: dict) -> None:
 
 
 def prepare(config):
-    """→ rank, ranks, device, tokenizer, pairs, and for every step the indices of its pairs on each rank: [step][rank]."""
-    # As users of these start: train.py's own settings of the memory allocator (start_process) are not applied.
-    rank, ranks, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    """→ rank, ranks, tokenizer, pairs, and for every step the indices of its pairs on each rank: [step][rank]."""
+    # Not by start_process, whose settings of the memory allocator are train.py's own.
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     tokenizer = load_tokenizer(resolve_model(config.model))
     pairs, _ = load_pairs(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
     tokens = [sum(lengths) for lengths in pairs["lengths"]]
     steps = []
-    for indices, micro_batches in make_schedule(replace(config, micro_batch_tokens=10**9), tokens, ranks):
+    for indices, micro_batches in make_schedule(config, tokens, ranks):
         (shares,) = micro_batches
         steps.append([[indices[position] for position in share] for share in shares])
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    return rank, ranks, device, tokenizer, pairs, steps
+    return rank, ranks, tokenizer, pairs, steps
 
 
 def padded_logps(model, rows: dict) -> torch.Tensor:
@@ -71,8 +68,8 @@ def padded_logps(model, rows: dict) -> torch.Tensor:
 
 
 def textbook(config) -> None:
-    rank, ranks, device, _, pairs, steps = prepare(config)
-    start_group(device)
+    rank, ranks, _, pairs, steps = prepare(config)
+    start_group(torch.device("cpu"))
     model = AutoModelForCausalLM.from_pretrained(resolve_model(config.model), dtype=torch.float32).train()
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -90,11 +87,11 @@ def textbook(config) -> None:
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - began
-        sums = torch.zeros(8, dtype=torch.float64)
-        sums[0], sums[3], sums[4] = losses.detach().sum(), chosen.detach().sum(), rejected.detach().sum()
+        known = {"loss": losses, "logps/chosen": chosen, "logps/rejected": rejected}
+        sums = torch.tensor([known[name].sum().item() if name in known else 0.0 for name in METRICS], dtype=torch.float64)
         means, memory = reduce(sums, config.batch_size)
         if rank == 0:
-            means = {name: means[name] for name in ("loss", "logps/chosen", "logps/rejected")}
+            means = {name: means[name] for name in known}
             means |= {"grad_norm": norm, "pairs_per_second": config.batch_size / seconds, "peak_memory_gb": memory}
             write(config, {"step": step + 1, **means})
 
@@ -103,7 +100,7 @@ class Timer(TrainerCallback):
     """Times the steps of transformers' Trainer and writes them as train.py does."""
 
     def __init__(self, config, rank: int):
-        self.config, self.rank, self.lines = config, rank, []
+        self.config, self.rank = config, rank
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
@@ -115,7 +112,7 @@ class Timer(TrainerCallback):
         if self.rank == 0 and "loss" in logs:
             line = {"step": state.global_step, "pairs_per_second": self.pairs_per_second}
             line |= {"grad_norm": logs["grad_norm"], "logps/chosen": logs["logps/chosen"]}
-            write(self.config, line | {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9})
+            write(self.config, line | {"peak_memory_gb": peak_memory(torch.device("cpu"))})
 
 
 def trl(config) -> None:
@@ -129,7 +126,7 @@ def trl(config) -> None:
         def _get_train_sampler(self, *args):
             return None if self.train_dataset is None else torch.utils.data.SequentialSampler(self.train_dataset)
 
-    rank, ranks, _, tokenizer, pairs, steps = prepare(config)
+    rank, ranks, tokenizer, pairs, steps = prepare(config)
     rows = []
     # With more ranks, Trainer deals its batches out in turn: rank 0 takes the first, rank 1 the second.
     for index in [i for shares in steps for share in shares for i in share]:

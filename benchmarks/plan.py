@@ -7,9 +7,9 @@ Flags that are not listed by --help are train.py's. Needs the model's config onl
 
 What is counted exactly: the parameters on each rank (the model is sharded over as many simulated ranks), the floating-point
 operations, the bytes that the forward keeps for the backward (transformers' code runs on tensors without data), and the
-collectives and their bytes. What is assumed: GPU's datasheet, EFFICIENCY, LINK_EFFICIENCY and HOP below; that FSDP's transfers
-hide behind computation where they are shorter; and pairs with the lengths of LENGTHS. So memory is to be trusted within a
-fifth, time within a factor of two, and what bounds the step more than either.
+collectives and their bytes. What is assumed: the GPUs' datasheets, EFFICIENCY, LINK_EFFICIENCY and HOP below; that FSDP's
+transfers hide behind computation where they are shorter; and pairs with the lengths of LENGTHS. No prediction has been held
+against a GPU yet.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from data import InputError, MicroBatch, pack, split, truncate
 from model import LOGITS_BYTES, PackedModel, blocks, build_model, resolve_model, shard
 from train import Config, parse_args
 
-# Means of the tokens of prompt, chosen and rejected, and the standard deviations of their logarithms (log-normal).
+# Means of the tokens of prompt, chosen and rejected, and the standard deviations of their logarithms (log-normal). The means of
+# hh are those of Anthropic's harmless-base under SmolLM2's tokenizer; the others are round numbers.
 LENGTHS = {"hh": ((125, 40, 50), (0.8, 0.9, 0.9)), "ultrafeedback": ((150, 300, 250), (1.0, 0.7, 0.7))}
 
 
@@ -50,9 +51,9 @@ GPUS = {
     "a100": GPU(312e12, 80e9, 2.0e12, 300e9, 8 * 25e9),
     "h100": GPU(989e12, 80e9, 3.35e12, 450e9, 8 * 50e9),
 }
-EFFICIENCY = 0.45  # share of a GPU's peak that the blocks of 3B to 8B models reach in bfloat16
-LINK_EFFICIENCY = 0.75  # share of a link's speed that large collectives reach
-HOP = 3e-6  # seconds that each further rank adds to a ring collective
+EFFICIENCY = 0.45  # assumed share of a GPU's peak that forward and backward reach in bfloat16
+LINK_EFFICIENCY = 0.75  # assumed share of a link's speed that collectives reach
+HOP = 3e-6  # assumed seconds that each further rank adds to a ring collective
 
 
 def sample_lengths(name: str, count: int, seed: int = 0) -> np.ndarray:
@@ -101,6 +102,16 @@ def kept_bytes(config, batch: MicroBatch, dtype: torch.dtype = torch.bfloat16) -
     return two - one, 2 * one - two
 
 
+def fsdp_traffic(layers: int, inside: int, whole: int) -> tuple[int, int, int, int]:
+    """What FSDP2 moves in a forward and backward in bfloat16: (gathers, gathered bytes, reductions, reduced bytes), in sizes of
+    the whole tensors, for `layers` blocks with `inside` of the model's `whole` parameters.
+
+    Blocks are gathered for the forward and again for the backward, what is in no block once; all gradients are reduced in
+    float32.
+    """
+    return 2 * layers + 1, 2 * (whole + inside), layers + 1, 4 * whole
+
+
 def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) -> dict:
     """The prediction for one recipe on a model of transformers' `config`: figures by name, bytes, seconds and operations.
 
@@ -112,21 +123,18 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
         segments.append(tuple(map(len, cut)))
     steps = [segments[i : i + recipe.batch_size] for i in range(0, len(segments), recipe.batch_size)]
 
-    shards = gpus // recipe.replicas
+    with torch.device("meta"):
+        model, sharded = build_model(config), build_model(config)
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
-        with torch.device("meta"):
-            model = build_model(config)
-        shape = [[p.numel() for p in block.parameters()] for block in blocks(model)]
-        whole = sum(p.numel() for p in model.parameters())
-        shard(model, "cpu", torch.bfloat16, recipe.replicas)
-        local = sum(p.to_local().numel() for p in model.parameters())
+        shard(sharded, "cpu", torch.bfloat16, recipe.replicas)
+        local = sum(p.to_local().numel() for p in sharded.parameters())
     finally:
         dist.destroy_process_group()
-    with torch.device("meta"):
-        model = build_model(config)
-    block = max(map(sum, shape))
-    root = whole - sum(map(sum, shape))
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+    shards, layers, block, whole = gpus // recipe.replicas, len(sizes), max(sizes), sum(p.numel() for p in model.parameters())
+    root = whole - sum(sizes)
+    gathers, gathered, reductions, reduced = fsdp_traffic(layers, sum(sizes), whole)
 
     # Time: computation of the slowest rank in each micro-batch against the transfers of a micro-batch.
     again = 4 / 3  # a second forward
@@ -141,26 +149,22 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
                 largest, widest = sum(map(sum, costliest)), costliest
             body, head = flops(model, costliest)
             compute.append((body * (again if recipe.activation_checkpointing else 1) + head * again) / gpu.flops / EFFICIENCY)
-    # A ring that leaves the node runs at the node's network, shared by its eight GPUs only if they are in different rings.
+    # A ring over several nodes enters and leaves each of them once and has the node's whole network.
     link = LINK_EFFICIENCY * (gpu.nvlink if shards <= 8 else min(gpu.nvlink, gpu.network))
-    remote = (shards - 1) / shards
-    gathered = 2 * ((whole - root) * 2 + root)  # bfloat16: blocks for forward and again for backward, the rest once
-    reduced = 4 * whole  # float32
-    collectives = 3 * len(shape) + 2
-    transfer = remote * (gathered + reduced) / link + collectives * (shards - 1) * HOP
+    transfer = (shards - 1) * ((gathered + reduced) / shards / link + (gathers + reductions) * HOP)
     if recipe.replicas > 1:
         # Between replicas every GPU has its share of the node's network.
         across = LINK_EFFICIENCY * (gpu.network / 8 if gpus > 8 else gpu.nvlink)
-        transfer += 2 * (recipe.replicas - 1) / recipe.replicas * 4 * whole / shards / across
-        transfer += 2 * (len(shape) + 1) * (recipe.replicas - 1) * HOP
+        # An all-reduce of each shard: a reduction and a gather.
+        transfer += 2 * (recipe.replicas - 1) * (reduced / shards / recipe.replicas / across + reductions * HOP)
     forward_backward = sum(max(seconds, transfer) for seconds in compute) / len(steps)
     adam = 32 * local / gpu.memory_speed  # reads and writes of float32 parameters, gradients and moments, and the norm
 
     # Memory of a GPU, at the costliest micro-batch.
     batch = pack([([0] * p, [0] * c, [0] * r) for p, c, r in widest])
-    per_block, outside = kept_bytes(config, batch)
+    per_block, outside = kept_bytes(model.model.config, batch)  # without dropout
     inputs = 2 * config.get_text_config().hidden_size * largest  # of one block, bfloat16
-    activations = len(shape) * inputs + per_block if recipe.activation_checkpointing else len(shape) * per_block
+    activations = layers * inputs + per_block if recipe.activation_checkpointing else layers * per_block
     scored = int(batch.lengths.sum())
     vocabulary = config.get_text_config().vocab_size
     memory = {
@@ -221,7 +225,10 @@ def main() -> None:
     parser.add_argument("--row", action="store_true", help="print one line of docs/plan.md's table")
     args, rest = parser.parse_known_args()
     recipe = parse_args([args.recipe, *rest])
-    config = AutoConfig.from_pretrained(resolve_model(recipe.model))
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(recipe.model))
+    except (OSError, ValueError) as error:
+        raise InputError(f"no config can be loaded from {recipe.model}: {error}") from error
     result = plan(recipe, config, args.gpus, GPUS[args.gpu], args.lengths, args.pairs)
     print(row(result) if args.row else report(result, GPUS[args.gpu]))
 

@@ -14,6 +14,8 @@ model: demo, random-32k, random-128k, random-256k (8 random layers of width 512 
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -92,7 +94,7 @@ def measure(arm: str, ranks: int, flags: list[str], output: Path) -> dict:
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
     lines = output / "metrics.jsonl"
     began, start = time.perf_counter(), None
     with open(f"{output}.log", "w") as log:
@@ -112,10 +114,9 @@ def check(results: dict[str, dict]) -> None:
     """Raise ValueError unless all arms computed the same: in each step the textbook's loss, log-probs and gradient; in TRL,
     whose objective is another, the log-probs of the first two steps, before which no weight has moved."""
     for arm, other in results.items():
-        names, last = (
-            (("logps/chosen",), 2) if arm == "trl" else (("loss", "grad_norm", "logps/chosen", "logps/rejected"), None)
-        )
-        for name, (mine, theirs) in itertools.product(names, list(zip(results["simper"]["steps"], other["steps"]))[:last]):
+        names = ("logps/chosen",) if arm == "trl" else ("loss", "grad_norm", "logps/chosen", "logps/rejected")
+        steps = list(zip(results["simper"]["steps"], other["steps"]))[: 2 if arm == "trl" else None]
+        for name, (mine, theirs) in itertools.product(names, steps):
             if not abs(mine[name] - theirs[name]) <= 1e-3 * max(abs(mine[name]), 0.01):
                 raise ValueError(f"step {mine['step']}: {name} is {mine[name]} in simper and {theirs[name]} in {arm}")
 
@@ -137,13 +138,12 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512, help="of prompt + response; the prompt's limit is half of it")
     parser.add_argument("--log", default="", help="file to which every measurement is added as a line of JSON")
     args = parser.parse_args()
-    try:
-        import trl
-
-        versions = f"TRL {trl.__version__}"
-    except ImportError:
+    arms = [arm for arm in ARMS if arm == "simper" or arm in args.arms]
+    if importlib.util.find_spec("trl"):
+        versions = f"TRL {importlib.metadata.version('trl')}"
+    else:
         versions = "TRL is not installed (pip install -r benchmarks/requirements.txt) and left out"
-    arms = [arm for arm in ARMS if arm == "simper" or arm in args.arms and (arm != "trl" or "not installed" not in versions)]
+        arms = [arm for arm in arms if arm != "trl"]
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, float32; ")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {versions}\n")
     workloads = itertools.product(args.data, args.model, args.pairs, args.ranks, args.activation_checkpointing)
@@ -163,6 +163,7 @@ def run(data: str, model: str, pairs: int, ranks: int, checkpointing: str, arms:
     rows = load_pairs(source, load_tokenizer(name), *limits.values())[0]
     with torch.device("meta"):
         shape = build_model(AutoConfig.from_pretrained(name))
+    padded = []  # operations of the textbook's batch over those of the distinct tokens, of each step
     figures = {arm: {"speed": [], "tokens": [], "share": [], "memory": [], "start": []} for arm in arms}
     for repeat in range(args.repeats):
         peak, results = matmul_speed(), {}
@@ -172,6 +173,10 @@ def run(data: str, model: str, pairs: int, ranks: int, checkpointing: str, arms:
             results[arm] = measure(arm, ranks, line, output)
             peak = max(peak, matmul_speed())
         check(results)
+        for step in range(1, args.steps):
+            segments = rows[step_indices(len(rows), pairs, repeat, step)]["lengths"]
+            longest = max(p + max(c, r) for p, c, r in segments)
+            padded.append(sum(flops(shape, [(0, longest, 0)] * 2 * pairs)) / sum(flops(shape, segments)))
         for arm, result in results.items():
             if args.log:
                 with open(args.log, "a") as file:
@@ -189,7 +194,8 @@ def run(data: str, model: str, pairs: int, ranks: int, checkpointing: str, arms:
                 figures[arm][key].append(statistics.median(values))
     means = np.array(rows["lengths"]).mean(axis=0)
     print(f"**{data}, {model}, {pairs} pairs a step, {ranks} rank{'s' * (ranks > 1)}, checkpointing {checkpointing}**: ")
-    print(f"mean tokens {means[0]:.0f} + {means[1]:.0f} + {means[2]:.0f}; {args.repeats} repeats, median (min–max)\n")
+    print(f"mean tokens {means[0]:.0f} + {means[1]:.0f} + {means[2]:.0f}; {args.repeats} repeats, median (min–max);")
+    print(f"the padded batch has {spread(padded)} times the operations of the distinct tokens\n")
     print(
         "| | pairs/s | distinct tokens/s | share of matmul | peak GB | s to first step | speed of simper | memory of simper |"
     )

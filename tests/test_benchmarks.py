@@ -12,12 +12,12 @@ import torch.distributed as dist
 from conftest import make_config, make_model
 from test_recipes import MODELS, RECIPES
 from test_train import write_pairs
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from benchmarks.plan import GPUS, flops, kept_bytes, plan, sample_lengths
+from benchmarks.plan import GPUS, flops, fsdp_traffic, kept_bytes, plan, sample_lengths
 from benchmarks.plan import main as plan_main
 from benchmarks.throughput import check
 from data import InputError, pack
@@ -71,16 +71,32 @@ def test_kept_bytes_are_those_of_the_real_forward():
     assert outside + 2 * per_block == sum(size for size, _ in kept.values())
 
 
-def test_collectives_are_those_that_fsdp_runs():
-    """plan counts two gathers and a reduction for a block, one gather and one reduction for the rest."""
+class Collectives(TorchDispatchMode):
+    """Records the bytes of the whole tensors of the gathers and reductions that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gathers, self.reductions = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_allgather_base_" in str(function):
+            self.gathers.append(args[0].untyped_storage().nbytes())
+        if "_reduce_scatter_base_" in str(function):
+            self.reductions.append(args[1].untyped_storage().nbytes())
+        return function(*args, **(kwargs or {}))
+
+
+def test_traffic_is_what_fsdp_moves():
+    """Number and bytes of the collectives of a real forward and backward."""
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     try:
         model = build_model(make_config("llama"))
-        shard(model, "cpu", torch.float32)
-        with CommDebugMode() as counter:
+        inside = sum(p.numel() for block in blocks(model) for p in block.parameters())
+        expected = fsdp_traffic(len(blocks(model)), inside, sum(p.numel() for p in model.parameters()))
+        shard(model, "cpu", torch.bfloat16)
+        with Collectives() as seen:
             model(pack([([1] * p, [2] * c, [3] * r) for p, c, r in SEGMENTS])).sum().backward()
-        counts = {str(op).split(".")[-1]: count for op, count in counter.get_comm_counts().items()}
-        assert sum(counts.values()) == 3 * len(blocks(model)) + 2, counts
+        assert (len(seen.gathers), sum(seen.gathers), len(seen.reductions), sum(seen.reductions)) == expected
     finally:
         dist.destroy_process_group()
 

@@ -356,12 +356,14 @@ def test_the_costliest_micro_batch_comes_first(base, tmp_path, monkeypatch):
     assert lines[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=1e-5)
 
 
-def test_too_little_memory_says_what_to_lower(base, tmp_path, monkeypatch):
-    def fail(model, batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def cuda_out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(train, "pair_losses", fail)
-    with pytest.raises(torch.OutOfMemoryError) as caught:
+
+@pytest.mark.parametrize("fail", [cuda_out_of_memory, lambda: torch.empty(2**60)], ids=["cuda", "cpu"])
+def test_too_little_memory_says_what_to_lower(base, tmp_path, monkeypatch, fail):
+    monkeypatch.setattr(train, "pair_losses", lambda model, batch: fail())
+    with pytest.raises(RuntimeError) as caught:
         run(base | {"eval_data": ""}, tmp_path / "run")
     torch.distributed.destroy_process_group()
     (note,) = caught.value.__notes__
