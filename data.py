@@ -418,6 +418,8 @@ class MicroBatch:
         targets      [3, 4, 5]          (R,) int64; the response tokens: chosen, then rejected, pair after pair
         lengths      [[2, 1]]           (pairs, 2) int64; response tokens of chosen and rejected
         segments     [(2, 2, 1)]        tokens of prompt, chosen and rejected of each pair, as Python integers
+        reference    None               or, for a loss with a reference model, (pairs, 2) float32: the summed log-probs of
+                                        chosen and rejected under it
     """
 
     input_ids: torch.Tensor
@@ -426,11 +428,13 @@ class MicroBatch:
     targets: torch.Tensor
     lengths: torch.Tensor
     segments: list[tuple[int, int, int]]
+    reference: torch.Tensor | None = None
 
     def to(self, device) -> "MicroBatch":
         """The same on `device`."""
         tensors = (self.input_ids, self.position_ids, self.predictors, self.targets, self.lengths)
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.segments)
+        reference = None if self.reference is None else self.reference.to(device, non_blocking=True)
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.segments, reference)
 
 
 def pack(pairs: list[tuple[list[int], list[int], list[int]]]) -> MicroBatch:
@@ -448,10 +452,12 @@ def pack(pairs: list[tuple[list[int], list[int], list[int]]]) -> MicroBatch:
     return MicroBatch(*(torch.tensor(array) for array in arrays), segments)
 
 
-def pack_rows(pairs: datasets.Dataset, indices: list[int]) -> MicroBatch:
-    """The pairs at `indices` of a data set made by load_pairs, packed."""
+def pack_rows(pairs: datasets.Dataset, indices: list[int], reference: torch.Tensor | None = None) -> MicroBatch:
+    """The pairs at `indices` of a data set made by load_pairs, packed; `reference`: (len(pairs), 2) or None."""
     rows = pairs[indices]
-    return pack(list(zip(rows["prompt"], rows["chosen"], rows["rejected"])))
+    batch = pack(list(zip(rows["prompt"], rows["chosen"], rows["rejected"])))
+    batch.reference = None if reference is None else reference[indices]
+    return batch
 
 
 # ---- Looking at the data --------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The SimPER objective (Xiao et al., "SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters",
-ICLR 2025, arXiv 2502.00883, section 3)."""
+ICLR 2025, arXiv 2502.00883, section 3), and below it the losses that it is compared with."""
 
 import torch
+import torch.nn.functional as F
 
 
 def simper_loss(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -38,3 +39,108 @@ def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     # unsafe skips the check that the lengths sum to the number of tokens: the host would have to wait for the GPU.
     sums = torch.segment_reduce(token_logps, "sum", lengths=lengths.flatten(), unsafe=token_logps.is_cuda)
     return sums.view_as(lengths)
+
+
+# ---- The losses that SimPER is compared with ------------------------------------------------------------------------
+#
+# `--loss NAME` is the function NAME_loss of this file, `--loss_args beta=0.1` its keyword arguments, whose defaults are those
+# of its paper or its authors' code. Arguments and result are those of simper_loss. A function with a parameter `reference` is
+# given the summed log-probs of both responses under the model that training starts from: (pairs, 2), in token_logps' dtype.
+#
+# In the equations w and l are the chosen and the rejected response, |w| and |l| their numbers of tokens, s their summed and m
+# their mean log-probs, r = s − reference; σ is the sigmoid. All are per pair: none depends on what else is in a batch.
+
+
+def sft_loss(token_logps, lengths):
+    """−m_w: supervised fine-tuning on the chosen response; the rejected one is not used."""
+    chosen, _ = (sum_logps(token_logps, lengths) / lengths).unbind(dim=1)
+    return -chosen
+
+
+def rrhf_loss(token_logps, lengths, lambda_=1.0):
+    """max(0, m_l − m_w) − λ s_w (Yuan et al. 2023, arXiv 2304.05302). Their code averages the second term over the padded
+    row, prompt and padding included."""
+    sums = sum_logps(token_logps, lengths)
+    chosen, rejected = (sums / lengths).unbind(dim=1)
+    return F.relu(rejected - chosen) - lambda_ * sums[:, 0]
+
+
+def slic_hf_loss(token_logps, lengths, delta=1.0, lambda_=0.1):
+    """max(0, δ − s_w + s_l) − λ s_w (Zhao et al. 2023, arXiv 2305.10425; their second term is of the SFT data's response). The
+    loss "hinge" of TRL is another one: it has a reference and no second term."""
+    chosen, rejected = sum_logps(token_logps, lengths).unbind(dim=1)
+    return F.relu(delta - chosen + rejected) - lambda_ * chosen
+
+
+def dpo_loss(token_logps, lengths, reference, beta=0.1):
+    """−log σ(β (r_w − r_l)) (Rafailov et al. 2023, arXiv 2305.18290, eq. 7)."""
+    chosen, rejected = (sum_logps(token_logps, lengths) - reference).unbind(dim=1)
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def ipo_loss(token_logps, lengths, reference, tau=0.1):
+    """(r_w − r_l − 1/(2τ))² (Azar et al. 2023, arXiv 2310.12036, eq. 17). TRL and HALOs put means for the sums."""
+    chosen, rejected = (sum_logps(token_logps, lengths) - reference).unbind(dim=1)
+    return (chosen - rejected - 1 / (2 * tau)).square()
+
+
+def cpo_loss(token_logps, lengths, beta=0.1, lambda_=1.0):
+    """−log σ(β (s_w − s_l)) − λ s_w (Xu et al. 2024, arXiv 2401.08417). Their code and TRL have a mean over the batch's tokens
+    in the second term."""
+    chosen, rejected = sum_logps(token_logps, lengths).unbind(dim=1)
+    return -F.logsigmoid(beta * (chosen - rejected)) - lambda_ * chosen
+
+
+def kto_loss(token_logps, lengths, reference, beta=0.1, lambda_w=1.0, lambda_l=1.0):
+    """λ_w (1 − σ(β (r_w − z_l))) + λ_l (1 − σ(β (z_w − r_l))), z = max(0, r) without gradient: the form for pairs of KTO
+    (Ethayarajh et al. 2024, arXiv 2402.01306).
+
+    KTO's z is the batch mean of r over mismatched prompts and responses; the form for pairs that TRL had (kto_pair) takes the
+    mean of the other side's r over a device's batch. Here it is the pair's own, so that no split of a batch changes the loss.
+    Tables after SimPO's print λ_l σ(z − β r_l) with a plus, which would raise the rejected response.
+    """
+    chosen, rejected = (sum_logps(token_logps, lengths) - reference).unbind(dim=1)
+    z_chosen, z_rejected = chosen.detach().clamp(min=0), rejected.detach().clamp(min=0)
+    return lambda_w * torch.sigmoid(beta * (z_rejected - chosen)) + lambda_l * torch.sigmoid(beta * (rejected - z_chosen))
+
+
+def orpo_loss(token_logps, lengths, lambda_=0.1):
+    """−m_w − λ log σ(logit(e^{m_w}) − logit(e^{m_l})) (Hong et al. 2024, arXiv 2403.07691). Their code and TRL count the
+    prompt's tokens, too, in the first term."""
+    means = sum_logps(token_logps, lengths) / lengths
+    chosen, rejected = (means - torch.log(-torch.expm1(means))).unbind(dim=1)  # log odds: m − log(1 − e^m)
+    return -means[:, 0] - lambda_ * F.logsigmoid(chosen - rejected)
+
+
+def r_dpo_loss(token_logps, lengths, reference, beta=0.1, alpha=0.01):
+    """−log σ(β (r_w − r_l) + α (|w| − |l|)) (Park et al. 2024, arXiv 2403.19159): DPO for the reward minus α per token."""
+    chosen, rejected = (sum_logps(token_logps, lengths) - reference).unbind(dim=1)
+    longer = (lengths[:, 0] - lengths[:, 1]).to(chosen.dtype)
+    return -F.logsigmoid(beta * (chosen - rejected) + alpha * longer)
+
+
+def simpo_loss(token_logps, lengths, beta=2.0, gamma=1.0):
+    """−log σ(β (m_w − m_l) − γ) (Meng et al. 2024, arXiv 2405.14734, eq. 6). Their code has γ/β as its option."""
+    chosen, rejected = (sum_logps(token_logps, lengths) / lengths).unbind(dim=1)
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+# ---- SimPER without its parts ---------------------------------------------------------------------------------------
+
+
+def simper_sum_loss(token_logps, lengths):
+    """e^{s_l} − e^{s_w}: without length normalization. Below s ≈ −103 the exponential is 0 in float32, and so the gradient."""
+    chosen, rejected = sum_logps(token_logps, lengths).exp().unbind(dim=1)
+    return rejected - chosen
+
+
+def simper_log_loss(token_logps, lengths):
+    """m_l − m_w: without the exponential, a difference of mean log-likelihoods, unbounded below."""
+    chosen, rejected = (sum_logps(token_logps, lengths) / lengths).unbind(dim=1)
+    return rejected - chosen
+
+
+def simper_reference_loss(token_logps, lengths, reference):
+    """e^{r_l/|l|} − e^{r_w/|w|}: with a reference model, the inverse perplexities of the ratio to it, which start at 1."""
+    chosen, rejected = ((sum_logps(token_logps, lengths) - reference) / lengths).exp().unbind(dim=1)
+    return rejected - chosen

@@ -4,6 +4,7 @@
 """
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 
 from data import InputError, MicroBatch, end_of_turn, pack
 
@@ -263,6 +265,15 @@ def read_weights(name: str):
     if model.config.get_text_config().tie_word_embeddings and head.weight is not embedding.weight:
         raise InputError("the config ties the head to the embeddings, but the file holds another head")
     return model
+
+
+def weights_fingerprint(name: str) -> str:
+    """SHA-256 over the weight files of a folder or hub id: equal only for equal weights."""
+    folder, digest = Path(cached_file(name, "config.json")).parent, hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -11,6 +11,9 @@ Every field of Config is a flag. What is not on the command line comes from the 
 import argparse
 import ctypes
 import difflib
+import functools
+import hashlib
+import inspect
 import json
 import math
 import os
@@ -20,11 +23,13 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -33,9 +38,13 @@ import yaml
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from data import InputError, fingerprint, load_pairs, load_tokenizer, pack_rows, split, step_indices
-from loss import simper_loss, sum_logps
-from model import export, load_model, resolve_model
+import loss as loss_functions
+from data import CACHE_DIR, InputError, fingerprint, load_pairs, load_tokenizer, pack_rows, split, step_indices
+from loss import sum_logps
+from model import export, load_model, resolve_model, weights_fingerprint
+
+# Every function of loss.py that is called NAME_loss, by its NAME.
+LOSSES = {name.removesuffix("_loss"): value for name, value in vars(loss_functions).items() if name.endswith("_loss")}
 
 
 def option(default, help: str):
@@ -48,6 +57,8 @@ class Config:
     train_data: str = option("", "sources of pairs, comma-separated: FILE, FOLDER, or hub NAME[[:CONFIG]:SPLIT]")
     eval_data: str = option("", "the same for the held-out pairs; empty: no evaluation")
     output_dir: str = option("", "folder of this run: config.yaml, metrics.jsonl, checkpoints/, final/")
+    loss: str = option("simper", f"the objective, a function of loss.py: {', '.join(LOSSES)}")
+    loss_args: str = option("", "its hyperparameters, comma-separated, such as beta=2.5,gamma=0.5; simper has none")
     batch_size: int = option(128, "pairs per optimizer step, over all ranks together")
     learning_rate: float = option(1e-6, "peak learning rate of AdamW")
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises; then it follows a cosine to 0")
@@ -75,7 +86,7 @@ FREE_TO_CHANGE = {"output_dir", "micro_batch_tokens", "activation_checkpointing"
 FREE_TO_CHANGE |= {"eval_data", "eval_every", "save_every", "keep_checkpoints", "log_every"}
 
 METRICS = ("loss", "inverse_perplexity/chosen", "inverse_perplexity/rejected", "logps/chosen", "logps/rejected")
-METRICS += ("accuracy", "length/chosen", "length/rejected")
+METRICS += ("accuracy", "length/chosen", "length/rejected", "gradient_weight/chosen", "gradient_weight/rejected")
 
 
 def train(config: Config) -> None:
@@ -88,6 +99,7 @@ def train(config: Config) -> None:
         return
 
     # Everything that can be wrong with the input is found before the model is loaded and before ranks wait for ranks.
+    loss, needs_reference = choose_loss(config)
     tokenizer = load_tokenizer(resolve_model(config.model))
     pairs, report = load_pairs(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
     say(f"training: {report}")
@@ -117,11 +129,16 @@ def train(config: Config) -> None:
     layout = (config.replicas, config.activation_checkpointing, config.compile, longest)
     model = load_model(resolve_model(config.model), device.type, dtype, *layout)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    rehearse(model, optimizer, pairs, tokens, schedule, rank, device)
+    reference = heldout_reference = None
+    if needs_reference:  # before a checkpoint is loaded: the model still is the one that training starts from
+        reference = reference_logps(model, pairs, split(tokens, ranks, config.micro_batch_tokens), config, dtype, device)
+        if heldout:
+            heldout_reference = reference_logps(model, heldout, heldout_split, config, dtype, device)
     if checkpoint:
         say(f"resuming from {checkpoint}")
         load_checkpoint(checkpoint, model, optimizer, state["step"])
 
-    rehearse(model, optimizer, pairs, tokens, schedule, rank, device)
     start, evaluated = state["step"], state["evaluated"]
     stop = StopRequest()
     progress = tqdm(total=total_steps, initial=start, desc="SimPER", unit="step", disable=rank > 0, dynamic_ncols=True)
@@ -131,7 +148,7 @@ def train(config: Config) -> None:
         finished = step == total_steps
         evaluation_due = step == 0 or finished or (config.eval_every and step % config.eval_every == 0)
         if heldout and evaluation_due and not evaluated and (finished or not stop.requested):
-            means, _ = reduce(evaluate(model, heldout, heldout_split, device), len(heldout))
+            means, _ = reduce(evaluate(model, loss, heldout, heldout_reference, heldout_split, device), len(heldout))
             log.write({"step": step, **{f"eval/{name}": value for name, value in means.items()}})
             evaluated = True
         checkpoint_due = step > start and config.save_every and step % config.save_every == 0
@@ -148,8 +165,8 @@ def train(config: Config) -> None:
         indices, micro_batches = schedule[step]
         finite = torch.ones((), device=device, dtype=torch.bool)
         for shares in micro_batches:
-            batch = pack_rows(pairs, [indices[position] for position in shares[rank]]).to(device)
-            losses, metrics = pair_losses(model, batch)
+            batch = pack_rows(pairs, [indices[position] for position in shares[rank]], reference).to(device)
+            losses, metrics = pair_losses(model, batch, loss)
             # FSDP averages gradients over ranks: times their number, the gradient is that of the mean over the batch.
             (losses.sum() * ranks / config.batch_size).backward()
             finite &= losses.detach().isfinite().all()
@@ -214,7 +231,7 @@ def rehearse(model, optimizer, pairs: datasets.Dataset, tokens: list[int], sched
     largest = max(every, key=cost)
     checkpoint_tensors(model, optimizer)  # creates Adam's state
     try:
-        pair_losses(model, pack_rows(pairs, largest[rank]).to(device))[0].sum().backward()
+        model(pack_rows(pairs, largest[rank]).to(device)).sum().backward()  # the loss itself takes next to nothing
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):  # on a GPU, or on CPU
             advice = f"lower --micro_batch_tokens (the longest pair has {max(tokens)}), or set --activation_checkpointing true"
@@ -237,26 +254,67 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 # ---- Metrics --------------------------------------------------------------------------------------------------------
 
 
-def pair_losses(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_losses(model, batch, loss: Callable) -> tuple[torch.Tensor, torch.Tensor]:
     """The objective of every pair of a MicroBatch, for training and evaluation: (pairs,) float32 losses with gradient, and
-    (pairs, 8) float64 METRICS without."""
+    (pairs, 10) float64 METRICS without. `loss` is simper_loss or what else --loss names."""
     logps = model(batch)
-    losses = simper_loss(logps, batch.lengths)
+    reference = {} if batch.reference is None else {"reference": batch.reference}
+    losses = loss(logps, batch.lengths, **reference)
+    # Gradient weights: how hard the loss raises the mean log-prob of the chosen and lowers that of the rejected response,
+    # −∂loss/∂m_w and ∂loss/∂m_l. Under SimPER these are the two inverse perplexities.
+    with torch.enable_grad():
+        probe = logps.detach().requires_grad_()
+        (slopes,) = torch.autograd.grad(loss(probe, batch.lengths, **reference).sum(), probe)
     with torch.no_grad():
+        chosen_weight, rejected_weight = sum_logps(slopes.double(), batch.lengths).unbind(dim=1)
         mean_logps = sum_logps(logps.double(), batch.lengths) / batch.lengths
         correct = mean_logps[:, :1] > mean_logps[:, 1:]
-        return losses, torch.cat((losses[:, None], mean_logps.exp(), mean_logps, correct, batch.lengths), dim=1)
+        weights = torch.stack((-chosen_weight, rejected_weight), dim=1)
+        return losses, torch.cat((losses[:, None], mean_logps.exp(), mean_logps, correct, batch.lengths, weights), dim=1)
 
 
 @torch.no_grad()
-def evaluate(model, pairs: datasets.Dataset, micro_batches: list, device) -> torch.Tensor:
-    """Sums of METRICS over this rank's share of the pairs: (8,) float64. Collective."""
+def evaluate(model, loss: Callable, pairs: datasets.Dataset, reference, micro_batches: list, device) -> torch.Tensor:
+    """Sums of METRICS over this rank's share of the pairs: (10,) float64. Collective."""
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
     for shares in micro_batches:
-        batch = pack_rows(pairs, shares[dist.get_rank()]).to(device)
-        sums += pair_losses(model, batch)[1].sum(dim=0)
+        batch = pack_rows(pairs, shares[dist.get_rank()], reference).to(device)
+        sums += pair_losses(model, batch, loss)[1].sum(dim=0)
     model.reshard()  # a forward without a backward leaves the outermost parameters gathered
     return sums
+
+
+@torch.no_grad()
+def reference_logps(model, pairs: datasets.Dataset, micro_batches: list, config: Config, dtype, device) -> torch.Tensor:
+    """log p(response | prompt) of every pair under the model as it was loaded: (len(pairs), 2) float32 on CPU, chosen and
+    rejected. Collective.
+
+    One forward over the pairs, which rank 0 keeps beside the tokenized pairs: for the same tokens, weights and dtype it is
+    read from there.
+    """
+    rank, file = dist.get_rank(), None
+    sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
+    if rank == 0:
+        code = inspect.getsource(inspect.getmodule(load_model))  # a fork that edits model.py never meets stale log-probs
+        weights = weights_fingerprint(resolve_model(config.model))
+        key = (fingerprint(pairs), weights, code, str(dtype), transformers.__version__)
+        file = CACHE_DIR / "reference" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npy"
+    found = [rank == 0 and file.exists()]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] and rank == 0:
+        sums += torch.from_numpy(np.load(file)).to(device)
+    if not found[0]:
+        for shares in tqdm(micro_batches, desc="reference", unit="micro-batch", disable=rank > 0, dynamic_ncols=True):
+            batch = pack_rows(pairs, shares[rank]).to(device)
+            sums[shares[rank]] = sum_logps(model(batch).double(), batch.lengths)
+        model.reshard()
+    dist.all_reduce(sums)  # every pair is on one rank, and 0 on the others
+    if not found[0] and rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_name(f"{uuid.uuid4().hex}.npy")
+        np.save(scratch, sums.cpu().numpy())
+        os.replace(scratch, file)
+    return sums.float().cpu()
 
 
 def reduce(sums: torch.Tensor, num_pairs: int) -> tuple[dict, float]:
@@ -367,7 +425,7 @@ def prepare_output(config: Config, data_sha256: str) -> tuple[Path | None, dict]
     if checkpoint:
         state = json.loads((checkpoint / "trainer.json").read_text())
         names = [name for name in asdict(config) if name not in FREE_TO_CHANGE]
-        pairs = [(name, state["config"][name], getattr(config, name)) for name in names]
+        pairs = [(name, state["config"].get(name), getattr(config, name)) for name in names]
         changed = [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
         if state["data_sha256"] != data_sha256:
             changed.append("the training tokens are others")
@@ -513,6 +571,30 @@ def parse_args(args: list[str]) -> Config:
     config = Config(**{name: convert(name, value) for name, value in values.items()})
     check(config)
     return config
+
+
+def choose_loss(config: Config) -> tuple[Callable, bool]:
+    """(the function of loss.py that `loss` names, with `loss_args` bound to it, whether it needs a reference).
+
+    Raises InputError, with the right names, for an unknown loss or argument, and for a value that is not a finite number.
+    """
+    if config.loss not in LOSSES:
+        raise InputError(f"loss: there is no '{config.loss}'; loss.py has {', '.join(LOSSES)}")
+    parameters = inspect.signature(LOSSES[config.loss]).parameters
+    known = {name: entry.default for name, entry in parameters.items() if entry.default is not entry.empty}
+    takes = ", ".join(f"{name}={default}" for name, default in known.items()) or "none"
+    arguments = {}
+    for text in filter(None, config.loss_args.replace(" ", "").split(",")):
+        name, _, value = text.partition("=")
+        if name not in known:
+            raise InputError(f"loss_args: the loss {config.loss} has no argument '{name}'; its arguments: {takes}")
+        try:
+            arguments[name] = float(value)
+        except ValueError:
+            arguments[name] = math.nan
+        if not math.isfinite(arguments[name]):
+            raise InputError(f"loss_args: {name} must be a number, as in {takes}, not '{value}'")
+    return functools.partial(LOSSES[config.loss], **arguments), "reference" in parameters
 
 
 def unknown_name(name: str, place) -> str:

@@ -24,8 +24,9 @@ TEXT = ["Human: Assistant: system user assistant", "a small tokenizer for tests,
 def cache(tmp_path_factory):
     """Tests neither read nor fill the user's cache."""
     import data
+    import train
 
-    data.CACHE_DIR = tmp_path_factory.mktemp("cache")
+    data.CACHE_DIR = train.CACHE_DIR = tmp_path_factory.mktemp("cache")
     os.environ["SIMPER_CACHE"] = str(data.CACHE_DIR)
 
 

@@ -1,11 +1,14 @@
-"""simper_loss against arithmetic by hand, a loop over Python floats, and its closed-form gradient."""
+"""The losses against arithmetic by hand, loops over Python floats, and their closed-form gradients."""
 
+import inspect
 import math
+from math import exp, log
 
 import pytest
 import torch
 
 from loss import simper_loss
+from train import LOSSES
 
 LENGTHS = [(3, 1), (1, 4), (2, 2), (5, 3)]
 
@@ -89,3 +92,110 @@ def test_a_pair_does_not_depend_on_the_others():
 def test_wrong_lengths_raise(lengths):
     with pytest.raises(RuntimeError):
         simper_loss(torch.zeros(5), torch.tensor(lengths))
+
+
+# ---- The losses that SimPER is compared with ------------------------------------------------------------------------
+
+# One pair by hand. The chosen response has 3 tokens of probability 1/2, 1/4, 1/8: p = 1/64, e^m = 1/4. The rejected one has a
+# single token of probability 1/16. Under the reference both have 1/32, so that their ratios to it are 1/2 and 2.
+BY_HAND = {
+    "simper": ({}, 1 / 16 - 1 / 4),
+    "sft": ({}, log(4)),
+    "rrhf": ({"lambda_": 0.5}, 0 + 0.5 * log(64)),
+    "slic_hf": ({"delta": 2.0, "lambda_": 0.5}, 2 + log(64) - log(16) + 0.5 * log(64)),
+    "dpo": ({"beta": 1.0}, log(5)),  # σ(−log 2 − log 2) = 1/5
+    "ipo": ({"tau": 0.25}, (-log(4) - 2) ** 2),
+    "cpo": ({"beta": 1.0, "lambda_": 0.5}, log(5) + 0.5 * log(64)),  # σ(log 1/64 − log 1/16) = 1/5
+    "kto": ({"beta": 1.0, "lambda_w": 3.0, "lambda_l": 6.0}, 3 * 4 / 5 + 6 * 2 / 3),  # z_w = 0, z_l = log 2
+    "orpo": ({"lambda_": 0.5}, log(4) + 0.5 * log(6 / 5)),  # odds 1/3 and 1/15
+    "r_dpo": ({"beta": 1.0, "alpha": log(2) / 2}, log(3)),  # σ(−log 4 + log 2) = 1/3
+    "simpo": ({"beta": 1.0, "gamma": log(2)}, log(3 / 2)),  # σ(log 1/4 − log 1/16 − log 2) = 2/3
+    "simper_sum": ({}, 1 / 16 - 1 / 64),
+    "simper_log": ({}, -log(4)),
+    "simper_reference": ({}, 2 - 2 ** (-1 / 3)),
+}
+
+
+def call(name: str, logps, lengths, reference, **arguments):
+    if "reference" in inspect.signature(LOSSES[name]).parameters:
+        arguments["reference"] = reference
+    return LOSSES[name](logps, lengths, **arguments)
+
+
+def test_every_loss_is_in_the_table():
+    assert list(LOSSES) == list(BY_HAND) == list(GRADIENTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_losses_by_hand(name, dtype):
+    logps, reference = (torch.tensor(values, dtype=dtype).log() for values in ([1 / 2, 1 / 4, 1 / 8, 1 / 16], [[1 / 32] * 2]))
+    arguments, expected = BY_HAND[name]
+    loss = call(name, logps, torch.tensor([[3, 1]]), reference, **arguments)
+    assert loss.dtype == dtype and loss.shape == (1,)
+    assert loss.item() == pytest.approx(expected, rel=8 * torch.finfo(dtype).eps)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + exp(-x))
+
+
+def orpo_slopes(s, n, r):
+    p_w, p_l = exp(s[0] / n[0]), exp(s[1] / n[1])
+    outside = 0.1 * sigmoid(log(p_l / (1 - p_l)) - log(p_w / (1 - p_w)))
+    return -1 / n[0] - outside / (1 - p_w) / n[0], outside / (1 - p_l) / n[1]
+
+
+# (∂L/∂s_w, ∂L/∂s_l) of every loss with its default arguments, differentiated by hand: s summed log-probs, n lengths, r their
+# ratios to the reference, each (chosen, rejected).
+GRADIENTS = {
+    "simper": lambda s, n, r: (-exp(s[0] / n[0]) / n[0], exp(s[1] / n[1]) / n[1]),
+    "sft": lambda s, n, r: (-1 / n[0], 0),
+    "rrhf": lambda s, n, r: (-(s[1] / n[1] > s[0] / n[0]) / n[0] - 1, (s[1] / n[1] > s[0] / n[0]) / n[1]),
+    "slic_hf": lambda s, n, r: (-int(1 - s[0] + s[1] > 0) - 0.1, int(1 - s[0] + s[1] > 0)),
+    "dpo": lambda s, n, r: (-0.1 * sigmoid(0.1 * (r[1] - r[0])), 0.1 * sigmoid(0.1 * (r[1] - r[0]))),
+    "ipo": lambda s, n, r: (2 * (r[0] - r[1] - 5), -2 * (r[0] - r[1] - 5)),
+    "cpo": lambda s, n, r: (-0.1 * sigmoid(0.1 * (s[1] - s[0])) - 1, 0.1 * sigmoid(0.1 * (s[1] - s[0]))),
+    "kto": lambda s, n, r: (
+        -0.1 * sigmoid(0.1 * (r[0] - max(0, r[1]))) * sigmoid(-0.1 * (r[0] - max(0, r[1]))),
+        0.1 * sigmoid(0.1 * (max(0, r[0]) - r[1])) * sigmoid(-0.1 * (max(0, r[0]) - r[1])),
+    ),
+    "orpo": orpo_slopes,
+    "r_dpo": lambda s, n, r: (
+        -0.1 * sigmoid(0.1 * (r[1] - r[0]) - 0.01 * (n[0] - n[1])),
+        0.1 * sigmoid(0.1 * (r[1] - r[0]) - 0.01 * (n[0] - n[1])),
+    ),
+    "simpo": lambda s, n, r: (
+        -2 / n[0] * sigmoid(1 - 2 * (s[0] / n[0] - s[1] / n[1])),
+        2 / n[1] * sigmoid(1 - 2 * (s[0] / n[0] - s[1] / n[1])),
+    ),
+    "simper_sum": lambda s, n, r: (-exp(s[0]), exp(s[1])),
+    "simper_log": lambda s, n, r: (-1 / n[0], 1 / n[1]),
+    "simper_reference": lambda s, n, r: (-exp(r[0] / n[0]) / n[0], exp(r[1] / n[1]) / n[1]),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_the_closed_forms(name):
+    logps, lengths = make_logps()
+    reference = -3 * torch.rand(len(LENGTHS), 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * lengths
+    call(name, logps, lengths, reference).sum().backward()
+    expected, sums = [], [sum(tokens) for tokens in responses(logps)]
+    for pair, n in enumerate(LENGTHS):
+        s = sums[2 * pair : 2 * pair + 2]
+        r = [value - other for value, other in zip(s, reference[pair].tolist())]
+        slopes = GRADIENTS[name](s, n, r)
+        expected += [slopes[0]] * n[0] + [slopes[1]] * n[1]
+    assert logps.grad.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_of_a_pair_does_not_depend_on_the_others(name):
+    logps, lengths = make_logps()
+    reference, start = torch.linspace(-9, -1, 2 * len(LENGTHS), dtype=torch.float64).view(-1, 2), 0
+    together = call(name, logps, lengths, reference)
+    for number, pair in enumerate(lengths):
+        stop = start + int(pair.sum())
+        alone = call(name, logps[start:stop], pair[None], reference[number][None])
+        assert alone.item() == pytest.approx(together[number].item(), rel=1e-14)
+        start = stop

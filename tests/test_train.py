@@ -1,6 +1,8 @@
 """The training loop: one gradient under any split, exact metrics, resume, learning, and clear errors."""
 
+import copy
 import json
+import math
 import os
 import random
 import re
@@ -175,6 +177,8 @@ def test_metrics_are_exact_means(base, three_runs, model_folder):
         "eval/accuracy": (chosen > rejected).double().mean().item(),
         "eval/length/chosen": sum(len(ids) for ids in pairs["chosen"]) / len(pairs),
         "eval/length/rejected": sum(len(ids) for ids in pairs["rejected"]) / len(pairs),
+        "eval/gradient_weight/chosen": chosen.exp().mean().item(),  # SimPER's weights are the inverse perplexities
+        "eval/gradient_weight/rejected": rejected.exp().mean().item(),
     }
     assert three_runs["one"][1][0] == pytest.approx(expected, abs=1e-6)
     assert 0 < expected["eval/accuracy"] < 1  # the case tells something
@@ -188,7 +192,8 @@ def test_run_directory(three_runs):
     assert set(yaml.safe_load(text)) == set(Config.__dataclass_fields__)
     assert parse_args([str(folder / "config.yaml")]).batch_size == 8  # a run's config is a recipe
     names = {"epoch", "step", "loss", "accuracy", "grad_norm", "learning_rate", "pairs_per_second", "tokens_per_second"}
-    names |= {f"{group}/{side}" for group in ("inverse_perplexity", "logps", "length") for side in ("chosen", "rejected")}
+    groups = ("inverse_perplexity", "logps", "length", "gradient_weight")
+    names |= {f"{group}/{side}" for group in groups for side in ("chosen", "rejected")}
     assert set(lines[1]) == names | {"inverse_perplexity/margin", "peak_memory_gb"}
     final = transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
     trained = read_checkpoint(folder / "checkpoints" / "step_2")
@@ -267,6 +272,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, tmp_path):
     [
         ({"learning_rate": 2e-3}, "learning_rate was 0.001, is 0.002"),
         ({"seed": 1}, "seed was 42, is 1"),
+        ({"loss": "sft"}, "loss was simper, is sft"),
         ({"max_length": 97}, "max_length was 96, is 97"),
     ],
 )
@@ -302,6 +308,160 @@ def test_resume_never_sets_the_old_run_aside(base, tmp_path):
     run(base | {"max_steps": 1, "resume": "never"}, tmp_path / "run")
     (old,) = (path for path in tmp_path.iterdir() if path.name.startswith("run."))
     assert (old / "final" / "model.safetensors").exists() and (tmp_path / "run" / "final").exists()
+
+
+# ---- Exactness: whole trajectories against the textbook's step ------------------------------------------------------
+
+
+def plain_objective(name: str, m: torch.Tensor, s: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """Written from the papers: m mean and s summed log-probs, r the reference's sums, each (2, pairs), chosen and rejected."""
+    if name == "simper":
+        return -torch.exp(m[0]) + torch.exp(m[1])
+    if name == "dpo":
+        return torch.log1p(torch.exp(-0.1 * ((s[0] - r[0]) - (s[1] - r[1]))))
+    if name == "simpo":
+        return torch.log1p(torch.exp(-(2.5 * m[0] - 2.5 * m[1] - 0.5)))
+    raise ValueError(name)
+
+
+def plain_trajectory(values: dict, name: str, steps: int, micro_batch: int = 4) -> tuple[list[float], dict]:
+    """Losses of every step, and the last weights, of the step that the authors' code takes, in float64: chosen and rejected
+    padded into one batch, log_softmax, gather, AdamW, cosine schedule with warm-up, clipping, accumulation."""
+    model = make_model("llama").double()
+    start = copy.deepcopy(model)
+    pairs, _ = load_pairs(values["train_data"], make_tokenizer(), values["max_length"], values["max_prompt_length"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=values["learning_rate"], betas=(0.9, 0.999), weight_decay=0.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, steps)  # a tenth of 20 steps
+
+    def forward(model, rows):  # (mean, summed) log-probs of the responses, each (2, pairs)
+        sequences = [(p, y) for side in ("chosen", "rejected") for p, y in zip(rows["prompt"], rows[side])]
+        longest = max(len(p) + len(y) for p, y in sequences)
+        ids, labels, mask = (torch.zeros(len(sequences), longest, dtype=torch.long) for _ in range(3))
+        for row, (p, y) in enumerate(sequences):
+            ids[row, : len(p) + len(y)] = torch.tensor(p + y)
+            mask[row, : len(p) + len(y)] = 1
+            labels[row, len(p) : len(p) + len(y)] = 1
+        logps = model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        sums, counts = (logps * labels[:, 1:]).sum(1), labels.sum(1)
+        return (sums / counts).view(2, -1), sums.view(2, -1)
+
+    losses = []
+    for step in range(steps):
+        indices, total = step_indices(len(pairs), values["batch_size"], 42, step), 0.0
+        for begin in range(0, len(indices), micro_batch):
+            rows = pairs[indices[begin : begin + micro_batch]]
+            with torch.no_grad():
+                _, reference = forward(start, rows)
+            loss = plain_objective(name, *forward(model, rows), reference).mean() * micro_batch / len(indices)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), values["max_grad_norm"])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, model.state_dict()
+
+
+@pytest.mark.parametrize("name, arguments", [("simper", ""), ("dpo", ""), ("simpo", "beta=2.5, gamma=0.5")])
+def test_twenty_steps_equal_the_plain_implementation(base, tmp_path, name, arguments):
+    values = base | {"max_steps": 20, "max_grad_norm": 0.02, "micro_batch_tokens": 250, "eval_data": "", "save_every": 0}
+    lines = run(values | {"loss": name, "loss_args": arguments}, tmp_path / "run")
+    losses, weights = plain_trajectory(values, name, steps=20)
+    assert [line["loss"] for line in lines] == pytest.approx(losses, abs=1e-5)
+    assert max(losses) - min(losses) > 0.01  # the model has moved
+    assert any(line["grad_norm"] > 0.02 for line in lines)  # and gradients were clipped
+    trained = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    start = make_model("llama").state_dict()
+    moved = relative_difference({k: start[k] for k in trained}, trained)
+    assert relative_difference(trained, {k: weights[k].float() for k in trained}) < 1e-3 * moved
+
+
+# ---- Losses with a reference ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list:
+    """The results of every pass of the reference that this process makes or reads."""
+    results, reference_logps = [], train.reference_logps
+    monkeypatch.setattr(train, "reference_logps", lambda *args: results.append(reference_logps(*args)) or results[-1])
+    return results
+
+
+def test_reference_is_the_starting_model(base, tmp_path, counted):
+    """Its log-probs, from plain float64 forwards; the loss before the first update; and the gradient weights."""
+    values = base | {"loss": "dpo", "loss_args": "beta=0.5", "micro_batch_tokens": 200, "max_steps": 2}
+    lines = run(values, tmp_path / "run")
+    model = make_model("llama").double()
+    for source, found in zip(("train_data", "eval_data"), counted):
+        pairs = load_pairs(base[source], make_tokenizer(), 96, 60)[0]
+        for pair, both in zip(pairs, found.tolist(), strict=True):
+            for side, value in zip(("chosen", "rejected"), both):
+                ids = torch.tensor([pair["prompt"] + pair[side]])
+                with torch.no_grad():
+                    logps = model(ids).logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+                assert value == pytest.approx(logps[len(pair["prompt"]) - 1 :].sum().item(), rel=1e-5)
+    assert lines[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    # ∂/∂m = |y| ∂/∂s = |y| β σ(0)
+    assert lines[0]["eval/gradient_weight/chosen"] == pytest.approx(0.25 * lines[0]["eval/length/chosen"], rel=1e-5)
+    assert lines[0]["eval/gradient_weight/rejected"] == pytest.approx(0.25 * lines[0]["eval/length/rejected"], rel=1e-5)
+    assert lines[-1]["eval/loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_reference_is_computed_once_and_resumed_with(base, tmp_path, monkeypatch):
+    """Two ranks write it; one rank reads it on resuming, with a model whose weights have moved, and goes on as they would."""
+    monkeypatch.setenv("SIMPER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "CACHE_DIR", tmp_path / "cache")
+    values = base | {"loss": "kto", "max_steps": 3, "save_every": 2, "eval_data": ""}
+    whole = run_ranks(values, tmp_path / "two")
+    (file,) = (tmp_path / "cache" / "reference").iterdir()
+    written = file.stat().st_mtime_ns
+    shutil.copytree(tmp_path / "two", tmp_path / "run", ignore=shutil.ignore_patterns("final"))
+    lines = timeless(run(values, tmp_path / "run"))
+    assert (tmp_path / "cache" / "reference").iterdir() and file.stat().st_mtime_ns == written
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[:2] == timeless(whole)[:2]
+    assert lines[2] == pytest.approx(timeless(whole)[2], rel=1e-5, abs=1e-6)
+    alone = timeless(run(values, tmp_path / "alone"))  # the same from the start, by one rank
+    for mine, its in zip(alone, timeless(whole), strict=True):
+        assert mine == pytest.approx(its, rel=1e-5, abs=1e-6)
+
+
+def test_other_weights_have_another_reference(base, tmp_path, counted):
+    values = base | {"loss": "dpo", "max_steps": 1, "eval_data": ""}
+    run(values, tmp_path / "first")
+    other = tmp_path / "other"
+    make_model("llama", seed=1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    size, time = ((Path(base["model"]) / "model.safetensors").stat() for _ in range(2))
+    assert (other / "model.safetensors").stat().st_size == size.st_size  # neither the size nor the time tells
+    os.utime(other / "model.safetensors", ns=(time.st_atime_ns, time.st_mtime_ns))
+    (line,) = run(values | {"model": str(other)}, tmp_path / "second")
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert not torch.allclose(*counted)
+
+
+@pytest.mark.parametrize("name", train.LOSSES)
+def test_every_loss_trains(base, tmp_path, name):
+    lines = run(base | {"loss": name, "max_steps": 2, "eval_data": ""}, tmp_path / "run")
+    assert len(lines) == 2 and all(math.isfinite(value) for line in lines for value in line.values())
+    assert lines[0]["grad_norm"] > 0 and lines[0]["gradient_weight/chosen"] > 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"loss": "dop"}, "loss: there is no 'dop'; loss.py has simper, sft, .*dpo"),
+        ({"loss": "dpo", "loss_args": "gamma=1"}, "the loss dpo has no argument 'gamma'; its arguments: beta=0.1"),
+        ({"loss": "dpo", "loss_args": "reference=1"}, "the loss dpo has no argument 'reference'"),
+        ({"loss_args": "beta=1"}, "the loss simper has no argument 'beta'; its arguments: none"),
+        ({"loss": "simpo", "loss_args": "beta=2,gamma"}, "gamma must be a number, as in beta=2.0, gamma=1.0, not ''"),
+        ({"loss": "simpo", "loss_args": "beta=inf"}, "beta must be a number"),
+    ],
+)
+def test_wrong_loss_or_argument(base, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(train, "load_pairs", lambda *_: pytest.fail("the data were loaded"))
+    with pytest.raises(InputError, match=message):
+        run(base | change, tmp_path / "run")
 
 
 # ---- Learning, and the loop's edges ---------------------------------------------------------------------------------
@@ -342,13 +502,14 @@ def test_gradients_are_clipped(base, tmp_path):
 
 
 def test_the_costliest_micro_batch_comes_first(base, tmp_path, monkeypatch):
-    seen, pair_losses = [], train.pair_losses
+    seen, pack_rows = [], train.pack_rows
 
-    def watch(model, batch):
+    def watch(*args):
+        batch = pack_rows(*args)
         seen.append(len(batch.input_ids))
-        return pair_losses(model, batch)
+        return batch
 
-    monkeypatch.setattr(train, "pair_losses", watch)
+    monkeypatch.setattr(train, "pack_rows", watch)
     lines = run(base | {"micro_batch_tokens": 200, "eval_data": ""}, tmp_path / "run")
     assert seen[0] == max(seen[1:]) and len(seen) > 4
     # The first step's learning rate is 0: had the rehearsal left a gradient behind, the norm would be another.
@@ -362,7 +523,7 @@ def cuda_out_of_memory():
 
 @pytest.mark.parametrize("fail", [cuda_out_of_memory, lambda: torch.empty(2**60)], ids=["cuda", "cpu"])
 def test_too_little_memory_says_what_to_lower(base, tmp_path, monkeypatch, fail):
-    monkeypatch.setattr(train, "pair_losses", lambda model, batch: fail())
+    monkeypatch.setattr(train, "pack_rows", lambda *args: fail())
     with pytest.raises(RuntimeError) as caught:
         run(base | {"eval_data": ""}, tmp_path / "run")
     torch.distributed.destroy_process_group()
