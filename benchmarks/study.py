@@ -36,8 +36,8 @@ from model import resolve_model
 from train import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNING_RATES = (3e-5, 1e-5)
-SIMPER_RATE = 3e-5  # that of recipes/demo.yaml; the other losses have the better one of LEARNING_RATES
+LEARNING_RATES = (3e-5, 1e-4, 1e-5)
+SIMPER_RATE = 3e-5  # that of recipes/demo.yaml; the other losses have the best of LEARNING_RATES
 START = ("simper", 1e-12)  # a run that does not move the model: what it logs are the metrics before training
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
 LIMITS = {"prompt": 96, "response": 48, "heldout": 96}  # tokens of the pairs that take part; pairs that are held out
@@ -160,7 +160,7 @@ def grouped(results: list[dict]) -> dict[tuple[str, float], list[dict]]:
 
 
 def chosen_rates(groups: dict) -> dict[str, float]:
-    """The learning rate that each loss is compared at: SimPER's own; of the others' the one with the higher mean accuracy on
+    """The learning rate that each loss is compared at: SimPER's own; of the others' the one with the highest mean accuracy on
     the held-out pairs, the larger margin deciding between equals."""
     best = {}
     for (loss, rate), runs in groups.items():
@@ -180,13 +180,11 @@ def tables(results: list[dict]) -> str:
     every = [(loss, rate, groups[loss, rate]) for loss in LOSSES for rate in LEARNING_RATES if (loss, rate) in groups]
     failed = [f"{r['loss']} at {r['learning_rate']:g}, seed {r['seed']}: {r['error']}" for r in results if "error" in r]
     setting = results[0]["setting"]
-    planned = len(LOSSES) * len(LEARNING_RATES) + 1
-    seeds = [r["seed"] for r in results]
-    counts = ", ".join(f"{seeds.count(seed)} of {planned} with seed {seed}" for seed in sorted(set(seeds)))
+    counts = ", ".join(f"{sum(r['learning_rate'] == rate for r in results)} at {rate:g}" for rate in LEARNING_RATES)
     steps = f"{setting['flags']['max_steps']} steps of {setting['flags']['batch_size']} pairs"
     return "\n\n".join(
         [
-            f"{setting['pairs']}; {steps}; {setting['versions']}. Finished runs: {counts}.",
+            f"{setting['pairs']}; {steps}; {setting['versions']}. Finished runs: {counts}; {len(LOSSES)} losses.",
             *([f"Failed: {'; '.join(failed)}."] if failed else []),
             "### Each loss at its learning rate",
             table(start + [row for row in rivals if row[0] == "simper" or row[0] not in ABLATIONS]),
@@ -256,13 +254,10 @@ def main() -> None:
         if results and results[0]["setting"] != setting:
             raise InputError(f"{path} holds runs of another setting, {results[0]['setting']}: choose another --results")
         done = {(r["loss"], r["learning_rate"], r["seed"]) for r in results}
-        # Seed after seed, so that whatever is finished compares all losses.
-        plan = [
-            (loss, rate, seed)
-            for seed in range(args.seeds)
-            for loss, rate in [START, *product(args.losses, LEARNING_RATES)]
-            if (loss, rate, seed) not in done
-        ]
+        # All losses at one rate, seed after seed: whatever is finished compares them.
+        plan = [(*START, seed) for seed in range(args.seeds)]
+        plan += [(loss, rate, seed) for rate, seed, loss in product(LEARNING_RATES, range(args.seeds), args.losses)]
+        plan = [entry for entry in plan if entry not in done]
         torch.set_num_threads(threads)
         lock = threading.Lock()
 

@@ -4,12 +4,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CHATML, make_model, make_tokenizer
 
-from eval.generate import generate
+from data import InputError
+from eval import generate as evaluation
+from eval.generate import answer, generate, short_name
+
+CHATML_OF = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 PROMPTS = ["hi", "what is two plus two?", "a", [{"role": "user", "content": "a small"}, {"role": "assistant", "content": "b"}]]
 PROMPTS[3].append({"role": "user", "content": "and?"})
@@ -64,3 +69,93 @@ def test_command_prints_side_by_side(model_folder, tmp_path):
         "user: question 0", "user: question 2", "user: question 4",
     ]  # fmt: skip
     assert done.stdout.count("[cut at") == 6  # two columns of three answers
+
+
+# ---- Answers in a file ----------------------------------------------------------------------------------------------
+
+SETTINGS = {"max_new_tokens": 6, "temperature": 1.0, "batch_size": 2, "seed": 7}
+MANY = [*PROMPTS, "one", "two three", "four five six"]
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_answers(model_folder, tmp_path, monkeypatch):
+    whole = answer(str(model_folder), MANY, tmp_path / "whole.jsonl", **SETTINGS)
+    assert answer(str(model_folder), MANY, None, **SETTINGS) == whole  # kept or not
+    generated, load_engine = [], evaluation.load_engine
+
+    def load_counting(*args):
+        run, size = load_engine(*args)
+
+        def count(prompts, *rest):
+            if len(generated) == 2 and not resumed:
+                raise KeyboardInterrupt
+            generated.append(prompts)
+            return run(prompts, *rest)
+
+        return count, size
+
+    monkeypatch.setattr(evaluation, "load_engine", load_counting)
+    path, resumed = tmp_path / "stopped.jsonl", False
+    with pytest.raises(KeyboardInterrupt):
+        answer(str(model_folder), MANY, path, **SETTINGS)
+    content = path.read_text()
+    assert len(content.splitlines()) == 1 + 4
+    path.write_text(content + '{"index": 3, "outp')  # it was being written
+    resumed = True
+    assert answer(str(model_folder), MANY, path, **SETTINGS) == whole
+    assert sorted(len(prompts) for prompts in generated) == [1, 2, 2, 2]  # nothing is generated twice
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(line["index"] for line in lines[1:]) == list(range(len(MANY))) and lines[0]["temperature"] == 1.0
+    monkeypatch.setattr(evaluation, "load_engine", lambda *_: pytest.fail("the model was loaded, but all answers are there"))
+    assert answer(str(model_folder), MANY, path, **SETTINGS) == whole
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"seed": 8}, {"prompts": MANY[1:]}])
+def test_answers_of_other_settings_are_not_mixed(model_folder, tmp_path, change):
+    answer(str(model_folder), MANY, tmp_path / "answers.jsonl", **SETTINGS)
+    settings = {"prompts": MANY} | SETTINGS | change
+    with pytest.raises(InputError, match=f"{'prompts_sha256' if 'prompts' in change else next(iter(change))} was"):
+        answer(str(model_folder), path=tmp_path / "answers.jsonl", **settings)
+
+
+def test_a_prompt_that_fills_the_context(model_folder):
+    with pytest.raises(InputError, match=r"prompt 1 has \d+ tokens and the model a context of 256"):
+        answer(str(model_folder), ["a", "b " * 300])
+    ((text, _),) = answer(str(model_folder), ["b " * 100], max_new_tokens=1000)  # as much as there is room for
+    assert isinstance(text, str)
+
+
+def test_vllm_is_asked_for_the_same(model_folder, monkeypatch):
+    """vLLM needs a GPU: a stand-in with its interface shows what it is given, and gives back what a request looks like."""
+    seen = {}
+
+    class LLM:
+        def __init__(self, model, seed):
+            seen.update(model=model)
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=256))
+
+        def generate(self, requests, options):
+            seen.update(requests=requests, options=options)
+            end = options[0].stop_token_ids[-1]
+            made = [[tokenizer("ab").input_ids + [end], "stop"], [tokenizer("cd").input_ids, "length"]]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason=reason)]) for ids, reason in made]
+
+    tokenizer = make_tokenizer()
+    fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: SimpleNamespace(**options))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    answers = answer(str(model_folder), ["hi", "you"], engine="vllm", temperature=0.9, max_new_tokens=300)
+    assert answers == [("cd", False), ("ab", True)]  # "you" is the longer one and was asked first
+    ids = [tokenizer(CHATML_OF.format(text), add_special_tokens=False).input_ids for text in ("hi", "you")]
+    assert sorted(request["prompt_token_ids"] for request in seen["requests"]) == sorted(ids)
+    first = seen["options"][0]
+    assert (first.temperature, first.top_p) == (0.9, 1.0)
+    assert first.max_tokens == 256 - len(seen["requests"][0]["prompt_token_ids"])
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in first.stop_token_ids
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(InputError, match="pip install vllm"):
+        answer(str(model_folder), ["hi"], engine="vllm")
+
+
+def test_names_of_models(tmp_path):
+    (tmp_path / "mine" / "final").mkdir(parents=True)
+    assert short_name(str(tmp_path / "mine" / "final")) == short_name(str(tmp_path / "mine" / "final") + "/") == "mine"
+    assert short_name(str(tmp_path / "mine")) == "mine" and short_name("meta-llama/Meta-Llama-3-8B") == "Meta-Llama-3-8B"
