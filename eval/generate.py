@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from data import InputError, as_messages, end_of_turn, load_rows, load_tokenizer, parse_row, prompt_text, tokenize_text
 from model import resolve_model, weights_fingerprint
@@ -161,9 +161,10 @@ def answer(
         path.write_text(json.dumps(settings) + "\n")
     if len(done) == len(prompts):
         return [done[i] for i in range(len(prompts))]
+    ids = [tokenize_text(tokenizer, prompt_text(tokenizer, prompt)) for prompt in prompts]
+    check_prompts(ids, context_length(AutoConfig.from_pretrained(folder)))
     run, size = load_engine(engine, folder, tokenizer, seed)
-    # Longest first, as in generate.
-    order = sorted(range(len(prompts)), key=lambda i: -len(tokenize_text(tokenizer, prompt_text(tokenizer, prompts[i]))))
+    order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))  # longest first, as in generate
     size = size or batch_size
     progress = tqdm(total=len(prompts), initial=len(done), desc=Path(name).name, unit="answer", dynamic_ncols=True)
     for start in range(0, len(order), size):
