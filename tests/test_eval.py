@@ -1,12 +1,17 @@
 """The evaluations: scores against plain forwards and arithmetic by hand, official formats, and the tables."""
 
 import csv
+import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ from conftest import make_model, make_tokenizer
 from test_train import write_pairs
 
 from data import InputError, load_pairs
+from eval import alpaca_eval2 as alpaca_eval2_module
 from eval import report
 from eval.preference import score
 
@@ -145,3 +151,148 @@ def test_results_go_to_wandb(model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     report.write_result(tmp_path / "a", "mt_bench", str(model_folder), {"score": 5.0}, {"score": 0.5}, wandb_mode="offline")
     assert list((tmp_path / "a" / "wandb").glob("offline-run-*"))
+
+
+# ---- AlpacaEval 2 ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def judge_server(reply):
+    """An OpenAI-compatible server on the loopback address: reply(request) -> a chat completion's choice. Yields (its URL, the
+    requests that it got)."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append(request)
+            choice = {"index": 0, "finish_reason": "stop"} | reply(request)
+            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+            body = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "usage": usage}
+            content = json.dumps(body | {"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", requests
+    server.shutdown()
+
+
+def preference_of(i: int) -> float:
+    """What the judge of these tests gives as the probability that answer i is better than the reference's."""
+    return (i * 37 % 100 + 0.5) / 100
+
+
+def choose(request: dict) -> dict:
+    """A judge of AlpacaEval: finds the number of the instruction and which of m and M is the reference in the prompt."""
+    text = request["messages"][-1]["content"]
+    p = preference_of(int(re.search(r"instruction number (\d+)", text)[1]))
+    reference = "m" if text.index("reference answer") < text.index('"model_identifier": "M"') else "M"
+    chances = {reference: 1 - p, "Mm"[reference == "M"]: p}
+    top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in sorted(chances.items(), key=lambda x: -x[1])]
+    logprobs = {"content": [top[0] | {"top_logprobs": top}], "refusal": None}
+    return {"message": {"role": "assistant", "content": top[0]["token"]}, "logprobs": logprobs}
+
+
+@pytest.fixture(scope="module")
+def alpaca(tmp_path_factory) -> Path:
+    """A folder with a reference of 805 instructions, and the hub's df_gamed.csv in a cache, both in their official schema."""
+    folder = tmp_path_factory.mktemp("alpaca")
+    rows = [
+        {
+            "dataset": "fake",
+            "instruction": f"instruction number {i}",
+            "output": "reference answer" + " x" * (i % 7),
+            "generator": "r",
+        }
+        for i in range(805)
+    ]
+    (folder / "reference.json").write_text(json.dumps(rows))
+    snapshot = folder / "hub" / "datasets--tatsu-lab--alpaca_eval" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0")
+    with open(snapshot / "df_gamed.csv", "w") as file:
+        print("model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline", file=file)
+        for model in ("concise", "verbose"):
+            for i in range(805):
+                sign = -1 if model == "concise" else 1
+                print(f"{model},{i},{0.5 + 0.2 * sign},{sign * (0.5 + i % 3)},{(i % 11 - 5) / 5},False", file=file)
+    return folder
+
+
+def alpaca_eval2(alpaca: Path, model: Path, output: Path, *flags, **environment) -> subprocess.CompletedProcess:
+    """The command with the instructions' fingerprint and the length of the answers of these tests."""
+    rows = json.loads((alpaca / "reference.json").read_text())
+    digest = hashlib.sha256(json.dumps([row["instruction"] for row in rows]).encode()).hexdigest()
+    code = f"import eval.alpaca_eval2 as a; a.INSTRUCTIONS_SHA256 = '{digest}'; a.DECODING['greedy'] = (0.0, 1.0, 5); a.run()"
+    args = [model, "--reference", alpaca / "reference.json", "--output_dir", output, "--batch_size", "256", *flags]
+    environment = {"HF_HUB_CACHE": str(alpaca / "hub"), "OPENAI_API_KEY": ""} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
+    with judge_server(choose) as (url, requests):
+        done = alpaca_eval2(alpaca, model_folder, tmp_path, "--judge_base_url", url, "--judge_model", "mock")
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert len(requests) == 805
+    assert all((r["model"], r["max_tokens"], r["top_logprobs"], r["logprobs"]) == ("mock", 1, 5, True) for r in requests)
+    result = json.loads((tmp_path / "tiny" / "alpaca_eval2.json").read_text())
+    preferences = [preference_of(i) for i in range(805)]
+    assert result["scores"]["win_rate"] == pytest.approx(100 * np.mean(preferences), abs=1e-3)
+    assert result["standard_errors"]["win_rate"] == pytest.approx(100 * np.std(preferences, ddof=1) / math.sqrt(805), abs=1e-3)
+    outputs = json.loads((tmp_path / "tiny" / "alpaca_eval2" / "outputs.json").read_text())
+    assert [row["instruction"] for row in outputs] == [f"instruction number {i}" for i in range(805)]
+    assert {tuple(row) for row in outputs} == {("dataset", "instruction", "output", "generator")}
+    assert result["scores"]["avg_length"] == int(np.mean([len(row["output"]) for row in outputs]))
+    assert 0 < result["scores"]["length_controlled_winrate"] < 100 and result["scores"]["unjudged"] == 0
+    assert re.search(rf"^win rate +{result['scores']['win_rate']:.2f} % ±", done.stdout, re.MULTILINE)
+    assert result["settings"]["judge_model"] == "mock" and "alpaca_eval" in result["versions"]
+    assert not list(tmp_path.rglob("client.yaml"))  # no key stays behind
+
+
+def test_alpaca_eval_finds_what_is_missing_before_the_judge_is_asked(alpaca, model_folder, tmp_path):
+    with judge_server(choose) as (url, requests):
+        for environment, flags, message in (
+            ({}, [], "the judge needs OPENAI_API_KEY"),
+            ({"HF_HUB_CACHE": str(tmp_path / "none")}, ["--judge_base_url", url], "df_gamed.csv of tatsu-lab/alpaca_eval"),
+        ):
+            done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags, **environment)
+            assert done.returncode and f"error: {message}" in done.stderr
+            assert not (tmp_path / "tiny").exists()  # nor is any answer generated
+    assert not requests
+
+
+def test_alpaca_eval_refuses_other_rows(alpaca, tmp_path, monkeypatch):
+    rows = json.loads((alpaca / "reference.json").read_text())
+    digest = hashlib.sha256(json.dumps([row["instruction"] for row in rows]).encode()).hexdigest()
+    monkeypatch.setattr(alpaca_eval2_module, "INSTRUCTIONS_SHA256", digest)
+    path = tmp_path / "outputs.json"
+    swapped = [rows[1], rows[0], *rows[2:]]
+    for wrong, message in (
+        (swapped, "its 805 instructions are not the 805"),
+        (rows[:-1], "its 804 instructions are not the 805"),
+        ([{**rows[0], "generator": "other"}, *rows[1:]], "must have one generator"),
+        ([{"instruction": "a", "generator": "b"}], "entry 0 lacks"),
+        ({"rows": rows}, "must be a JSON list"),
+    ):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match=message):
+            alpaca_eval2_module.load_outputs(str(path))
+    path.write_text(json.dumps(rows))
+    assert alpaca_eval2_module.load_outputs(str(path)) == rows
+
+
+def test_the_official_instructions_have_the_pinned_fingerprint():
+    path = ROOT.parent / "shared" / "data" / "alpaca_eval" / "gpt4_1106_preview_model_outputs.json"
+    if path.exists():  # not in a user's clone
+        assert len(alpaca_eval2_module.load_outputs(str(path))) == 805
