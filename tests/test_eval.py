@@ -2,10 +2,12 @@
 
 import csv
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from test_train import write_pairs
 
 from data import InputError, load_pairs
 from eval import alpaca_eval2 as alpaca_eval2_module
+from eval import mt_bench as mt_bench_module
 from eval import report
 from eval.preference import score
 
@@ -296,3 +299,149 @@ def test_the_official_instructions_have_the_pinned_fingerprint():
     path = ROOT.parent / "shared" / "data" / "alpaca_eval" / "gpt4_1106_preview_model_outputs.json"
     if path.exists():  # not in a user's clone
         assert len(alpaca_eval2_module.load_outputs(str(path))) == 805
+
+
+# ---- MT-Bench -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mt_bench_data(tmp_path_factory) -> Path:
+    """A folder with questions, judge prompts and reference answers in the official schema."""
+    folder = tmp_path_factory.mktemp("mt_bench")
+    names = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
+    with open(folder / "question.jsonl", "w") as questions, open(folder / "mock.jsonl", "w") as references:
+        for number in range(81, 161):
+            line = {
+                "question_id": number,
+                "category": names[(number - 81) // 10],
+                "turns": [f"ask {number} a", f"ask {number} b"],
+            }
+            print(json.dumps(line), file=questions)
+            if line["category"] in ("reasoning", "math", "coding"):
+                choices = [{"index": 0, "turns": [f"truth {number} a", f"truth {number} b"]}]
+                print(json.dumps({"question_id": number, "model_id": "mock", "choices": choices}), file=references)
+    with open(folder / "judge_prompts.jsonl", "w") as file:
+        one, two = "Q: {question}\nA: {answer}", "Q1: {question_1}\nA1: {answer_1}\nQ2: {question_2}\nA2: {answer_2}"
+        for name, template in (("single-v1", one), ("single-v1-multi-turn", two)):
+            reference = "".join(f"R{i}: {{ref_answer_{i}}}\n" for i in ((1, 2) if "multi" in name else (1,)))
+            for kind, text in ((name, template), (name.replace("v1", "math-v1"), reference + template)):
+                prompt = {"name": kind, "type": "single", "system_prompt": f"system of {kind}", "prompt_template": text}
+                print(json.dumps(prompt | {"description": "", "category": "general", "output_format": "[[rating]]"}), file=file)
+    return folder
+
+
+def rate(request: dict) -> dict:
+    """A judge of MT-Bench: 1 to 7 by the number of the question in the first turn, 5 in the second; nothing readable for 90."""
+    text = request["messages"][1]["content"]
+    number, second = int(re.search(r"ask (\d+) a", text)[1]), "Q2:" in text
+    rating = "no rating" if number == 90 else f"Rating: [[{5 if second else number % 7 + 1}]]"
+    return {"message": {"role": "assistant", "content": rating}}
+
+
+def mt_bench(model, data: Path, output: Path, *flags, **environment) -> subprocess.CompletedProcess:
+    code = "import eval.mt_bench as m; m.NEW_TOKENS = 4; m.run()"
+    args = [model, "--data", data, "--output_dir", output, "--judge", "mock", "--batch_size", "40", *flags]
+    environment = {"OPENAI_API_KEY": ""} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+def test_mt_bench(mt_bench_data, model_folder, tmp_path):
+    folder = tmp_path / "tiny" / "mt_bench"
+    with judge_server(rate) as (url, requests):
+        done = mt_bench(model_folder, mt_bench_data, tmp_path, "--judge_base_url", url)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(requests) == 160
+        judgments = folder / "model_judgment" / "mock_single.jsonl"
+        whole = judgments.read_text()
+        judgments.write_text(whole[: len(whole) // 2])  # it was stopped
+        kept = len(judgments.read_text().splitlines()) - 1
+        again = mt_bench(model_folder, mt_bench_data, tmp_path, "--judge_base_url", url, "--repeats", "2")
+        assert again.returncode == 0, again.stderr[-3000:]
+        assert len(requests) == 160 + (160 - kept) + 160
+    # The answers, field by field as FastChat reads them, and what the model was asked
+    answers = [json.loads(line) for line in (folder / "model_answer" / "tiny.jsonl").read_text().splitlines()]
+    assert [line["question_id"] for line in answers] == [*range(81, 161)]
+    for line in answers:
+        assert set(line) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} and line["model_id"] == "tiny"
+        (choice,) = line["choices"]
+        assert choice["index"] == 0 and len(choice["turns"]) == 2 and all(isinstance(text, str) for text in choice["turns"])
+    assert len({line["answer_id"] for line in answers}) == 80
+    # The judgments
+    records = [json.loads(line) for line in judgments.read_text().splitlines()]
+    assert len(records) == len({(record["question_id"], record["turn"]) for record in records}) == 160
+    given = {line["question_id"]: line["choices"][0]["turns"] for line in answers}
+    for record in records:
+        number, (first, second) = record["question_id"], given[record["question_id"]]
+        math_like = 101 <= number <= 130
+        truth = f"R1: truth {number} a\n" if math_like else ""
+        expected = f"{truth}Q: ask {number} a\nA: {first}"
+        if record["turn"] == 2:
+            truth += f"R2: truth {number} b\n" if math_like else ""
+            expected = f"{truth}Q1: ask {number} a\nA1: {first}\nQ2: ask {number} b\nA2: {second}"
+        assert record["user_prompt"] == expected
+        name = f"single-{'math-' if math_like else ''}v1{'-multi-turn' if record['turn'] == 2 else ''}"
+        assert record["judge"] == ["mock", name] and record["model"] == "tiny"
+        rating = -1 if number == 90 else 5 if record["turn"] == 2 else number % 7 + 1
+        assert record["score"] == rating and isinstance(record["judgment"], str) and isinstance(record["tstamp"], float)
+    systems = {(r["messages"][0]["role"], r["messages"][0]["content"]) for r in requests}
+    assert ("system", "system of single-math-v1-multi-turn") in systems and len(systems) == 4
+    assert all((r["temperature"], r["max_tokens"]) == (0, 2048) for r in requests)
+    # The scores, by hand
+    result = json.loads((tmp_path / "tiny" / "mt_bench.json").read_text())
+    first = [number % 7 + 1 for number in range(81, 161) if number != 90]
+    assert result["scores"]["turn 1"] == pytest.approx(sum(first) / 79) and result["scores"]["turn 2"] == 5
+    assert result["scores"]["score"] == pytest.approx((sum(first) + 79 * 5) / 158)
+    writing = [number % 7 + 1 for number in range(81, 90)] + [5] * 9
+    assert result["scores"]["writing"] == pytest.approx(sum(writing) / 18)
+    assert result["scores"]["unparsable"] == 2 and result["settings"]["spread_over_repeats"]["score"] == 0
+    assert (folder / "radar.png").stat().st_size > 10_000 and "2 of 160 judgments" in again.stdout
+    if importlib.util.find_spec("fastchat"):
+        script = Path(importlib.util.find_spec("fastchat").origin).parent / "llm_judge" / "show_result.py"
+        shown = subprocess.run([sys.executable, script, "--input-file", judgments], capture_output=True, text=True)
+        assert float(shown.stdout.split()[-1]) == pytest.approx(result["scores"]["score"], abs=1e-5), shown.stderr
+
+
+def test_mt_bench_temperatures_and_second_turns(mt_bench_data, model_folder, tmp_path, monkeypatch):
+    """What the model is asked for: FastChat's temperatures, and in the second turn its own first answer."""
+    calls = []
+
+    def fake_answer(name, prompts, path, max_new_tokens, temperature, **options):
+        calls.append((temperature, max_new_tokens, prompts))
+        return [(f"answer {len(prompt)}", True) for prompt in prompts]
+
+    monkeypatch.setattr(mt_bench_module, "answer", fake_answer)
+    mt_bench_module.generate_answers(str(model_folder), mt_bench_module.load_questions(mt_bench_data), tmp_path, {})
+    temperatures = {"ask 81 a": 0.7, "ask 91 a": 0.7, "ask 101 a": 0.0, "ask 111 a": 0.0, "ask 121 a": 0.0, "ask 131 a": 0.0}
+    temperatures |= {"ask 141 a": 0.1, "ask 151 a": 0.1}
+    seen = {prompts[i][0]["content"]: temperature for temperature, _, prompts in calls for i in range(len(prompts))}
+    assert len(seen) == 80 and {key: seen[key] for key in temperatures} == temperatures
+    assert {tokens for _, tokens, _ in calls} == {1024}
+    last = [prompt for _, _, prompts in calls for prompt in prompts if prompt[0]["content"] == "ask 100 a"][1]
+    assert [(m["role"], m["content"]) for m in last] == [
+        ("user", "ask 100 a"), ("assistant", "answer 1"), ("user", "ask 100 b"),
+    ]  # fmt: skip
+
+
+def test_mt_bench_finds_what_is_missing_first(mt_bench_data, model_folder, tmp_path):
+    incomplete = tmp_path / "data"
+    shutil.copytree(mt_bench_data, incomplete)
+    lines = (incomplete / "mock.jsonl").read_text().splitlines()
+    (incomplete / "mock.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    for data, flags, message in (
+        (tmp_path / "none", [], "question.jsonl is missing"),
+        (incomplete, ["--judge_base_url", "http://127.0.0.1:9/v1"], "incomplete: question 101"),
+        (mt_bench_data, [], "the judge needs OPENAI_API_KEY"),
+        (mt_bench_data, ["--judge", "other", "--judge_base_url", "http://127.0.0.1:9/v1"], "other.jsonl is missing"),
+    ):
+        done = mt_bench(model_folder, data, tmp_path / "results", *flags)
+        assert done.returncode and message in done.stderr and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("[[7]]", 7), ("a [[7.5]] b [[2]]", 7.5), ("so [3]", 3), ("[1] but [[4]]", 4), ("10", -1), ("[[ten]]", -1), ("", -1)],
+)
+def test_scores_are_read_as_fastchat_does(text, expected):
+    assert mt_bench_module.parse_score(text) == expected
