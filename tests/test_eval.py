@@ -18,13 +18,14 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+import yaml
+from conftest import CHATML, make_model, make_tokenizer
 from test_train import write_pairs
 
 from data import InputError, load_pairs
 from eval import alpaca_eval2 as alpaca_eval2_module
+from eval import leaderboard, report
 from eval import mt_bench as mt_bench_module
-from eval import report
 from eval.preference import score
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def command(module: str, *args, **environment) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def other_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "other" / "final"
-    make_model("llama", seed=1).save_pretrained(folder)
+    make_model("llama", seed=1, max_position_embeddings=1024).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -445,3 +446,152 @@ def test_mt_bench_finds_what_is_missing_first(mt_bench_data, model_folder, tmp_p
 )
 def test_scores_are_read_as_fastchat_does(text, expected):
     assert mt_bench_module.parse_score(text) == expected
+
+
+# ---- Open LLM Leaderboard -------------------------------------------------------------------------------------------
+
+
+def test_leaderboard_with_the_harness(other_folder, tmp_path):
+    """The real lm_eval on questions from a local file, with a model that answers nothing right."""
+    with open(tmp_path / "test.jsonl", "w") as file:
+        for i in range(7):
+            print(json.dumps({"question": f"{i} plus 1?", "answer": f"#### {i + 1}"}), file=file)
+    flags = ["--benchmarks", "GSM8K", "--data_file", f"gsm8k={tmp_path / 'test.jsonl'}", "--output_dir", tmp_path / "results"]
+    quick = command("leaderboard", other_folder, *flags, "--limit", 2)
+    assert quick.returncode == 0, quick.stderr[-3000:]
+    folder = tmp_path / "results" / "other"
+    assert "no leaderboard.json is written" in quick.stdout and not (folder / "leaderboard.json").exists()
+    done = command("leaderboard", other_folder, *flags, "--apply_chat_template", "true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((folder / "leaderboard.json").read_text())
+    assert result["scores"] == {"GSM8K": 0.0} and result["settings"]["shots"] == {"GSM8K": 5}
+    assert "chat template: applied" in done.stdout and "chat template: not applied" in quick.stdout
+    samples = sorted((folder / "leaderboard").rglob("samples_gsm8k_file_*.jsonl"))
+    lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in samples]
+    assert sorted(len({line["doc_id"] for line in part}) for part in lines) == [2, 7]
+    prompt = lines[-1][0]["arguments"]["gen_args_0"]["arg_0"]
+    asked = lines[-1][0]["doc"]["question"]
+    assert prompt.count("plus 1?") == 6 and prompt.count(asked) == 1 and "<|im_start|>" in prompt  # five shots and the question
+    assert len(list((folder / "leaderboard").rglob("results_*.json"))) == 2
+
+
+@pytest.mark.parametrize("template, adds_bos", [(CHATML, False), ("{{ bos_token }}" + CHATML, True), (None, True)])
+def test_the_harness_sees_the_tokens_of_training(tmp_path, template, adds_bos):
+    """lm_eval's log-likelihood of a response after its prompt is the sum of our token log-probs."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from data import end_of_turn, pack_rows, prompt_text
+    from loss import sum_logps
+    from model import PackedModel, build_model
+
+    tokenizer, plain = make_tokenizer(template, adds_bos), make_model("llama")
+    rows = [{"prompt": "what is two?", "chosen": " two.", "rejected": " a small one"}]
+    rows += [{"prompt": "a", "chosen": " b", "rejected": " c d"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs, _ = load_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 200, 100)
+    packed = build_model(plain.config).model
+    packed.load_state_dict(plain.state_dict())
+    batch = pack_rows(pairs, [0, 1])
+    with torch.no_grad():
+        ours = sum_logps(PackedModel(packed)(batch).double(), batch.lengths)
+    harness = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=1, device="cpu")
+    end = tokenizer.decode([end_of_turn(tokenizer)[0]])
+    requests = []
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            text = prompt_text(tokenizer, row["prompt"])
+            requests.append(Instance("loglikelihood", {}, (text, row[side] + end), len(requests)))
+    theirs = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+    expected = ours.flatten().tolist()
+    if template:  # the harness counts white space at the prompt's end, here a line break, as part of the response
+        for number, request in enumerate(requests):
+            ids = torch.tensor([tokenizer(request.args[0], add_special_tokens=False).input_ids])
+            with torch.no_grad():
+                expected[number] += plain(ids).logits[0, -2].log_softmax(dim=-1)[ids[0, -1]].item()
+    assert theirs == pytest.approx(expected, abs=1e-4)
+
+
+def harness_results(**groups) -> dict:
+    """What lm_eval returns, of {group or task: {subtask: (value, shots, choices)}}."""
+    found = {"results": {}, "n-shot": {}, "configs": {}, "group_subtasks": {}}
+    for group, subtasks in groups.items():
+        metric = "acc,none" if group == "leaderboard_mmlu_pro" else "acc_norm,none"
+        for name, (value, shots, choices) in subtasks.items():
+            found["results"][name] = {metric: value, metric.replace(",", "_stderr,"): 0.125}
+            found["n-shot"][name], found["configs"][name] = shots, {"doc_to_choice": ["x"] * choices}
+        if group not in subtasks:
+            mean = sum(value for value, _, _ in subtasks.values()) / len(subtasks)
+            found["results"][group] = {metric: mean, metric.replace(",", "_stderr,"): 0.25}
+            found["group_subtasks"][group] = list(subtasks)
+    return found
+
+
+def test_scores_and_their_normalization_by_hand():
+    bbh = {"leaderboard_bbh_snarks": (0.75, 3, 2), "leaderboard_bbh_navigate": (0.25, 3, 2), "leaderboard_bbh_x": (0.4, 3, 5)}
+    pro = {"leaderboard_mmlu_pro": (0.325, 5, 0)}
+    musr = {"leaderboard_musr_object_placements": (0.6, 0, 0), "leaderboard_musr_murder_mysteries": (0.5, 0, 0)}
+    results = harness_results(leaderboard_bbh=bbh, leaderboard_mmlu_pro=pro, leaderboard_musr=musr)
+    scores, errors = leaderboard.collect(results, ["BBH", "MMLU-Pro", "MuSR"])
+    assert scores == pytest.approx(
+        {
+            "BBH": 100 * 1.4 / 3,
+            "normalized/BBH": 100 * (0.5 + 0 + 0.25) / 3,  # below guessing is 0
+            "MMLU-Pro": 32.5,
+            "normalized/MMLU-Pro": 25.0,  # (0.325 − 0.1) / 0.9
+            "MuSR": 55.0,
+            "normalized/MuSR": 25.0,  # (0.6 − 0.2) / 0.8, and 0
+        }
+    )
+    assert errors == {"BBH": 25.0, "MMLU-Pro": 12.5, "MuSR": 25.0}
+    results["n-shot"]["leaderboard_mmlu_pro"] = 0
+    with pytest.raises(InputError, match=r"MMLU-Pro: the harness used \[0\] shots instead of 5"):
+        leaderboard.collect(results, ["MMLU-Pro"])
+
+
+def test_ifeval_is_the_mean_of_two():
+    found = {"prompt_level_strict_acc,none": 0.5, "inst_level_strict_acc,none": 0.7}
+    results = {"results": {"leaderboard_ifeval": found}, "n-shot": {"leaderboard_ifeval": 0}, "configs": {}}
+    scores, errors = leaderboard.collect(results, ["IFEval"])
+    assert scores == pytest.approx({"IFEval": 60, "normalized/IFEval": 60}) and errors == {}
+
+
+def read_task(path: str) -> dict:
+    """A YAML of the harness with what it includes; functions are left out."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("!", lambda *_: None)
+    config = yaml.load(Path(path).read_text(), Loader)
+    return (read_task(Path(path).parent / config["include"]) if "include" in config else {}) | config
+
+
+def test_the_harness_knows_every_task_and_metric():
+    """Names, metrics and shots of the benchmarks against the installed harness's own files."""
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager().task_index
+    for task, shots, metrics in leaderboard.BENCHMARKS.values():
+        config = read_task(index[task].yaml_path)
+        known = {metric["metric"] for metric in config.get("metric_list", config.get("aggregate_metric_list"))}
+        assert {metric.split(",")[0] for metric in metrics} <= known, task
+        leaves = config["task"] if isinstance(config["task"], list) else [task]
+        for leaf in leaves:
+            if task not in leaderboard.IN_YAML:
+                assert read_task(index[leaf].yaml_path).get("num_fewshot", 0) == shots, leaf
+            guess = next((value for start, value in leaderboard.GUESSING.items() if leaf.startswith(start)), None)
+            assert (guess is None) == leaf.startswith("leaderboard_bbh_") or task in leaderboard.IN_YAML, leaf
+    choices = {
+        leaf: len(read_task(index[leaf].yaml_path)["doc_to_choice"])
+        for leaf in read_task(index["leaderboard_bbh"].yaml_path)["task"]
+    }
+    assert len(choices) == 24 and choices["leaderboard_bbh_object_counting"] == 19 and min(choices.values()) == 2
+
+
+def test_leaderboard_bad_files(model_folder, tmp_path):
+    for value, message in (("gsm8k=nowhere.jsonl", "there is no file nowhere.jsonl"), ("arc=x", "not a single task")):
+        done = command("leaderboard", model_folder, "--benchmarks", "GSM8K", "--data_file", value, "--output_dir", tmp_path)
+        assert done.returncode and message in done.stderr
+    done = command("leaderboard", model_folder, "--benchmarks", "GSM8K", "--output_dir", tmp_path)  # offline
+    assert done.returncode and "error: the data of a benchmark cannot be loaded" in done.stderr

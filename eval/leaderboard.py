@@ -1,0 +1,177 @@
+"""The ten Open LLM Leaderboard benchmarks of the paper, by lm-evaluation-harness.
+
+    python -m eval.leaderboard runs/llama-3-8b-instruct/final
+    python -m eval.leaderboard M --benchmarks GSM8K ARC-Challenge --limit 20              # a quick look: no result for a table
+    python -m eval.leaderboard M --benchmarks GSM8K --data_file gsm8k=test.jsonl          # questions from a local file
+
+Writes OUTPUT_DIR/MODEL/leaderboard.json with every benchmark's score in per cent, raw and, where version 2 of the leaderboard
+has one, normalized (0 is guessing), and the harness's own results and samples to OUTPUT_DIR/MODEL/leaderboard/. Needs lm_eval
+(eval/requirements.txt). The data sets come from the hub; GPQA's asks for a login.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from data import InputError
+from eval.generate import short_name
+from eval.report import file_sha256, write_result
+from model import resolve_model
+
+# {benchmark: (the harness's task or group, shots, metrics whose mean is the score)}
+BENCHMARKS = {
+    "MMLU-Pro": ("leaderboard_mmlu_pro", 5, ("acc,none",)),
+    "IFEval": ("leaderboard_ifeval", 0, ("prompt_level_strict_acc,none", "inst_level_strict_acc,none")),
+    "BBH": ("leaderboard_bbh", 3, ("acc_norm,none",)),
+    "GPQA": ("leaderboard_gpqa", 0, ("acc_norm,none",)),
+    "MuSR": ("leaderboard_musr", 0, ("acc_norm,none",)),
+    "MATH": ("leaderboard_math_hard", 4, ("exact_match,none",)),
+    "GSM8K": ("gsm8k", 5, ("exact_match,strict-match",)),
+    "ARC-Challenge": ("arc_challenge", 25, ("acc_norm,none",)),
+    "TruthfulQA": ("truthfulqa_mc2", 0, ("acc,none",)),
+    "Winogrande": ("winogrande", 5, ("acc,none",)),
+}
+IN_YAML = ("gsm8k", "arc_challenge", "truthfulqa_mc2", "winogrande")  # whose shots are not those of the harness's own files
+# The score of guessing in version 2 of the leaderboard. BBH's is one over the number of choices of each of its subtasks.
+GUESSING = {"leaderboard_mmlu_pro": 1 / 10, "leaderboard_ifeval": 0.0, "leaderboard_math": 0.0, "leaderboard_gpqa": 1 / 4}
+GUESSING |= {"leaderboard_musr_murder_mysteries": 1 / 2, "leaderboard_musr_object_placements": 1 / 5}
+GUESSING |= {"leaderboard_musr_team_allocation": 1 / 3}
+GROUP = "simper_leaderboard"
+
+
+def write_group(folder: Path, benchmarks: list[str], files: dict[str, str], yaml_paths: dict[str, str]) -> None:
+    """Write the group of tasks as the harness reads it, one YAML file, and one for each task whose data are a local file.
+
+    files: {task: file of its test questions}; yaml_paths: {task: the harness's own YAML}.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for benchmark in benchmarks:
+        task, shots, _ = BENCHMARKS[benchmark]
+        if task in files:
+            # Few-shot examples come from the same file; the harness leaves out the question that is asked.
+            local = {"include": yaml_paths[task], "task": f"{task}_file", "dataset_path": "json", "dataset_name": None}
+            local |= {"dataset_kwargs": {"data_files": {"test": str(Path(files[task]).resolve())}}, "num_fewshot": shots}
+            local |= {"training_split": None, "validation_split": None, "fewshot_split": "test", "test_split": "test"}
+            (folder / f"{task}_file.yaml").write_text(yaml.safe_dump(local))
+            entries.append(f"{task}_file")
+        else:
+            entries.append({"task": task, "num_fewshot": shots} if task in IN_YAML else task)
+    (folder / f"{GROUP}.yaml").write_text(yaml.safe_dump({"group": GROUP, "task": entries}))
+
+
+def collect(results: dict, benchmarks: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """The harness's results → scores and standard errors in per cent, the normalized ones as "normalized/BENCHMARK".
+
+    Normalized is the mean over subtasks of max(0, (x − g) / (1 − g)), g the score of guessing; the raw score of a group weighs
+    its subtasks by their size. Raises InputError if the harness used other shots than the benchmark's.
+    """
+    scores, errors = {}, {}
+    for benchmark in benchmarks:
+        name, shots, metrics = BENCHMARKS[benchmark]
+        name = name if name in results["results"] else f"{name}_file"
+        subtasks = results.get("group_subtasks", {}).get(name) or [name]
+        used = {results["n-shot"][task] for task in subtasks}
+        if used != {shots}:
+            raise InputError(f"{benchmark}: the harness used {sorted(used)} shots instead of {shots}")
+        found = results["results"][name]
+        scores[benchmark] = 100 * sum(found[metric] for metric in metrics) / len(metrics)
+        error = [found.get(metric.replace(",", "_stderr,")) for metric in metrics]
+        if len(error) == 1 and isinstance(error[0], float):  # IFEval's is a mean of two that are not independent
+            errors[benchmark] = 100 * error[0]
+        normalized = []
+        for task in subtasks:
+            guess = next((value for start, value in GUESSING.items() if task.startswith(start)), None)
+            if task.startswith("leaderboard_bbh_"):
+                guess = 1 / len(results["configs"][task]["doc_to_choice"])
+            if guess is not None:
+                value = sum(results["results"][task][metric] for metric in metrics) / len(metrics)
+                normalized.append(max(0.0, (value - guess) / (1 - guess)))
+        if normalized:
+            scores[f"normalized/{benchmark}"] = 100 * sum(normalized) / len(normalized)
+    return scores, errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    parser.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    parser.add_argument(
+        "--apply_chat_template", choices=["true", "false"], default="false", help="ask in the model's chat format"
+    )
+    parser.add_argument("--limit", type=int, default=0, help="questions of each task; 0: all")
+    parser.add_argument("--batch_size", default="auto")
+    parser.add_argument(
+        "--data_file", nargs="*", default=[], metavar="TASK=FILE", help="test questions of a task from a local file"
+    )
+    parser.add_argument("--output_dir", default="results")
+    parser.add_argument("--wandb", choices=["off", "online", "offline"], default="off")
+    args = parser.parse_args()
+
+    try:
+        import lm_eval
+        from lm_eval.loggers import EvaluationTracker
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise InputError(f"the harness is missing ({error}): pip install -r eval/requirements.txt") from error
+    files = dict(entry.partition("=")[::2] for entry in args.data_file)
+    single = {BENCHMARKS[benchmark][0] for benchmark in args.benchmarks}
+    for task, file in files.items():
+        if task not in single or task not in (*IN_YAML, "leaderboard_ifeval", "leaderboard_mmlu_pro"):
+            raise InputError(f"--data_file {task}: not a single task of the chosen benchmarks")
+        if not Path(file).is_file():
+            raise InputError(f"--data_file {task}: there is no file {file}")
+    folder = Path(args.output_dir) / short_name(args.model) / "leaderboard"
+    yaml_paths = {task: str(TaskManager().task_index[task].yaml_path) for task in files}
+    write_group(folder / "tasks", args.benchmarks, files, yaml_paths)
+    manager = TaskManager(include_path=str(folder / "tasks"))
+    try:
+        manager.load([GROUP])  # fetches every data set before the model is loaded
+    except Exception as error:
+        raise InputError(f"the data of a benchmark cannot be loaded: {error!r}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch_size = args.batch_size if device == "cuda" or args.batch_size != "auto" else 1
+    model = HFLM(pretrained=resolve_model(args.model), device=device, batch_size=batch_size)
+    chat = args.apply_chat_template == "true"
+    results = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[GROUP],
+        task_manager=manager,
+        limit=args.limit or None,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        log_samples=True,
+    )
+    samples = results.pop("samples")
+    tracker = EvaluationTracker(output_path=str(folder))
+    tracker.general_config_tracker.model_name_sanitized = short_name(args.model)
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    print(make_table(results))
+    scores, errors = collect(results, args.benchmarks)
+    print(f"chat template: {'applied, few-shot examples as turns' if chat else 'not applied'} (--apply_chat_template)")
+    for name, value in scores.items():
+        print(f"{name:<28}{value:>8.2f} %" + (f" ± {errors[name]:.2f}" if name in errors else ""))
+    if args.limit:
+        print(f"--limit {args.limit}: a quick look; no leaderboard.json is written")
+        return
+    settings = {
+        "apply_chat_template": chat,
+        "batch_size": str(batch_size),
+        "shots": {b: BENCHMARKS[b][1] for b in args.benchmarks},
+    }
+    hashes = {file: file_sha256(file) for file in files.values()}
+    write_result(folder.parent, "leaderboard", args.model, scores, errors, settings, hashes, ("lm_eval",), args.wandb)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
