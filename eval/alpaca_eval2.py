@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generate_only", action="store_true", help="stop before the judge")
+    parser.add_argument("--limit", type=int, default=0, help="answer only the first N instructions, without the judge")
     parser.add_argument("--judge_model", default="", help="another judge than the annotator's gpt-4-1106-preview")
     parser.add_argument("--judge_base_url", default="", help="an OpenAI-compatible endpoint instead of OpenAI's")
     parser.add_argument("--output_dir", default="results")
@@ -148,9 +149,11 @@ def main() -> None:
     name = short_name(args.model)
     folder = Path(args.output_dir) / name / "alpaca_eval2"
     client = folder / "client.yaml"
-    alpaca_eval = None if args.generate_only else check_judge(args.judge_base_url, client)
+    alpaca_eval = None if args.generate_only or args.limit else check_judge(args.judge_base_url, client)
     temperature, top_p, max_new_tokens = DECODING[args.decoding]
     decoding = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    if args.limit:
+        reference, folder = reference[: args.limit], folder / f"limit-{args.limit}"
     prompts = [row["instruction"] for row in reference]
     options = {"engine": args.engine, "batch_size": args.batch_size, "seed": args.seed}
     answers = answer(args.model, prompts, folder / "answers.jsonl", **decoding, **options)
@@ -160,11 +163,11 @@ def main() -> None:
         for row, (text, _) in zip(reference, answers)
     ]
     outputs.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
-    load_outputs(str(outputs))
     cut, empty = sum(not finished for _, finished in answers), sum(not text for text, _ in answers)
     print(f"{outputs}: {len(rows)} outputs; {cut} were cut at {max_new_tokens} tokens, {empty} are empty; {decoding}")
-    if args.generate_only:
+    if alpaca_eval is None:
         return
+    load_outputs(str(outputs))
     metrics = judge(alpaca_eval, outputs, reference_file, folder, args.judge_model, args.judge_base_url, client)
     errors = {"win_rate": metrics.pop("standard_error"), "length_controlled_winrate": metrics.pop("lc_standard_error")}
     settings = decoding | options | {"decoding": args.decoding, "annotator": ANNOTATOR, "judge_base_url": args.judge_base_url}

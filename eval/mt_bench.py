@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generate_only", action="store_true", help="stop before the judge")
+    parser.add_argument("--limit", type=int, default=0, help="only the first N questions: a quick look, no result for a table")
     parser.add_argument("--output_dir", default="results")
     parser.add_argument("--wandb", choices=["off", "online", "offline"], default="off")
     args = parser.parse_args()
@@ -214,6 +215,8 @@ def main() -> None:
     data, name = Path(args.data), short_name(args.model)
     folder = Path(args.output_dir) / name / "mt_bench"
     questions = load_questions(data)
+    if args.limit:
+        questions, folder = questions[: args.limit], folder / f"limit-{args.limit}"
     client, reference = None, args.reference or args.judge
     if not args.generate_only:
         prompts, references = load_judge(data, reference, questions)
@@ -249,7 +252,10 @@ def main() -> None:
     settings |= options | {"temperatures": TEMPERATURES, "max_new_tokens": NEW_TOKENS, "spread_over_repeats": spread}
     files = [data / "question.jsonl", data / "judge_prompts.jsonl", data / f"{reference}.jsonl", path]
     hashes = {file.name: file_sha256(file) for file in files}
-    write_result(folder.parent, "mt_bench", args.model, scores, {}, settings, hashes, ("openai",), args.wandb)
+    if args.limit:
+        print(f"--limit {args.limit}: a quick look; no mt_bench.json is written")
+    else:
+        write_result(folder.parent, "mt_bench", args.model, scores, {}, settings, hashes, ("openai",), args.wandb)
     for key, value in scores.items():
         text = f"{value:.2f}" if key != "unparsable" else f"{value:g} of {2 * len(questions)} judgments"
         print(f"{key:<14}{text:>8}" + (f" ± {spread[key]:.2f}" if key in spread else ""))
