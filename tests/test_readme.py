@@ -27,8 +27,21 @@ def test_flags_exist():
             "save_to_disk",
             "from_pretrained",
             "gamma_beta_ratio",
+            "alpaca_eval",
+            "generate_only",
+            "judge_base_url",
+            "judge_model",
             *LOSSES,
         )
+
+
+def test_flags_of_the_other_commands_exist():
+    found = re.findall(r"python (?:-m )?((?:eval|benchmarks)[./]\w+)(?:\.py)?([^\n#`]*)", README.replace("\\\n", " "))
+    assert len(found) > 8
+    for module, rest in found:
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        for flag in re.findall(r"--(\w+)", rest):
+            assert f'"--{flag}"' in source or flag == "help", (module, flag)
 
 
 def test_files_exist():
