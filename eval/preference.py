@@ -99,14 +99,14 @@ def main() -> None:
     names = [short_name(name) for name in args.models]
     if len(set(names)) < len(names):
         raise InputError(f"two models have the same name: {', '.join(names)}; results are kept by name")
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
-    )
+    # Every model's input is looked at before the first one is run.
+    limits = (args.max_length, args.max_prompt_length)
+    loaded = [load_pairs(args.data, load_tokenizer(resolve_model(model)), *limits) for model in args.models]
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     columns, inverse = {}, {}
-    for model, name in zip(args.models, names):
-        tokenizer = load_tokenizer(resolve_model(model))
-        pairs, report = load_pairs(args.data, tokenizer, args.max_length, args.max_prompt_length)
-        print(report)
+    for model, name, (pairs, report) in zip(args.models, names, loaded):
+        print(f"{name}: {report}")
         sums, lengths = pair_logps(model, pairs, args.micro_batch_tokens), np.array(pairs["lengths"])[:, 1:]
         scores, errors = score(sums, lengths)
         places = list(zip(pairs["source"], pairs["row"]))
