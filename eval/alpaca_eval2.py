@@ -77,9 +77,9 @@ def load_outputs(path: str) -> list[dict]:
     return rows
 
 
-def check_judge(base_url: str, client: Path):
+def check_judge(annotator: str, base_url: str, client: Path):
     """alpaca_eval, imported so that it will read its endpoint and key from the file `client`. Raises InputError if it, the key,
-    or a file that it will fetch is missing: it would notice the last only after the judge has been paid."""
+    the annotator or a file that it will fetch is missing: it would notice the last only after the judge has been paid."""
     if not (os.environ.get("OPENAI_API_KEY") or base_url):
         raise InputError("the judge needs OPENAI_API_KEY in the environment, or an endpoint of your own: --judge_base_url URL")
     os.environ["OPENAI_CLIENT_CONFIG_PATH"] = str(client)
@@ -88,6 +88,9 @@ def check_judge(base_url: str, client: Path):
         from alpaca_eval import constants
     except ImportError as error:
         raise InputError(f"AlpacaEval's own tool is missing ({error}): pip install -r eval/requirements.txt") from error
+    known = sorted(path.parent.name for path in Path(constants.EVALUATORS_CONFIG_DIR).glob("*/configs.yaml"))
+    if annotator not in known:
+        raise InputError(f"alpaca_eval has no annotator {annotator}; it has {', '.join(known)}")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -97,12 +100,14 @@ def check_judge(base_url: str, client: Path):
     return alpaca_eval
 
 
-def judge(alpaca_eval, outputs: Path, reference: str, folder: Path, judge_model: str, base_url: str, client: Path) -> dict:
+def judge(
+    alpaca_eval, outputs: Path, reference: str, folder: Path, annotator: str, judge_model: str, base_url: str, client: Path
+) -> dict[str, float]:
     """Run the official evaluation and return its metrics for these outputs."""
     official = Path(alpaca_eval.constants.EVALUATORS_CONFIG_DIR)
-    config = yaml.safe_load((official / ANNOTATOR / "configs.yaml").read_text())[ANNOTATOR]
+    config = yaml.safe_load((official / annotator / "configs.yaml").read_text())[annotator]
     config["prompt_template"] = str(official / config["prompt_template"])
-    name = f"{ANNOTATOR}_{judge_model}".replace("/", "_") if judge_model else ANNOTATOR
+    name = f"{annotator}_{judge_model}".replace("/", "_") if judge_model else annotator
     if judge_model:
         config["completions_kwargs"]["model_name"] = judge_model
     (folder / name).mkdir(exist_ok=True)
@@ -139,7 +144,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generate_only", action="store_true", help="stop before the judge")
     parser.add_argument("--limit", type=int, default=0, help="answer only the first N instructions, without the judge")
-    parser.add_argument("--judge_model", default="", help="another judge than the annotator's gpt-4-1106-preview")
+    parser.add_argument("--annotator", default=ANNOTATOR, help="name of one of alpaca_eval's annotators")
+    parser.add_argument("--judge_model", default="", help="another judge than the annotator's (gpt-4-1106-preview)")
     parser.add_argument("--judge_base_url", default="", help="an OpenAI-compatible endpoint instead of OpenAI's")
     parser.add_argument("--output_dir", default="results")
     parser.add_argument("--wandb", choices=["off", "online", "offline"], default="off")
@@ -149,7 +155,7 @@ def main() -> None:
     name = short_name(args.model)
     folder = Path(args.output_dir) / name / "alpaca_eval2"
     client = folder / "client.yaml"
-    alpaca_eval = None if args.generate_only or args.limit else check_judge(args.judge_base_url, client)
+    alpaca_eval = None if args.generate_only or args.limit else check_judge(args.annotator, args.judge_base_url, client)
     temperature, top_p, max_new_tokens = DECODING[args.decoding]
     decoding = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     if args.limit:
@@ -168,10 +174,13 @@ def main() -> None:
     if alpaca_eval is None:
         return
     load_outputs(str(outputs))
-    metrics = judge(alpaca_eval, outputs, reference_file, folder, args.judge_model, args.judge_base_url, client)
+    judged_by = (args.annotator, args.judge_model, args.judge_base_url)
+    metrics = judge(alpaca_eval, outputs, reference_file, folder, *judged_by, client)
     errors = {"win_rate": metrics.pop("standard_error"), "length_controlled_winrate": metrics.pop("lc_standard_error")}
-    settings = decoding | options | {"decoding": args.decoding, "annotator": ANNOTATOR, "judge_base_url": args.judge_base_url}
-    settings |= {"judge_model": args.judge_model or "gpt-4-1106-preview", "cut": cut, "empty": empty}
+    settings = (
+        decoding | options | {"decoding": args.decoding, "annotator": args.annotator, "judge_base_url": args.judge_base_url}
+    )
+    settings |= {"judge_model": args.judge_model or "the annotator's", "cut": cut, "empty": empty}
     hashes = {"outputs.json": file_sha256(outputs), Path(reference_file).name: file_sha256(reference_file)}
     target = (folder.parent, "alpaca_eval2", args.model)
     write_result(*target, metrics, errors, settings, hashes, ("alpaca_eval", "openai"), args.wandb)
