@@ -10,6 +10,7 @@ has one, normalized (0 is guessing), and the harness's own results and samples t
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -66,8 +67,9 @@ def write_group(folder: Path, benchmarks: list[str], files: dict[str, str], yaml
 def collect(results: dict, benchmarks: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     """The harness's results → scores and standard errors in per cent, the normalized ones as "normalized/BENCHMARK".
 
-    Normalized is the mean over subtasks of max(0, (x − g) / (1 − g)), g the score of guessing; the raw score of a group weighs
-    its subtasks by their size. Raises InputError if the harness used other shots than the benchmark's.
+    Normalized is the mean over subtasks of max(0, (x − g) / (1 − g)), g the score of guessing, and its error that of the mean
+    without the maximum; the raw score of a group weighs its subtasks by their size. Raises InputError if the harness used
+    other shots than the benchmark's.
     """
     scores, errors = {}, {}
     for benchmark in benchmarks:
@@ -82,7 +84,7 @@ def collect(results: dict, benchmarks: list[str]) -> tuple[dict[str, float], dic
         error = [found.get(metric.replace(",", "_stderr,")) for metric in metrics]
         if len(error) == 1 and isinstance(error[0], float):  # IFEval's is a mean of two that are not independent
             errors[benchmark] = 100 * error[0]
-        normalized = []
+        normalized, variances = [], []
         for task in subtasks:
             guess = next((value for start, value in GUESSING.items() if task.startswith(start)), None)
             if task.startswith("leaderboard_bbh_"):
@@ -90,8 +92,13 @@ def collect(results: dict, benchmarks: list[str]) -> tuple[dict[str, float], dic
             if guess is not None:
                 value = sum(results["results"][task][metric] for metric in metrics) / len(metrics)
                 normalized.append(max(0.0, (value - guess) / (1 - guess)))
+                if benchmark in errors:
+                    error = results["results"][task][metrics[0].replace(",", "_stderr,")]
+                    variances.append((error / (1 - guess) / len(subtasks)) ** 2)
         if normalized:
             scores[f"normalized/{benchmark}"] = 100 * sum(normalized) / len(normalized)
+        if variances:
+            errors[f"normalized/{benchmark}"] = 100 * math.sqrt(sum(variances))
     return scores, errors
 
 

@@ -549,7 +549,10 @@ def test_scores_and_their_normalization_by_hand():
             "normalized/MuSR": 25.0,  # (0.6 − 0.2) / 0.8, and 0
         }
     )
-    assert errors == {"BBH": 25.0, "MMLU-Pro": 12.5, "MuSR": 25.0}
+    expected = {"BBH": 25.0, "MMLU-Pro": 12.5, "MuSR": 25.0, "normalized/MMLU-Pro": 12.5 / 0.9}
+    expected["normalized/BBH"] = 12.5 / 3 * math.sqrt(2 * 2**2 + 1.25**2)  # each subtask's 12.5 over 1 − 1/2, 1 − 1/2, 1 − 1/5
+    expected["normalized/MuSR"] = 12.5 / 2 * math.sqrt(1.25**2 + 2**2)
+    assert errors == pytest.approx(expected)
     results["n-shot"]["leaderboard_mmlu_pro"] = 0
     with pytest.raises(InputError, match=r"MMLU-Pro: the harness used \[0\] shots instead of 5"):
         leaderboard.collect(results, ["MMLU-Pro"])
