@@ -125,7 +125,7 @@ def judge(
             is_return_instead_of_print=True,
             is_overwrite_leaderboard=True,
             metric_kwargs={"save_weights_dir": str(folder / "weights")},
-            caching_path=None,
+            caching_path=str(folder / "judgments_cache.json"),  # a run that was stopped does not pay twice
         )
     finally:
         client.unlink()  # it holds the key

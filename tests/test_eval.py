@@ -249,7 +249,9 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
     with judge_server(choose) as (url, requests):
         done = alpaca_eval2(alpaca, model_folder, tmp_path, "--judge_base_url", url, "--judge_model", "mock")
         assert done.returncode == 0, done.stderr[-3000:]
-    assert len(requests) == 805
+        again = alpaca_eval2(alpaca, model_folder, tmp_path, "--judge_base_url", url, "--judge_model", "mock")
+        assert again.returncode == 0 and again.stdout == done.stdout
+    assert len(requests) == 805  # the second run asks the judge nothing
     assert all((r["model"], r["max_tokens"], r["top_logprobs"], r["logprobs"]) == ("mock", 1, 5, True) for r in requests)
     result = json.loads((tmp_path / "tiny" / "alpaca_eval2.json").read_text())
     preferences = [preference_of(i) for i in range(805)]
