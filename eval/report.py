@@ -84,10 +84,12 @@ def write_result(
 
 
 def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
-    """{model: {benchmark: result}} of folders that write_result wrote to. Raises InputError for a folder without results, and
-    for results of different weights under one name."""
+    """{model: {benchmark: result}} of folders that write_result wrote to; files among them are passed over. Raises InputError
+    for a folder without results, and for results of different weights under one name."""
     found = {}
     for folder in map(Path, folders):
+        if folder.is_file():  # such as preference.png, in results/*
+            continue
         results = {}
         for path in sorted(folder.glob("*.json")):
             content = json.loads(path.read_text())

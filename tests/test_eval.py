@@ -126,7 +126,8 @@ def test_report(model_folder, other_folder, tmp_path):
     for name, folder, values in (("a", model_folder, (60.0, 0.5)), ("b", other_folder, (50.0, None))):
         write(tmp_path / name, folder, "leaderboard", {"GSM8K": values[0]} | ({"BBH": values[1]} if values[1] else {}))
     write(tmp_path / "a", model_folder, "mt_bench", {"score": 7.125, "turn 1": 8.0})
-    done = command("report", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "report")
+    (tmp_path / "preference.png").touch()
+    done = command("report", *sorted(tmp_path.iterdir()), "--output", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     assert done.stdout == (tmp_path / "report.md").read_text()
     assert "| model | BBH | GSM8K | average rank |" in done.stdout
