@@ -45,7 +45,7 @@ def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 #
 # `--loss NAME` is the function NAME_loss of this file, `--loss_args beta=0.1` its keyword arguments, whose defaults are those
 # of its paper or its authors' code. Arguments and result are those of simper_loss. A function with a parameter `reference` is
-# given the summed log-probs of both responses under the model that training starts from: (pairs, 2), in token_logps' dtype.
+# given the summed log-probs of both responses under the model that training starts from: (pairs, 2) float32.
 #
 # In the equations w and l are the chosen and the rejected response, |w| and |l| their numbers of tokens, s their summed and m
 # their mean log-probs, r = s − reference; σ is the sigmoid. All are per pair: none depends on what else is in a batch.
@@ -108,7 +108,8 @@ def orpo_loss(token_logps, lengths, lambda_=0.1):
     """−m_w − λ log σ(logit(e^{m_w}) − logit(e^{m_l})) (Hong et al. 2024, arXiv 2403.07691). Their code and TRL count the
     prompt's tokens, too, in the first term."""
     means = sum_logps(token_logps, lengths) / lengths
-    chosen, rejected = (means - torch.log(-torch.expm1(means))).unbind(dim=1)  # log odds: m − log(1 − e^m)
+    below = means.clamp(max=-1e-6)  # the odds of a certain response are infinite, and their gradient NaN
+    chosen, rejected = (below - torch.log(-torch.expm1(below))).unbind(dim=1)  # log odds: m − log(1 − e^m)
     return -means[:, 0] - lambda_ * F.logsigmoid(chosen - rejected)
 
 

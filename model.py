@@ -4,6 +4,7 @@
 """
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -13,12 +14,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import cached_file
 
 from data import InputError, MicroBatch, end_of_turn, pack
 
@@ -268,12 +269,23 @@ def read_weights(name: str):
 
 
 def weights_fingerprint(name: str) -> str:
-    """SHA-256 over the weight files of a folder or hub id: equal only for equal weights."""
-    folder, digest = Path(cached_file(name, "config.json")).parent, hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    """SHA-256 over the weight files of a folder or hub id, which are fetched if need be. Raises InputError if it has none."""
+    files = []
+    for kind in ("*.safetensors", "*.bin"):
+        folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=kind, ignore_patterns="*/*")
+        files = files or sorted(Path(folder).glob(kind))
+    if not files:
+        raise InputError(f"{name}: no weights (.safetensors or .bin) are there")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(file_digest(path, path.stat().st_size, path.stat().st_mtime_ns))
     return digest.hexdigest()
+
+
+@functools.cache
+def file_digest(path: Path, size: int, time: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def brief(line: dict) -> dict:
 
 
 def run(loss: str, rate: float, seed: int, train_data: str, heldout: str, folder: Path, threads: int) -> dict:
-    """Train, answer, and throw the model away. Returns what is kept of it; {"error": text} if training failed."""
+    """Train, answer, and throw the model away. Returns what is kept of it; {"error": text} if training diverged."""
     output = folder / f"{loss}-{rate:g}-{seed}"
     shutil.rmtree(output, ignore_errors=True)
     flags = FLAGS | {"train_data": train_data, "eval_data": heldout, "loss": loss, "learning_rate": rate, "seed": seed}
@@ -88,7 +88,10 @@ def run(loss: str, rate: float, seed: int, train_data: str, heldout: str, folder
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if not last.startswith("FloatingPointError"):  # not a result, but a run to be made again
+            raise RuntimeError(f"{' '.join(command)}: {last}")
+        return {"error": last}
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(str(output / "final"))
     model = AutoModelForCausalLM.from_pretrained(output / "final").eval()
@@ -180,7 +183,9 @@ def tables(results: list[dict]) -> str:
     every = [(loss, rate, groups[loss, rate]) for loss in LOSSES for rate in LEARNING_RATES if (loss, rate) in groups]
     failed = [f"{r['loss']} at {r['learning_rate']:g}, seed {r['seed']}: {r['error']}" for r in results if "error" in r]
     setting = results[0]["setting"]
-    counts = ", ".join(f"{sum(r['learning_rate'] == rate for r in results)} at {rate:g}" for rate in LEARNING_RATES)
+    counts = ", ".join(
+        f"{sum(r['learning_rate'] == rate and 'error' not in r for r in results)} at {rate:g}" for rate in LEARNING_RATES
+    )
     steps = f"{setting['flags']['max_steps']} steps of {setting['flags']['batch_size']} pairs"
     return "\n\n".join(
         [
@@ -218,10 +223,9 @@ def figures(results: list[dict], folder: Path) -> None:
     plot(rivals, str(folder / "study-rivals.png"), panels)
     plot({loss: curves[loss] for loss in ABLATIONS if curves.get(loss)}, str(folder / "study-ablations.png"), panels)
     weights = {
-        "gradient weight, chosen": lambda line: math.log10(max(line["gradient_weight/chosen"], 1e-6)),
-        "gradient weight, rejected": lambda line: math.log10(max(line["gradient_weight/rejected"], 1e-6)),
+        "log10 of gradient weight, chosen": lambda line: math.log10(max(line["gradient_weight/chosen"], 1e-6)),
+        "log10 of gradient weight, rejected": lambda line: math.log10(max(line["gradient_weight/rejected"], 1e-6)),
     }
-    weights = {f"log10 of {name}": metric for name, metric in weights.items()}
     pulls = {loss: curves[loss] for loss in ("simper", "simpo", "dpo") if curves.get(loss)}
     plot(pulls, str(folder / "study-weights.png"), weights)
 
@@ -250,7 +254,13 @@ def main() -> None:
         train_data, heldout, pairs = select_pairs(args.data, folder)
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        setting = {"data": Path(args.data).name, "pairs": pairs, "limits": LIMITS, "flags": FLAGS, "versions": versions}
+        setting = {
+            "data": ",".join(Path(source.strip()).name for source in args.data.split(",")),
+            "pairs": pairs,
+            "limits": LIMITS,
+            "flags": FLAGS,
+            "versions": versions,
+        }
         if results and results[0]["setting"] != setting:
             raise InputError(f"{path} holds runs of another setting, {results[0]['setting']}: choose another --results")
         done = {(r["loss"], r["learning_rate"], r["seed"]) for r in results}

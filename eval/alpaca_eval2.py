@@ -7,7 +7,7 @@
 Writes OUTPUT_DIR/MODEL/alpaca_eval2/outputs.json, the judge's annotations beside it, and OUTPUT_DIR/MODEL/alpaca_eval2.json
 with the length-controlled win rate, the win rate, their standard errors and the mean length in characters. Judging takes 805
 calls of one output token each, after everything that the official tool needs has been found to be there. Needs alpaca_eval
-(eval/requirements.txt) and, for its judge, OPENAI_API_KEY in the environment.
+(eval/requirements.txt) and, for its judge, OPENAI_API_KEY in the environment, which also goes to --judge_base_url.
 """
 
 import argparse
@@ -88,9 +88,10 @@ def check_judge(annotator: str, base_url: str, client: Path):
         from alpaca_eval import constants
     except ImportError as error:
         raise InputError(f"AlpacaEval's own tool is missing ({error}): pip install -r eval/requirements.txt") from error
-    known = sorted(path.parent.name for path in Path(constants.EVALUATORS_CONFIG_DIR).glob("*/configs.yaml"))
+    # Those that weigh the judge's two answers by their probabilities, as the paper's; all of them ask an OpenAI endpoint.
+    known = sorted(path.parent.name for path in Path(constants.EVALUATORS_CONFIG_DIR).glob("weighted_*/configs.yaml"))
     if annotator not in known:
-        raise InputError(f"alpaca_eval has no annotator {annotator}; it has {', '.join(known)}")
+        raise InputError(f"there is no annotator {annotator}; those that can be used are {', '.join(known)}")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -108,27 +109,30 @@ def judge(
     config = yaml.safe_load((official / annotator / "configs.yaml").read_text())[annotator]
     config["prompt_template"] = str(official / config["prompt_template"])
     name = f"{annotator}_{judge_model}".replace("/", "_") if judge_model else annotator
-    if judge_model:
-        config["completions_kwargs"]["model_name"] = judge_model
+    if judge_model:  # requires_chatml: otherwise a model with "instruct" in its name is asked for a plain completion
+        config["completions_kwargs"] |= {"model_name": judge_model, "requires_chatml": True}
     (folder / name).mkdir(exist_ok=True)
     (folder / name / "configs.yaml").write_text(yaml.safe_dump({name: config}))
-    key = {"api_key": os.environ.get("OPENAI_API_KEY") or "none"}
-    client.touch(mode=0o600)
+    # The key stays in the environment, from where the client takes it.
+    key = {} if os.environ.get("OPENAI_API_KEY") else {"api_key": "none"}
     client.write_text(yaml.safe_dump({"default": [key | ({"base_url": base_url} if base_url else {})]}))
-    try:
-        table, annotations = alpaca_eval.evaluate(
-            model_outputs=str(outputs),
-            reference_outputs=reference,
-            annotators_config=str(folder / name),
-            output_path=str(folder),
-            precomputed_leaderboard=None,
-            is_return_instead_of_print=True,
-            is_overwrite_leaderboard=True,
-            metric_kwargs={"save_weights_dir": str(folder / "weights")},
-            caching_path=str(folder / "judgments_cache.json"),  # a run that was stopped does not pay twice
-        )
-    finally:
-        client.unlink()  # it holds the key
+    # A run that was stopped does not pay again for what this endpoint has judged. Missing judgments, −1, are asked for again.
+    cache = folder / f"judgments-{hashlib.sha256(base_url.encode()).hexdigest()[:8]}.json"
+    if cache.exists():
+        judged = json.loads(cache.read_text())
+        cache.write_text(json.dumps([line for line in judged if line["preference"] not in (None, -1)]))
+    table, annotations = alpaca_eval.evaluate(
+        model_outputs=str(outputs),
+        reference_outputs=reference,
+        annotators_config=str(folder / name),
+        output_path=str(folder),
+        precomputed_leaderboard=None,
+        is_return_instead_of_print=True,
+        is_overwrite_leaderboard=True,
+        metric_kwargs={"save_weights_dir": str(folder / "weights")},
+        caching_path=str(cache),
+        annotation_kwargs={"chunksize": 32},  # judgments between two writes of the cache
+    )
     metrics = {key: value for key, value in table.iloc[0].to_dict().items() if isinstance(value, (int, float))}
     preferences = [annotation["preference"] for annotation in annotations]
     return metrics | {"unjudged": sum(p is None or math.isnan(p) for p in preferences)}

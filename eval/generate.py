@@ -10,6 +10,7 @@ build on `answer`.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import shutil
@@ -41,8 +42,8 @@ def generate(
 
     prompts: each a list of messages (`[{"role": ..., "content": ...}]`, the last not the assistant's) or plain text;
         their token ids are the ones that training uses (data.py): the chat template, at most one BOS.
-    temperature: 0 is greedy; otherwise tokens are sampled at this temperature from the top_p nucleus, reproducibly for
-        one `seed` and `batch_size`.
+    temperature: 0 is greedy, whatever the model's generation config says; otherwise tokens are sampled at this temperature
+        from the top_p nucleus, reproducibly for one `seed` and `batch_size`.
     finished: whether the model ended its answer itself, within max_new_tokens and the model's context.
     Raises InputError for a prompt that fills the model's context.
     """
@@ -50,7 +51,10 @@ def generate(
     ids = [tokenize_text(tokenizer, prompt_text(tokenizer, prompt)) for prompt in prompts]
     ends = stop_tokens(model.generation_config, tokenizer)
     pad = min(ends)  # masked, so any id serves
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    # All that decides is said: what is left out, transformers fills from the model's own generation config.
+    sampling = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     answers, context = {}, context_length(model.config)
     check_prompts(ids, context)
     # Longest first: similar lengths share a batch, and one that is too large for the memory fails at once.
@@ -76,18 +80,22 @@ def stop_tokens(generation_config: GenerationConfig, tokenizer) -> set[int]:
 
 
 def context_length(config) -> int:
+    """Most tokens of prompt and answer together."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
 def check_prompts(ids: list[list[int]], context: int) -> None:
+    """Raise InputError for a prompt that leaves no room for an answer."""
     for number, prompt in enumerate(ids):
         if len(prompt) >= context:
             raise InputError(f"prompt {number} has {len(prompt)} tokens and the model a context of {context}: leave it out")
 
 
-def load_engine(engine: str, folder: str, tokenizer, seed: int):
+@functools.lru_cache(maxsize=1)  # several files of answers by one model take one load
+def load_engine(engine: str, folder: str, seed: int):
     """(answers of a list of prompts, its most prompts at once or None for --batch_size): a function (prompts, max_new_tokens,
     temperature, top_p, seed) -> [(text, finished)] by "transformers" or by "vllm". Raises InputError if vLLM is missing."""
+    tokenizer = load_tokenizer(folder)
     if engine == "transformers":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
@@ -138,19 +146,21 @@ def answer(
 
     The file holds one JSON object a line: the settings, then {"index", "output", "finished"}. Batches and their seeds depend
     on the prompts and settings alone, so a run that was stopped goes on with the first batch that is missing and ends with the
-    same answers. Raises InputError if the file holds answers of other prompts, weights or settings.
+    same answers. Raises InputError if the file holds answers of other prompts, weights or settings, and for a prompt that
+    fills the model's context.
     """
     folder = resolve_model(name)
     tokenizer = load_tokenizer(folder)
     settings = {"model": name, "weights_sha256": weights_fingerprint(folder), "engine": engine, "temperature": temperature}
     settings |= {"top_p": top_p, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     settings["prompts_sha256"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    known = {key: value for key, value in settings.items() if key != "model"}  # a folder has many names, its weights one hash
     done = {}
     if path and path.exists():
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # a line that was being written when the run was stopped is dropped
         first, *lines = map(json.loads, whole.splitlines() or [json.dumps(settings)])
-        changed = [f"{key} was {first.get(key)}, is {value}" for key, value in settings.items() if first.get(key) != value]
+        changed = [f"{key} was {first.get(key)}, is {value}" for key, value in known.items() if first.get(key) != value]
         if changed:
             raise InputError(f"{path} holds other answers ({'; '.join(changed)}): remove it, or write to another place")
         done = {line["index"]: (line["output"], line["finished"]) for line in lines}
@@ -163,7 +173,7 @@ def answer(
         return [done[i] for i in range(len(prompts))]
     ids = [tokenize_text(tokenizer, prompt_text(tokenizer, prompt)) for prompt in prompts]
     check_prompts(ids, context_length(AutoConfig.from_pretrained(folder)))
-    run, size = load_engine(engine, folder, tokenizer, seed)
+    run, size = load_engine(engine, folder, seed)
     order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))  # longest first, as in generate
     size = size or batch_size
     progress = tqdm(total=len(prompts), initial=len(done), desc=Path(name).name, unit="answer", dynamic_ncols=True)
@@ -204,6 +214,8 @@ def main() -> None:
     parser.add_argument("--output_dir", default="", help="folder for the answers, one .jsonl for each model; empty: not kept")
     args = parser.parse_args()
 
+    if args.engine == "vllm" and len(args.models) > 1:
+        raise InputError("--engine vllm takes one model: a second one in the same process finds no memory left")
     rows = load_rows(args.data)
     count = min(args.num_prompts or len(rows), len(rows))
     # Spread over the data, which is often sorted by topic.

@@ -10,11 +10,11 @@ gpt-4-1106-preview, the paper's judge, from princeton-nlp/SimPO (eval/mt-bench).
 
 Writes OUTPUT_DIR/MODEL/mt_bench/model_answer/MODEL.jsonl and model_judgment/JUDGE_single.jsonl, which FastChat reads, and
 OUTPUT_DIR/MODEL/mt_bench.json with the score, by turn and by category, and a radar figure. Judging takes 160 calls. A run that
-was stopped goes on. Needs openai (eval/requirements.txt) and OPENAI_API_KEY in the environment.
+was stopped goes on. Needs openai (eval/requirements.txt) and OPENAI_API_KEY in the environment, which also goes to
+--judge_base_url; judgments of such an endpoint are kept apart, in model_judgment-HOST.
 """
 
 import argparse
-import ast
 import json
 import os
 import re
@@ -22,8 +22,9 @@ import statistics
 import sys
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
@@ -115,10 +116,10 @@ def parse_score(judgment: str) -> float:
     """FastChat's rule: the first [[x]], otherwise the first [x], otherwise −1 (not counted).
 
     >>> parse_score("Rating: [[7]]"), parse_score("I give it a [8.5]."), parse_score("seven")
-    (7, 8.5, -1)
+    (7.0, 8.5, -1.0)
     """
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
-    return ast.literal_eval(found[1]) if found else -1
+    return float(found[1]) if found else -1.0
 
 
 def judge_all(
@@ -128,8 +129,9 @@ def judge_all(
     done = {}
     if path.exists():
         content = path.read_text()
-        content = content[: content.rfind("\n") + 1]  # without a line that was being written
-        path.write_text(content)
+        if not content.endswith("\n"):  # a line was being written
+            content = content[: content.rfind("\n") + 1]
+            path.write_text(content)
         done = {(record["question_id"], record["turn"]): record for record in map(json.loads, content.splitlines())}
     name = answers[0]["model_id"]
     tasks = []
@@ -147,6 +149,8 @@ def judge_all(
             elif done[question["question_id"], turn]["user_prompt"] != text:
                 raise InputError(f"{path} judges other answers: remove it, or write to another --output_dir")
 
+    from openai import OpenAIError
+
     def ask(task: tuple) -> dict:
         question_id, turn, template, text = task
         messages = [{"role": "system", "content": template["system_prompt"]}, {"role": "user", "content": text}]
@@ -156,10 +160,20 @@ def judge_all(
         return record | {"judgment": judgment, "score": parse_score(judgment), "turn": turn, "tstamp": time.time()}
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    failure = None
     with ThreadPoolExecutor(workers) as pool, open(path, "a") as file:
-        for record in tqdm(pool.map(ask, tasks), total=len(tasks), desc=judge, unit="judgment", dynamic_ncols=True):
+        futures = [pool.submit(ask, task) for task in tasks]
+        for future in tqdm(as_completed(futures), total=len(tasks), desc=judge, unit="judgment", dynamic_ncols=True):
+            try:
+                record = future.result()
+            except (OpenAIError, CancelledError) as error:  # keep what the other calls give, make no further ones
+                failure = failure or error
+                pool.shutdown(wait=False, cancel_futures=True)
+                continue
             print(json.dumps(record), file=file, flush=True)
             done[record["question_id"], record["turn"]] = record
+    if failure:
+        raise InputError(f"the judge {judge} failed: {failure!r}. Its other judgments are kept in {path}: run again to go on")
     return [done[question["question_id"], turn] for question in questions for turn in (1, 2)]
 
 
@@ -218,6 +232,8 @@ def main() -> None:
     if args.limit:
         questions, folder = questions[: args.limit], folder / f"limit-{args.limit}"
     client, reference = None, args.reference or args.judge
+    if args.repeats < 1:
+        raise InputError(f"--repeats must be at least 1, not {args.repeats}")
     if not args.generate_only:
         prompts, references = load_judge(data, reference, questions)
         if not (os.environ.get("OPENAI_API_KEY") or args.judge_base_url):
@@ -241,13 +257,15 @@ def main() -> None:
     runs = []
     for repeat in range(args.repeats):
         file = f"{args.judge.replace('/', '_')}_single{f'-{repeat + 1}' if repeat else ''}.jsonl"
-        target = folder / "model_judgment" / file
+        host = f"-{urlsplit(args.judge_base_url).netloc.replace(':', '_')}" if args.judge_base_url else ""
+        target = folder / f"model_judgment{host}" / file
         records = judge_all(client, args.judge, questions, answers, prompts, references, target, args.workers)
         runs.append(score(records, questions))
     if not all("score" in run for run in runs):
         raise InputError(f"none of the judgments holds a score: look at {folder / 'model_judgment'}")
     scores = {key: statistics.mean(run[key] for run in runs if key in run) for key in runs[0]}
-    spread = {key: statistics.stdev(run[key] for run in runs) for key in runs[0]} if len(runs) > 1 else {}
+    found = {key: [run[key] for run in runs if key in run] for key in scores}
+    spread = {key: statistics.stdev(values) for key, values in found.items() if len(values) > 1}
     settings = {"judge": args.judge, "reference": reference, "judge_base_url": args.judge_base_url, "repeats": args.repeats}
     settings |= options | {"temperatures": TEMPERATURES, "max_new_tokens": NEW_TOKENS, "spread_over_repeats": spread}
     files = [data / "question.jsonl", data / "judge_prompts.jsonl", data / f"{reference}.jsonl", path]

@@ -9,6 +9,7 @@ how hard the loss pulls at each side (gradient weights, see train.py's pair_loss
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def plot(curves: dict[str, list[list[dict]]], path: str, panels: dict = PANELS) 
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False, layout="constrained")
     colors = pyplot.get_cmap("tab10" if len(curves) <= 10 else "tab20").colors
     for axis, (name, metric) in zip(axes.flat, panels.items()):
-        for color, (label, runs) in zip(colors, curves.items()):
+        for color, (label, runs) in zip(itertools.cycle(colors), curves.items()):
             steps = [line["step"] for line in runs[0]]
             if any([line["step"] for line in run] != steps for run in runs):
                 raise InputError(f"the runs of {label} have not the same steps")

@@ -127,9 +127,9 @@ def main() -> None:
                 print(json.dumps({"source": source, "row": row, "logps": logps, "lengths": length}), file=file)
         columns[name], inverse[name] = (scores, errors), np.exp(sums / lengths)
     dist.destroy_process_group()
-    width = max(map(len, scores)) + 2
+    width = max(len(key) for values, _ in columns.values() for key in values) + 2
     print(f"{'':<{width}}" + "".join(f"{name[-26:]:>28}" for name in names))
-    for key in scores:
+    for key in dict.fromkeys(key for values, _ in columns.values() for key in values):
         cells = []
         for values, errors in columns.values():
             error = f" ± {errors[key]:.4f}" if key in errors else ""

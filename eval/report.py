@@ -84,8 +84,8 @@ def write_result(
 
 
 def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
-    """{model: {benchmark: result}} of folders that write_result wrote to; files among them are passed over. Raises InputError
-    for a folder without results, and for results of different weights under one name."""
+    """{model: {benchmark: result}} of folders that write_result wrote to; files among them are passed over, and
+    folders without a result named. Raises InputError for results of different weights under one name."""
     found = {}
     for folder in map(Path, folders):
         if folder.is_file():  # such as preference.png, in results/*
@@ -96,7 +96,8 @@ def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
             if isinstance(content, dict) and {"benchmark", "scores", "weights_sha256"} <= content.keys():
                 results[content["benchmark"]] = content
         if not results:
-            raise InputError(f"{folder}: holds no result of an evaluation")
+            print(f"{folder}: holds no result of an evaluation (a quick look writes none)", file=sys.stderr)
+            continue
         if folder.name in found:
             raise InputError(f"{folder}: there is another folder of that name; a table has one row for each name")
         weights = {benchmark: result["weights_sha256"] for benchmark, result in results.items()}

@@ -13,7 +13,8 @@ import sys
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,8 +142,7 @@ def test_report(model_folder, other_folder, tmp_path):
 
 def test_report_refuses_what_it_cannot_compare(model_folder, other_folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no result"):
-        report.read_results([str(tmp_path / "empty")])
+    assert report.read_results([str(tmp_path / "empty")]) == {}
     write(tmp_path / "a", model_folder, "leaderboard", {"GSM8K": 1.0})
     write(tmp_path / "a", other_folder, "mt_bench", {"score": 1.0})
     with pytest.raises(InputError, match="different weights"):
@@ -248,9 +248,10 @@ def alpaca_eval2(alpaca: Path, model: Path, output: Path, *flags, **environment)
 
 def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
     with judge_server(choose) as (url, requests):
-        done = alpaca_eval2(alpaca, model_folder, tmp_path, "--judge_base_url", url, "--judge_model", "mock")
+        flags = ("--judge_base_url", url, "--judge_model", "mock")
+        done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags, OPENAI_API_KEY="sk-secret")
         assert done.returncode == 0, done.stderr[-3000:]
-        again = alpaca_eval2(alpaca, model_folder, tmp_path, "--judge_base_url", url, "--judge_model", "mock")
+        again = alpaca_eval2(alpaca, model_folder, tmp_path, *flags)
         assert again.returncode == 0 and again.stdout == done.stdout
     assert len(requests) == 805  # the second run asks the judge nothing
     assert all((r["model"], r["max_tokens"], r["top_logprobs"], r["logprobs"]) == ("mock", 1, 5, True) for r in requests)
@@ -265,14 +266,14 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
     assert 0 < result["scores"]["length_controlled_winrate"] < 100 and result["scores"]["unjudged"] == 0
     assert re.search(rf"^win rate +{result['scores']['win_rate']:.2f} % ±", done.stdout, re.MULTILINE)
     assert result["settings"]["judge_model"] == "mock" and "alpaca_eval" in result["versions"]
-    assert not list(tmp_path.rglob("client.yaml"))  # no key stays behind
+    assert all(b"sk-secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_alpaca_eval_finds_what_is_missing_before_the_judge_is_asked(alpaca, model_folder, tmp_path):
     with judge_server(choose) as (url, requests):
         for environment, flags, message in (
             ({}, [], "the judge needs OPENAI_API_KEY"),
-            ({}, ["--judge_base_url", url, "--annotator", "x"], "alpaca_eval has no annotator x; it has .*weighted_alpaca"),
+            ({}, ["--judge_base_url", url, "--annotator", "x"], "there is no annotator x; those .* weighted_alpaca"),
             ({"HF_HUB_CACHE": str(tmp_path / "none")}, ["--judge_base_url", url], "df_gamed.csv of tatsu-lab/alpaca_eval"),
         ):
             done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags, **environment)
@@ -359,7 +360,7 @@ def test_mt_bench(mt_bench_data, model_folder, tmp_path):
         done = mt_bench(model_folder, mt_bench_data, tmp_path, "--judge_base_url", url)
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(requests) == 160
-        judgments = folder / "model_judgment" / "mock_single.jsonl"
+        judgments = folder / f"model_judgment-127.0.0.1_{url.split(':')[2].split('/')[0]}" / "mock_single.jsonl"
         whole = judgments.read_text()
         judgments.write_text(whole[: len(whole) // 2])  # it was stopped
         kept = len(judgments.read_text().splitlines()) - 1
@@ -407,6 +408,36 @@ def test_mt_bench(mt_bench_data, model_folder, tmp_path):
         script = Path(importlib.util.find_spec("fastchat").origin).parent / "llm_judge" / "show_result.py"
         shown = subprocess.run([sys.executable, script, "--input-file", judgments], capture_output=True, text=True)
         assert float(shown.stdout.split()[-1]) == pytest.approx(result["scores"]["score"], abs=1e-5), shown.stderr
+
+
+def test_a_failing_judge_loses_no_judgment(mt_bench_data, tmp_path):
+    """The first call fails, late: what the others gave is kept, and the next run asks for the rest only."""
+    from openai import OpenAIError
+
+    questions = mt_bench_module.load_questions(mt_bench_data)[:6]
+    prompts, references = mt_bench_module.load_judge(mt_bench_data, "mock", questions)
+    choices = [{"index": 0, "turns": ["one", "two"]}]
+    answers = [{"question_id": q["question_id"], "model_id": "m", "choices": choices} for q in questions]
+    calls, others = [], Event()
+
+    def create(model, messages, temperature, max_tokens):
+        calls.append(messages)
+        if failing and "ask 81 a" in messages[1]["content"] and "Q2" not in messages[1]["content"]:
+            others.wait(10)
+            raise OpenAIError("no credit")
+        if len(calls) >= 4:
+            others.set()
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content="[[05]]"))])
+
+    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    failing, path = True, tmp_path / "judgments" / "mock_single.jsonl"
+    with pytest.raises(InputError, match="no credit.*are kept in"):
+        mt_bench_module.judge_all(client, "mock", questions, answers, prompts, references, path, workers=2)
+    kept = len(path.read_text().splitlines())
+    assert kept >= 3 and kept >= len(calls) - 3
+    failing, before = False, len(calls)
+    records = mt_bench_module.judge_all(client, "mock", questions, answers, prompts, references, path, workers=2)
+    assert len(records) == 12 and len(calls) - before == 12 - kept and {r["score"] for r in records} == {5}
 
 
 def test_mt_bench_temperatures_and_second_turns(mt_bench_data, model_folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Generation: what is batched equals what is not, and the ids are those of training."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CHATML, make_model, make_tokenizer
+from transformers import GenerationConfig
 
+import model
 from data import InputError
 from eval import generate as evaluation
 from eval.generate import answer, generate, short_name
@@ -151,6 +154,7 @@ def test_vllm_is_asked_for_the_same(model_folder, monkeypatch):
     assert first.max_tokens == 256 - len(seen["requests"][0]["prompt_token_ids"])
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in first.stop_token_ids
     monkeypatch.setitem(sys.modules, "vllm", None)
+    evaluation.load_engine.cache_clear()
     with pytest.raises(InputError, match="pip install vllm"):
         answer(str(model_folder), ["hi"], engine="vllm")
 
@@ -159,3 +163,31 @@ def test_names_of_models(tmp_path):
     (tmp_path / "mine" / "final").mkdir(parents=True)
     assert short_name(str(tmp_path / "mine" / "final")) == short_name(str(tmp_path / "mine" / "final") + "/") == "mine"
     assert short_name(str(tmp_path / "mine")) == "mine" and short_name("meta-llama/Meta-Llama-3-8B") == "Meta-Llama-3-8B"
+
+
+def test_greedy_and_sampling_are_what_was_asked_for():
+    """A generation config that samples or penalizes repetitions, as published models have, changes nothing."""
+    tokenizer, plain, other = make_tokenizer(), make_model("llama", seed=3), make_model("llama", seed=3)
+    other.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.5, top_k=3, repetition_penalty=2.0)
+    for settings in ({}, {"temperature": 1.0, "seed": 5}):
+        first = generate(plain, tokenizer, PROMPTS, max_new_tokens=12, **settings)
+        assert generate(other, tokenizer, PROMPTS, max_new_tokens=12, **settings) == first
+    greedy = [generate(other, tokenizer, PROMPTS, max_new_tokens=12, seed=seed) for seed in range(3)]
+    assert greedy[0] == greedy[1] == greedy[2]
+
+
+def test_weights_of_the_hub_are_fetched_before_they_are_hashed(model_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns, ignore_patterns):
+        asked.append((name, allow_patterns))
+        if allow_patterns == "*.safetensors":
+            shutil.copy(model_folder / "model.safetensors", tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr(model, "snapshot_download", download)
+    assert model.weights_fingerprint("someone/model") == model.weights_fingerprint(str(model_folder))
+    assert ("someone/model", "*.safetensors") in asked
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no weights"):
+        model.weights_fingerprint(str(tmp_path / "empty"))
