@@ -28,6 +28,7 @@ def test_flags_exist():
             "from_pretrained",
             "gamma_beta_ratio",
             "alpaca_eval",
+            "OPENAI_API_KEY",
             "generate_only",
             "judge_base_url",
             "judge_model",
