@@ -231,7 +231,7 @@ def figures(results: list[dict], folder: Path) -> None:
 
 
 def report(results: list[dict], page: Path) -> None:
-    before, _, rest = page.read_text().partition(BEGIN)
+    before, _, rest = (page.read_text() if page.exists() else f"{BEGIN}{END}\n").partition(BEGIN)
     page.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{rest.partition(END)[2]}")
     figures(results, page.parent)
 

@@ -17,6 +17,7 @@ from loss import simper_loss
 from train import LOSSES
 
 ROOT = Path(__file__).parent.parent
+RATES = study.LEARNING_RATES
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,8 @@ def test_other_settings_are_not_mixed(tiny_study, monkeypatch):
         study.main()
 
 
-def test_committed_tables_are_those_of_the_committed_results():
+def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.setattr(study, "LEARNING_RATES", RATES)
     page, results = (ROOT / "docs" / "study.md").read_text(), study.read_results(ROOT / "docs" / "study.jsonl")
     assert f"{study.BEGIN}\n\n{study.tables(results)}\n\n{study.END}" in page
     assert all(math.isfinite(value) for r in results for line in r.get("steps", []) for value in line.values())
