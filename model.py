@@ -270,11 +270,12 @@ def read_weights(name: str):
 
 def weights_fingerprint(name: str) -> str:
     """SHA-256 over the weight files of a folder or hub id, which are fetched if need be. Raises InputError if it has none."""
-    files = []
     for kind in ("*.safetensors", "*.bin"):
         folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=kind, ignore_patterns="*/*")
-        files = files or sorted(Path(folder).glob(kind))
-    if not files:
+        files = sorted(Path(folder).glob(kind))
+        if files:
+            break
+    else:
         raise InputError(f"{name}: no weights (.safetensors or .bin) are there")
     digest = hashlib.sha256()
     for path in files:
@@ -284,6 +285,7 @@ def weights_fingerprint(name: str) -> str:
 
 @functools.cache
 def file_digest(path: Path, size: int, time: int) -> bytes:
+    """SHA-256 of a file, read once for each size and time in ns that it has."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
