@@ -125,7 +125,9 @@ def parse_score(judgment: str) -> float:
 def judge_all(
     client, judge: str, questions: list, answers: list, prompts: dict, references: dict, path: Path, workers: int
 ) -> list:
-    """Judge both turns of every answer; append FastChat's records to `path`, go on after those that it has, and return all."""
+    """Judge both turns of every answer; append FastChat's records to `path`, go on after those that it has, and return all, in
+    the order of the questions. Raises InputError if `path` holds judgments of other answers, and if a call of the judge fails,
+    after those under way have been kept."""
     done = {}
     if path.exists():
         content = path.read_text()

@@ -123,8 +123,12 @@ def test_answers_of_other_settings_are_not_mixed(model_folder, tmp_path, change)
 def test_a_prompt_that_fills_the_context(model_folder):
     with pytest.raises(InputError, match=r"prompt 1 has \d+ tokens and the model a context of 256"):
         answer(str(model_folder), ["a", "b " * 300])
-    ((text, _),) = answer(str(model_folder), ["b " * 100], max_new_tokens=1000)  # as much as there is room for
-    assert isinstance(text, str)
+    tokenizer, seen, plain = make_tokenizer(), [], make_model("llama")
+    original = plain.generate
+    plain.generate = lambda ids, **kwargs: seen.append((ids, kwargs["generation_config"])) or original(ids, **kwargs)
+    generate(plain, tokenizer, ["b " * 100], max_new_tokens=1000)
+    ((ids, config),) = seen
+    assert 0 < config.max_new_tokens == 256 - ids.shape[1]  # as much as there is room for
 
 
 def test_vllm_is_asked_for_the_same(model_folder, monkeypatch):

@@ -418,7 +418,7 @@ def test_reference_is_computed_once_and_resumed_with(base, tmp_path, monkeypatch
     written = file.stat().st_mtime_ns
     shutil.copytree(tmp_path / "two", tmp_path / "run", ignore=shutil.ignore_patterns("final"))
     lines = timeless(run(values, tmp_path / "run"))
-    assert (tmp_path / "cache" / "reference").iterdir() and file.stat().st_mtime_ns == written
+    assert file.stat().st_mtime_ns == written and [*(tmp_path / "cache" / "reference").iterdir()] == [file]
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[:2] == timeless(whole)[:2]
     assert lines[2] == pytest.approx(timeless(whole)[2], rel=1e-5, abs=1e-6)
     alone = timeless(run(values, tmp_path / "alone"))  # the same from the start, by one rank
@@ -432,9 +432,9 @@ def test_other_weights_have_another_reference(base, tmp_path, counted):
     other = tmp_path / "other"
     make_model("llama", seed=1).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
-    size, time = ((Path(base["model"]) / "model.safetensors").stat() for _ in range(2))
-    assert (other / "model.safetensors").stat().st_size == size.st_size  # neither the size nor the time tells
-    os.utime(other / "model.safetensors", ns=(time.st_atime_ns, time.st_mtime_ns))
+    first = (Path(base["model"]) / "model.safetensors").stat()
+    assert (other / "model.safetensors").stat().st_size == first.st_size  # neither the size nor the time tells
+    os.utime(other / "model.safetensors", ns=(first.st_atime_ns, first.st_mtime_ns))
     (line,) = run(values | {"model": str(other)}, tmp_path / "second")
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert not torch.allclose(*counted)
