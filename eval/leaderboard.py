@@ -2,15 +2,16 @@
 
     python -m eval.leaderboard runs/llama-3-8b-instruct/final
     python -m eval.leaderboard M --benchmarks GSM8K ARC-Challenge --limit 20              # a quick look: no result for a table
-    python -m eval.leaderboard M --benchmarks GSM8K --data_file gsm8k=test.jsonl          # questions from a local file
 
 Writes OUTPUT_DIR/MODEL/leaderboard.json with every benchmark's score in per cent, raw and, where version 2 of the leaderboard
 has one, normalized (0 is guessing), and the harness's own results and samples to OUTPUT_DIR/MODEL/leaderboard/. Needs lm_eval
-(eval/requirements.txt). The data sets come from the hub; GPQA's asks for a login.
+(eval/requirements.txt). The data sets come from the hub (GPQA's asks for a login), from its cache (HF_HUB_OFFLINE=1), or from
+folders of the same names in the working directory, such as openai/gsm8k.
 """
 
 import argparse
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import yaml
 
 from data import InputError
 from eval.generate import short_name
-from eval.report import file_sha256, write_result
+from eval.report import write_result
 from model import resolve_model
 
 # {benchmark: (the harness's task or group, shots, metrics whose mean is the score)}
@@ -43,24 +44,11 @@ GUESSING |= {"leaderboard_musr_team_allocation": 1 / 3}
 GROUP = "simper_leaderboard"
 
 
-def write_group(folder: Path, benchmarks: list[str], files: dict[str, str], yaml_paths: dict[str, str]) -> None:
-    """Write the group of tasks as the harness reads it, one YAML file, and one for each task whose data are a local file.
-
-    files: {task: file of its test questions}; yaml_paths: {task: the harness's own YAML}.
-    """
+def write_group(folder: Path, benchmarks: list[str]) -> None:
+    """Write the group of tasks as the harness reads it: one YAML file, GROUP.yaml."""
     folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for benchmark in benchmarks:
-        task, shots, _ = BENCHMARKS[benchmark]
-        if task in files:
-            # Few-shot examples come from the same file; the harness leaves out the question that is asked.
-            local = {"include": yaml_paths[task], "task": f"{task}_file", "dataset_path": "json", "dataset_name": None}
-            local |= {"dataset_kwargs": {"data_files": {"test": str(Path(files[task]).resolve())}}, "num_fewshot": shots}
-            local |= {"training_split": None, "validation_split": None, "fewshot_split": "test", "test_split": "test"}
-            (folder / f"{task}_file.yaml").write_text(yaml.safe_dump(local))
-            entries.append(f"{task}_file")
-        else:
-            entries.append({"task": task, "num_fewshot": shots} if task in IN_YAML else task)
+    tasks = [(BENCHMARKS[benchmark][0], BENCHMARKS[benchmark][1]) for benchmark in benchmarks]
+    entries = [{"task": task, "num_fewshot": shots} if task in IN_YAML else task for task, shots in tasks]
     (folder / f"{GROUP}.yaml").write_text(yaml.safe_dump({"group": GROUP, "task": entries}))
 
 
@@ -74,7 +62,6 @@ def collect(results: dict, benchmarks: list[str]) -> tuple[dict[str, float], dic
     scores, errors = {}, {}
     for benchmark in benchmarks:
         name, shots, metrics = BENCHMARKS[benchmark]
-        name = name if name in results["results"] else f"{name}_file"
         subtasks = results.get("group_subtasks", {}).get(name) or [name]
         used = {results["n-shot"][task] for task in subtasks}
         if used != {shots}:
@@ -111,9 +98,6 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, default=0, help="questions of each task; 0: all")
     parser.add_argument("--batch_size", default="auto")
-    parser.add_argument(
-        "--data_file", nargs="*", default=[], metavar="TASK=FILE", help="test questions of a task from a local file"
-    )
     parser.add_argument("--output_dir", default="results")
     parser.add_argument("--wandb", choices=["off", "online", "offline"], default="off")
     args = parser.parse_args()
@@ -126,21 +110,16 @@ def main() -> None:
         from lm_eval.utils import make_table
     except ImportError as error:
         raise InputError(f"the harness is missing ({error}): pip install -r eval/requirements.txt") from error
-    files = dict(entry.partition("=")[::2] for entry in args.data_file)
-    single = {BENCHMARKS[benchmark][0] for benchmark in args.benchmarks}
-    for task, file in files.items():
-        if task not in single or task not in (*IN_YAML, "leaderboard_ifeval", "leaderboard_mmlu_pro"):
-            raise InputError(f"--data_file {task}: not a single task of the chosen benchmarks")
-        if not Path(file).is_file():
-            raise InputError(f"--data_file {task}: there is no file {file}")
     folder = Path(args.output_dir) / short_name(args.model) / "leaderboard"
-    yaml_paths = {task: str(TaskManager().task_index[task].yaml_path) for task in files}
-    write_group(folder / "tasks", args.benchmarks, files, yaml_paths)
+    write_group(folder / "tasks", args.benchmarks)
     manager = TaskManager(include_path=str(folder / "tasks"))
-    try:
-        manager.load([GROUP])  # fetches every data set before the model is loaded
-    except Exception as error:
-        raise InputError(f"the data of a benchmark cannot be loaded: {error!r}") from error
+    for benchmark in args.benchmarks:  # fetches every data set before the model is loaded
+        # GPQA's choices are shuffled by the first load and kept in the cache: seeded as by `lm_eval --tasks leaderboard_gpqa`.
+        random.seed(0)
+        try:
+            manager.load([BENCHMARKS[benchmark][0]])
+        except Exception as error:
+            raise InputError(f"the data of {benchmark} cannot be loaded: {error!r}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = args.batch_size if device == "cuda" or args.batch_size != "auto" else 1
     model = HFLM(pretrained=resolve_model(args.model), device=device, batch_size=batch_size)
@@ -173,7 +152,7 @@ def main() -> None:
         "batch_size": str(batch_size),
         "shots": {b: BENCHMARKS[b][1] for b in args.benchmarks},
     }
-    hashes = {file: file_sha256(file) for file in files.values()}
+    hashes = results["task_hashes"]  # of all questions, prompts and targets; set by the tracker
     write_result(folder.parent, "leaderboard", args.model, scores, errors, settings, hashes, ("lm_eval",), args.wandb)
 
 

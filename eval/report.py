@@ -59,8 +59,8 @@ def write_result(
     """Write folder/BENCHMARK.json and return what it holds.
 
     model: folder or hub id; scores: numbers by name; errors: standard errors of some of them; settings: decoding and all else
-    that decides the scores; inputs: SHA-256 of every file that was read; packages: names whose versions matter; wandb_mode:
-    off, or online or offline for a wandb run with the scores as a table.
+    that decides the scores; inputs: SHA-256 of what was read, by file or task; packages: names whose versions matter;
+    wandb_mode: off, or online or offline for a wandb run with the scores as a table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", *packages)}

@@ -32,9 +32,9 @@ from eval.preference import score
 ROOT = Path(__file__).parent.parent
 
 
-def command(module: str, *args, **environment) -> subprocess.CompletedProcess:
+def command(module: str, *args, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", f"eval.{module}", *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", f"eval.{module}", *map(str, args)], cwd=cwd, capture_output=True, text=True,
         env=os.environ | environment,
     )  # fmt: skip
 
@@ -491,28 +491,137 @@ def test_scores_are_read_as_fastchat_does(text, expected):
 # ---- Open LLM Leaderboard -------------------------------------------------------------------------------------------
 
 
-def test_leaderboard_with_the_harness(other_folder, tmp_path):
-    """The real lm_eval on questions from a local file, with a model that answers nothing right."""
-    with open(tmp_path / "test.jsonl", "w") as file:
-        for i in range(7):
-            print(json.dumps({"question": f"{i} plus 1?", "answer": f"#### {i + 1}"}), file=file)
-    flags = ["--benchmarks", "GSM8K", "--data_file", f"gsm8k={tmp_path / 'test.jsonl'}", "--output_dir", tmp_path / "results"]
-    quick = command("leaderboard", other_folder, *flags, "--limit", 1)
+def write_datasets(folder: Path) -> None:
+    """The ten benchmarks' data sets, a few questions each, in folders that the harness finds by their hub names."""
+    from lm_eval.tasks import TaskManager
+
+    def write(name: str, configs: dict[str, dict[str, list[dict]]]) -> None:
+        entries = []
+        for config, splits in configs.items():
+            for split, rows in splits.items():
+                path = folder / name / f"{config}-{split}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            files = [{"split": split, "path": f"{config}-{split}.jsonl"} for split in splits]
+            entries.append({"config_name": config, "data_files": files})
+        (folder / name / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': entries})}---\n")
+
+    ask = [f"{i} plus 1?" for i in range(32)]
+    pro = [{"question": ask[i], "options": [f"{i + j}" for j in range(10)], "answer": "B"} for i in range(9)]
+    write("TIGER-Lab/MMLU-Pro", {"default": {"test": pro[:4], "validation": pro[4:]}})
+    comma = {"prompt": "Say nothing.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    write("wis-k/instruction-following-eval", {"default": {"train": [comma | {"key": 1}]}})
+    index = TaskManager().task_index
+    leaves = [read_task(index[leaf].yaml_path) for leaf in read_task(index["leaderboard_bbh"].yaml_path)["task"]]
+    bbh = {}
+    for size, leaf in enumerate(leaves, 2):  # of different sizes, which weigh in the raw score
+        rows = [{"input": ask[i], "target": leaf["doc_to_choice"][i % len(leaf["doc_to_choice"])]} for i in range(size % 4 + 2)]
+        bbh[leaf["dataset_name"]] = {"test": rows}
+    write("SaylorTwift/bbh", bbh)
+    wrong = [{f"Incorrect Answer {j}": f"{i + 10 * j}" for j in (1, 2, 3)} for i in range(4)]
+    gpqa = [{"Question": ask[i], "Correct Answer": f"{i + 1}"} | wrong[i] for i in range(4)]
+    write("Idavidrein/gpqa", {f"gpqa_{name}": {"train": gpqa} for name in ("diamond", "extended", "main")})
+    people = ["Ann", "Bob", "Cid", "Dan", "Eve"]
+    sizes = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
+    story = {"narrative": "All of them ran.", "question": "Who was first?"}
+    musr = {n: [story | {"choices": str(people[:k]), "answer_choice": people[i]} for i in range(k)] for n, k in sizes.items()}
+    write("TAUR-Lab/MuSR", {"default": musr})
+    math_rows = [{"problem": ask[i], "solution": f"$\\boxed{{{i + 1}}}$", "level": f"Level {i}", "type": "x"} for i in (4, 5)]
+    subjects = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra")
+    math_configs = {name: {"train": math_rows, "test": math_rows} for name in (*subjects, "precalculus")}
+    write("DigitalLearningGmbH/MATH-lighteval", math_configs)
+    gsm8k = [{"question": text, "answer": f"#### {i + 1}"} for i, text in enumerate(ask)]
+    write("openai/gsm8k", {"main": {"train": gsm8k[4:], "test": gsm8k[:4]}})
+    arc = [
+        {"question": ask[i], "choices": {"text": [f"{i}", f"{i + 1}"], "label": ["A", "B"]}, "answerKey": "B"}
+        for i in range(32)
+    ]
+    write("allenai/ai2_arc", {"ARC-Challenge": {"train": arc[4:], "validation": arc[4:], "test": arc[:4]}})
+    answers = [{"choices": [f"{i + 1}", f"{i}", "no"], "labels": [1, 0, 0]} for i in range(4)]
+    truthful = [{"question": ask[i], "mc1_targets": answers[i], "mc2_targets": answers[i]} for i in range(4)]
+    write("truthfulqa/truthful_qa", {"multiple_choice": {"validation": truthful}})
+    names = {"option1": "Ann", "option2": "Bob"}
+    winogrande = [names | {"sentence": f"Ann saw Bob and _ ran {i}.", "answer": f"{1 + i % 2}"} for i in range(12)]
+    write("allenai/winogrande", {"winogrande_xl": {"train": winogrande[3:], "validation": winogrande[:3]}})
+
+
+def test_leaderboard_with_the_harness(tmp_path):
+    """All ten benchmarks through the real lm_eval, every one of its subtasks, on a few questions each."""
+    write_datasets(tmp_path)
+    model = make_model("llama", seed=1, max_position_embeddings=4096)
+    with torch.no_grad():  # a model that ends each of its answers at once
+        model.model.embed_tokens.weight += 1
+        model.lm_head.weight[1] += 1
+    model.save_pretrained(tmp_path / "tiny" / "final")
+    make_tokenizer().save_pretrained(tmp_path / "tiny" / "final")
+    here = {"cwd": tmp_path, "PYTHONPATH": str(ROOT)}
+    gpqa = {f"leaderboard_gpqa_{name}": 4 for name in ("diamond", "extended", "main")}
+    folder = tmp_path / "results" / "tiny"
+    flags = ["--benchmarks", "GSM8K", "GPQA", "--apply_chat_template", "true", "--limit", 1]
+    quick = command("leaderboard", "tiny/final", *flags, HF_HOME=str(tmp_path / "one cache"), **here)
     assert quick.returncode == 0, quick.stderr[-3000:]
-    folder = tmp_path / "results" / "other"
-    assert "no leaderboard.json is written" in quick.stdout and not (folder / "leaderboard.json").exists()
-    done = command("leaderboard", other_folder, *flags, "--apply_chat_template", "true")
+    assert "chat template: applied" in quick.stdout and "no leaderboard.json is written" in quick.stdout
+    assert not (folder / "leaderboard.json").exists()
+    sample = samples_of(folder, "gsm8k")[0]
+    assert sample["arguments"]["gen_args_0"]["arg_0"].count("<|im_start|>user") == 6  # five shots and the question
+    # The harness shuffles GPQA's choices when it loads them, which the cache keeps: a run with another cache has the same.
+    shuffled = {task: samples_of(folder, task)[0]["doc"] for task in gpqa}
+    shutil.rmtree(folder)
+
+    done = command("leaderboard", "tiny/final", HF_HOME=str(tmp_path / "another cache"), **here)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "chat template: not applied" in done.stdout
     result = json.loads((folder / "leaderboard.json").read_text())
-    assert result["scores"] == {"GSM8K": 0.0} and result["settings"]["shots"] == {"GSM8K": 5}
-    assert "chat template: applied" in done.stdout and "chat template: not applied" in quick.stdout
-    samples = sorted((folder / "leaderboard").rglob("samples_gsm8k_file_*.jsonl"))
-    lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in samples]
-    assert sorted(len({line["doc_id"] for line in part}) for part in lines) == [1, 7]
-    prompt = lines[-1][0]["arguments"]["gen_args_0"]["arg_0"]
-    asked = lines[-1][0]["doc"]["question"]
-    assert prompt.count("plus 1?") == 6 and prompt.count(asked) == 1 and "<|im_start|>" in prompt  # five shots and the question
-    assert len(list((folder / "leaderboard").rglob("results_*.json"))) == 2
+    assert result["settings"]["shots"]["ARC-Challenge"] == 25
+
+    def mean(task: str, metric: str = "acc_norm") -> float:
+        return np.mean([sample[metric] for sample in samples_of(folder, task)])
+
+    def normalized(tasks: dict[str, int], metric: str = "acc_norm") -> float:
+        return 100 * np.mean([max(0, (mean(task, metric) - 1 / k) / (1 - 1 / k)) for task, k in tasks.items()])
+
+    def weighted(tasks) -> float:
+        return 100 * np.mean([sample["acc_norm"] for task in tasks for sample in samples_of(folder, task)])
+
+    # The number of choices is that of the requests which were made, a request for each.
+    bbh = sorted({path.name.rsplit("_20", 1)[0].removeprefix("samples_") for path in folder.rglob("samples_leaderboard_bbh_*")})
+    bbh = {task: len(samples_of(folder, task)[0]["arguments"]) for task in bbh}
+    names = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
+    musr = {f"leaderboard_musr_{name}": size for name, size in names.items()}
+    assert len(bbh) == 24 and sum(len(samples_of(folder, task)) for task in bbh) > 2 * 24
+    expected = {
+        "MMLU-Pro": 100 * mean("leaderboard_mmlu_pro", "acc"),
+        "normalized/MMLU-Pro": normalized({"leaderboard_mmlu_pro": 10}, "acc"),
+        "IFEval": 0,  # an empty answer follows no instruction
+        "normalized/IFEval": 0,
+        "BBH": weighted(bbh),
+        "normalized/BBH": normalized(bbh),
+        "GPQA": weighted(gpqa),
+        "normalized/GPQA": normalized(gpqa),
+        "MuSR": weighted(musr),
+        "normalized/MuSR": normalized(musr),
+        "MATH": 0,
+        "normalized/MATH": 0,
+        "GSM8K": 0,
+        "ARC-Challenge": 100 * mean("arc_challenge"),
+        "TruthfulQA": 100 * mean("truthfulqa_mc2", "acc"),
+        "Winogrande": 100 * mean("winogrande", "acc"),
+    }
+    assert result["scores"] == pytest.approx(expected)
+    assert 0 < expected["BBH"] < 100 and abs(expected["BBH"] - 100 * np.mean([mean(task) for task in bbh])) > 0.1
+    assert set(expected) - set(result["standard_errors"]) == {"IFEval", "normalized/IFEval", "MATH", "normalized/MATH"}
+    assert set(result["inputs_sha256"]) == {
+        path.name.rsplit("_20", 1)[0].removeprefix("samples_") for path in folder.rglob("samples_*")
+    }
+    for task, line, shots in (("arc_challenge", "Question:", 25), ("winogrande", "Ann saw", 5), ("gsm8k", "Question:", 5)):
+        assert str(samples_of(folder, task)[0]["arguments"]["gen_args_0"]["arg_0"]).count(line) == shots + 1
+    assert shuffled == {task: samples_of(folder, task)[0]["doc"] for task in gpqa}
+
+
+def samples_of(folder: Path, task: str) -> list[dict]:
+    """The harness's samples of a task, in the order of the questions."""
+    (path,) = folder.rglob(f"samples_{task}_20*.jsonl")
+    return sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
 
 
 @pytest.mark.parametrize("template, adds_bos", [(CHATML, False), ("{{ bos_token }}" + CHATML, True), (None, True)])
@@ -632,13 +741,7 @@ def test_the_harness_knows_every_task_and_metric():
     assert len(choices) == 24 and choices["leaderboard_bbh_object_counting"] == 19 and min(choices.values()) == 2
 
 
-def test_leaderboard_bad_input(model_folder, tmp_path, monkeypatch):
-    fixed = ["leaderboard", str(model_folder), "--output_dir", str(tmp_path), "--benchmarks", "GSM8K"]
-    for flags, message in (
-        (["--data_file", "gsm8k=nowhere.jsonl"], "there is no file nowhere.jsonl"),
-        (["--data_file", "arc=x"], "not a single task"),
-        ([], "the data of a benchmark cannot be loaded"),  # without a hub
-    ):
-        monkeypatch.setattr(sys, "argv", [*fixed, *flags])
-        with pytest.raises(InputError, match=message):
-            leaderboard.main()
+def test_leaderboard_without_its_data(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["leaderboard", str(model_folder), "--output_dir", str(tmp_path), "--benchmarks", "GSM8K"])
+    with pytest.raises(InputError, match="the data of GSM8K cannot be loaded"):  # without a hub
+        leaderboard.main()
