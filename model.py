@@ -55,7 +55,7 @@ class PackedModel(torch.nn.Module):
         hidden = self.model.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
-            segments=batch.segments,  # reaches packed_attention through the model's keyword arguments
+            micro_batch=batch,  # reaches packed_attention through the model's keyword arguments
             use_cache=False,
         ).last_hidden_state[0]  # (T, hidden size)
         head = self.model.get_output_embeddings()
@@ -128,16 +128,16 @@ def packed_attention(
     attention_mask: None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    segments: list[tuple[int, int, int]] | None = None,
+    micro_batch: MicroBatch | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within [prompt, chosen] and within [prompt, rejected] of every pair, and nowhere else.
 
-    query: (1, heads, T, d); key, value: (1, key-value heads, T, d); segments: as in MicroBatch. Returns (1, T, heads, d).
+    query: (1, heads, T, d); key, value: (1, key-value heads, T, d), of micro_batch's T tokens. Returns (1, T, heads, d).
     A function for transformers' AttentionInterface. Raises InputError for attention with further terms.
     """
     extra = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if segments is None or extra:
+    if micro_batch is None or extra:
         raise InputError(f"packed attention cannot do what this model's does: {', '.join(extra) or 'no segments arrived'}")
 
     def attend(q, k, v):  # causal attention of the last n of m tokens to all of them: (1, heads, n, d) → (1, n, heads, d)
@@ -151,9 +151,9 @@ def packed_attention(
         return out.transpose(1, 2)
 
     outputs = []
-    sizes = [size for p, c, r in segments for size in (p + c, r)]
+    sizes = [size for p, c, r in micro_batch.segments for size in (p + c, r)]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
-    for (p, _, _), first, (q, k, v) in zip(segments, parts, parts):  # first: prompt and chosen; then rejected
+    for (p, _, _), first, (q, k, v) in zip(micro_batch.segments, parts, parts):  # first: prompt and chosen; then rejected
         outputs.append(attend(*first))
         again, k, v = (torch.cat((x[:, :, :p], y), dim=2) for x, y in zip(first, (q, k, v)))
         # On GPUs the prompt's queries run again and are cut off: only attention without a mask is fast there.
@@ -161,7 +161,8 @@ def packed_attention(
     return torch.cat(outputs, dim=1), None
 
 
-# Under torch.compile, blocks are compiled around this function: its segments differ from batch to batch.
+# Under torch.compile, blocks are compiled around this function. The lengths in a micro-batch always are others: passed on as
+# an object, which the compiler does not look into, they do not have the blocks compiled again.
 AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
 
 
@@ -229,10 +230,9 @@ def load_model(
     with torch.device("meta"):
         model = build_model(config)
     if activation_checkpointing:
-        model.model.activation_checkpointing_enable({"use_reentrant": False})
-    if compile:
-        for block in blocks(model):
-            block.compile()
+        # Its name before transformers 5.21, which vLLM still asks for.
+        enable = getattr(model.model, "activation_checkpointing_enable", None) or model.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     whole, problem = None, [None]
     if dist.get_rank() == 0:
         try:
@@ -254,6 +254,10 @@ def load_model(
         dist.broadcast(buffer, src=0)
     model.train()
     self_check(model, device, longest, tolerance=1e-3 if dtype == torch.float32 else 0.05)
+    for block in blocks(model) if compile else ():
+        # A checkpoint is compiled as a whole or not at all, and the attention never is: so only what lies within it.
+        for part in block.children() if activation_checkpointing else [block]:
+            part.compile(dynamic=True)  # the number of tokens is another in every micro-batch
     return model
 
 

@@ -1,5 +1,6 @@
 """The packed, sharded model against plain transformers forwards of an independent model with the same weights."""
 
+import functools
 import json
 import resource
 from datetime import timedelta
@@ -228,6 +229,33 @@ def test_activation_checkpointing_changes_nothing(name, group, tmp_path, monkeyp
     assert counts == [2, 4]  # two layers; the backward runs them once more
     for plain, checkpointed in zip(*results):
         assert_near(checkpointed, plain, 1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_are_compiled_once(checkpointing, group, tmp_path, monkeypatch):
+    """Micro-batches of other numbers of pairs and tokens have the same log-probs as without --compile, by the same graphs."""
+    make_reference("llama").save_pretrained(tmp_path)
+    plain = load_model(str(tmp_path), "cpu", torch.float32)
+    eager = functools.partialmethod(torch.nn.Module.compile, backend="eager")  # graphs are found, but not made into code
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    compiled = load_model(str(tmp_path), "cpu", torch.float32, activation_checkpointing=checkpointing, compile=True)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    generator, found = torch.Generator().manual_seed(0), []
+    for count in (3, 1, 2, 4, 2, 5, 1):
+        shapes = torch.randint(2, 30, (count, 3), generator=generator).tolist()
+        batch = pack([tuple(torch.randint(320, (n,), generator=generator).tolist() for n in shape) for shape in shapes])
+        for model in (plain, compiled):
+            model(batch).sum().backward()
+        for expected, actual in zip(plain.parameters(), compiled.parameters()):
+            assert_near(actual.grad.full_tensor(), expected.grad.full_tensor(), 1e-6)
+        plain.zero_grad(), compiled.zero_grad()
+        with torch.no_grad():  # as evaluate
+            assert_near(compiled(batch), plain(batch), 1e-6)
+            plain.reshard(), compiled.reshard()
+        found.append(graphs["unique_graphs"])
+    assert found[0] > 0 and found == found[:1] * len(found)
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "untied"])
