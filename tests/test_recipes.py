@@ -60,8 +60,6 @@ def test_recipe_shards_over_eight_ranks(path, capsys):
     try:
         with torch.device("meta"):
             model = build_model(AutoConfig.for_model(kind, **values))
-        if config.activation_checkpointing:
-            model.model.activation_checkpointing_enable({"use_reentrant": False})
         assert sum(p.numel() for p in model.parameters()) == parameters
         shard(model, "cpu", torch.bfloat16, config.replicas)
         assert len(blocks(model)) == values["num_hidden_layers"]
