@@ -36,8 +36,7 @@ from model import resolve_model
 from train import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNING_RATES = (3e-5, 1e-4, 1e-5)
-SIMPER_RATE = 3e-5  # that of recipes/demo.yaml; the other losses have the best of LEARNING_RATES
+LEARNING_RATES = (3e-5, 1e-4)  # that of recipes/demo.yaml and a larger one
 START = ("simper", 1e-12)  # a run that does not move the model: what it logs are the metrics before training
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
 LIMITS = {"prompt": 96, "response": 48, "heldout": 96}  # tokens of the pairs that take part; pairs that are held out
@@ -163,11 +162,11 @@ def grouped(results: list[dict]) -> dict[tuple[str, float], list[dict]]:
 
 
 def chosen_rates(groups: dict) -> dict[str, float]:
-    """The learning rate that each loss is compared at: SimPER's own; of the others' the one with the highest mean accuracy on
-    the held-out pairs, the larger margin deciding between equals."""
+    """The learning rate that each loss is compared at: the one with the highest mean accuracy on the held-out pairs, the larger
+    margin deciding between equals."""
     best = {}
     for (loss, rate), runs in groups.items():
-        if (loss, rate) != START and (loss != "simper" or rate == SIMPER_RATE):
+        if (loss, rate) != START:
             score = tuple(statistics.mean(COLUMNS[name](r)[0] for r in runs) for name in ("accuracy", "margin"))
             best[loss] = max(best.get(loss, (score, rate)), (score, rate))
     return {loss: rate for loss, (_, rate) in best.items()}

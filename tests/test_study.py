@@ -104,12 +104,12 @@ def test_table_by_hand():
     assert cells[10:] == ["2.0 ± 0.0", "3.0 ± 0.0"]  # 8 pairs at 4 pairs/s
 
 
-def test_rivals_have_their_better_rate_and_simper_its_own():
+def test_every_loss_has_its_better_rate():
     low, high = 1e-5, 3e-5
     results = [result("simper", high, 0, 0.5), result("simper", low, 0, 0.9), result("dpo", low, 0, 0.7)]
     results += [result("dpo", high, 0, 0.6), result("ipo", low, 0, 0.6), result("ipo", high, 0, 0.6, chosen=0.3)]
     results += [result(*study.START, 0, 1.0), {"loss": "sft", "learning_rate": low, "seed": 0, "error": "diverged"}]
-    assert study.chosen_rates(study.grouped(results)) == {"simper": high, "dpo": low, "ipo": high}
+    assert study.chosen_rates(study.grouped(results)) == {"simper": low, "dpo": low, "ipo": high}
     assert "sft at 1e-05, seed 0: diverged" in study.tables(results)
 
 
