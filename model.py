@@ -230,7 +230,7 @@ def load_model(
     with torch.device("meta"):
         model = build_model(config)
     if activation_checkpointing:
-        # Its name before transformers 5.21, which vLLM still asks for.
+        # Its name before transformers 5.23; vLLM still asks for an older one.
         enable = getattr(model.model, "activation_checkpointing_enable", None) or model.model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     whole, problem = None, [None]

@@ -47,7 +47,7 @@ GROUP = "simper_leaderboard"
 def write_group(folder: Path, benchmarks: list[str]) -> None:
     """Write the group of tasks as the harness reads it: one YAML file, GROUP.yaml."""
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [(BENCHMARKS[benchmark][0], BENCHMARKS[benchmark][1]) for benchmark in benchmarks]
+    tasks = [BENCHMARKS[benchmark][:2] for benchmark in benchmarks]
     entries = [{"task": task, "num_fewshot": shots} if task in IN_YAML else task for task, shots in tasks]
     (folder / f"{GROUP}.yaml").write_text(yaml.safe_dump({"group": GROUP, "task": entries}))
 
