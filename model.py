@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import InputError, MicroBatch, end_of_turn, pack
 
 # The language-model head runs on as many response tokens at once as keep one float32 logits buffer below this size.
-LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
 
 
 def resolve_model(name: str) -> str:
@@ -61,6 +61,10 @@ class PackedModel(torch.nn.Module):
         head = self.model.get_output_embeddings()
         return TokenLogps.apply(hidden[batch.predictors], head.weight, getattr(head, "bias", None), batch.targets)
 
+    def reshard(self) -> None:
+        """After a forward without a backward, which leaves the outermost parameters gathered: FSDP's own method, where the
+        model is sharded, takes the place of this one."""
+
     def plain_logps(self, ids: torch.Tensor, attention: str | None = None) -> torch.Tensor:
         """Log-probs of ids[1:] by the model's own forward, nothing packed: (n,) int64 → (n-1,) float32.
 
@@ -86,21 +90,24 @@ class TokenLogps(torch.autograd.Function):
 
     hidden: (R, d); weight: (V, d); bias: (V,) or None; targets: (R,) int64. Returns (R,) float32 (float64 for float64).
 
-    Forward and backward go through the rows in chunks; the backward computes a chunk's logits once more. Its sum over the
-    chunks is taken in place, where autograd's would hold a further (V, d) gradient, and softmax is in float32 also where the
-    model computes in bfloat16 (F.linear_cross_entropy rounds its result).
+    Forward and backward go through the rows in chunks. The backward takes the last chunk's probabilities from the forward and
+    computes the others' once more. Its sum over the chunks is taken in place, where autograd's would hold a further (V, d)
+    gradient, and softmax is in float32 also where the model computes in bfloat16 (F.linear_cross_entropy rounds its result).
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         chunks = -(-len(targets) * 4 * weight.shape[0] // LOGITS_BYTES[hidden.device.type])
-        logps, normalizers = [], []
-        for h, t in zip(hidden.chunk(chunks), targets.chunk(chunks)):
-            logits = F.linear(h, weight, bias).to(torch.promote_types(h.dtype, torch.float32))
-            normalizers.append(logits.logsumexp(dim=1))
-            logps.append(logits.gather(1, t[:, None])[:, 0] - normalizers[-1])
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalizers))
-        ctx.chunks = chunks
+        logps, normalizers, buffer = [], [], None
+        for h, t in zip(hidden.chunk(chunks), targets[:, None].chunk(chunks)):
+            del buffer  # before there is the next
+            buffer = F.linear(h, weight, bias).to(torch.promote_types(h.dtype, torch.float32))  # logits
+            largest, logit = buffer.amax(dim=1, keepdim=True), buffer.gather(1, t)
+            # In place: torch.logsumexp would take a second buffer.
+            normalizers.append(largest + buffer.sub_(largest).exp_().sum(dim=1, keepdim=True).log())
+            logps.append((logit - normalizers[-1])[:, 0])
+        ctx.save_for_backward(hidden, weight, bias, targets[:, None], torch.cat(normalizers))
+        ctx.chunks, ctx.probabilities = chunks, buffer.mul_((largest - normalizers[-1]).exp())
         return torch.cat(logps)
 
     @staticmethod
@@ -108,16 +115,18 @@ class TokenLogps(torch.autograd.Function):
         hidden, weight, bias, *rows = ctx.saved_tensors
         grad_hidden, grad_weight = [], torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        for h, t, normalizer, g in zip(*(x.chunk(ctx.chunks) for x in (hidden, *rows, grad))):
+        for h, t, normalizer, g in reversed(list(zip(*(x.chunk(ctx.chunks) for x in (hidden, *rows, grad[:, None]))))):
+            p, ctx.probabilities = ctx.probabilities, None
+            if p is None:
+                p = F.linear(h, weight, bias).to(g.dtype).sub_(normalizer).exp_()
             # The gradient of log p(t) with respect to the logits is onehot(t) − p.
-            logits = F.linear(h, weight, bias).to(g.dtype)
-            grad_logits = logits.sub_(normalizer[:, None]).exp_().mul_(-g[:, None]).scatter_add_(1, t[:, None], g[:, None])
-            grad_logits = grad_logits.to(weight.dtype)
+            grad_logits = p.mul_(-g).scatter_add_(1, t, g).to(weight.dtype)
             grad_hidden.append(grad_logits @ weight)
             grad_weight.addmm_(grad_logits.T, h)
             if bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
-        return torch.cat(grad_hidden), grad_weight, grad_bias, None
+            del p, grad_logits  # before there are the next
+        return torch.cat(grad_hidden[::-1]), grad_weight, grad_bias, None
 
 
 def packed_attention(
@@ -242,7 +251,9 @@ def load_model(
     dist.broadcast_object_list(problem, src=0)  # so that no rank waits for weights that do not come
     if problem[0]:
         raise InputError(problem[0])
-    shard(model, device, dtype, replicas)
+    if dist.get_world_size() > 1 or dtype != torch.float32:
+        # A single process in float32 has nothing to shard or cast, and FSDP would still copy every weight and gradient.
+        shard(model, device, dtype, replicas)
     model.to_empty(device=device)
     model.model.tie_weights()  # to_empty may have given tied weights a tensor each
     state = {f"model.{key}": value for key, value in whole.state_dict().items()} if whole else {}
@@ -322,8 +333,7 @@ def self_check(model: PackedModel, device: str, longest: int, tolerance: float) 
         head = model.head_difference(torch.cat(pairs[0]).to(device)).item()
     except Exception as error:
         raise InputError(f"{name} cannot be trained packed: {error!r}") from error
-    if isinstance(model, FSDPModule):
-        model.reshard()  # a forward without a backward leaves the outermost parameters gathered
+    model.reshard()
     difference = (packed - plain).abs().max().item()
     if not (difference <= tolerance and head <= 1e-3):  # also if one is NaN
         raise InputError(

@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -171,7 +172,8 @@ def train(config: Config) -> None:
             (losses.sum() * ranks / config.batch_size).backward()
             finite &= losses.detach().isfinite().all()
             sums += metrics.sum(dim=0)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).full_tensor().item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # a single process may not be sharded
         all_finite = stop.agree(finite, device)
         if not (all_finite and math.isfinite(norm)):
             rows = pairs[indices]
@@ -280,7 +282,7 @@ def evaluate(model, loss: Callable, pairs: datasets.Dataset, reference, micro_ba
     for shares in micro_batches:
         batch = pack_rows(pairs, shares[dist.get_rank()], reference).to(device)
         sums += pair_losses(model, batch, loss)[1].sum(dim=0)
-    model.reshard()  # a forward without a backward leaves the outermost parameters gathered
+    model.reshard()
     return sums
 
 

@@ -137,7 +137,7 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
     gathers, gathered, reductions, reduced = fsdp_traffic(layers, sum(sizes), whole)
 
     # Time: computation of the slowest rank in each micro-batch against the transfers of a micro-batch.
-    again = 4 / 3  # a second forward
+    vocabulary = config.get_text_config().vocab_size
     compute, micro_batches, largest = [], [], 0
     for step in steps:
         shares = split([sum(pair) for pair in step], gpus, recipe.micro_batch_tokens)
@@ -148,7 +148,10 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
             if sum(map(sum, costliest)) > largest:
                 largest, widest = sum(map(sum, costliest)), costliest
             body, head = flops(model, costliest)
-            compute.append((body * (again if recipe.activation_checkpointing else 1) + head * again) / gpu.flops / EFFICIENCY)
+            # A second forward is a third more: of the blocks under activation checkpointing, of the head but for a chunk.
+            chunks = -(-4 * vocabulary * sum(c + r for _, c, r in costliest) // LOGITS_BYTES["cuda"])
+            body, head = body * (4 / 3 if recipe.activation_checkpointing else 1), head * (1 + (1 - 1 / chunks) / 3)
+            compute.append((body + head) / gpu.flops / EFFICIENCY)
     # A ring over several nodes enters and leaves each of them once and has the node's whole network.
     link = LINK_EFFICIENCY * (gpu.nvlink if shards <= 8 else min(gpu.nvlink, gpu.network))
     transfer = (shards - 1) * ((gathered + reduced) / shards / link + (gathers + reductions) * HOP)
@@ -166,7 +169,6 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
     inputs = 2 * config.get_text_config().hidden_size * largest  # of one block, bfloat16
     activations = layers * inputs + per_block if recipe.activation_checkpointing else layers * per_block
     scored = int(batch.lengths.sum())
-    vocabulary = config.get_text_config().vocab_size
     memory = {
         "parameters": 4 * local,
         "gradients": 4 * local,
@@ -175,8 +177,8 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
         # and output, float32.
         "gathered": 2 * 2 * block + 2 * 2 * root + 4 * max(root, block) * (1 + 1 / shards),
         "activations": activations + outside,
-        # A chunk's logits in float32 and one more tensor of their size, in forward (logsumexp) and backward (bfloat16 twice).
-        "logits": min(LOGITS_BYTES["cuda"], 4 * scored * vocabulary) * 2,
+        # A chunk's logits in float32, and in bfloat16 as they come from the head or as their gradient goes back to it.
+        "logits": min(LOGITS_BYTES["cuda"], 4 * scored * vocabulary) * 1.5,
     }
     seconds = forward_backward + adam
     return {

@@ -221,14 +221,16 @@ def test_resume_is_bitwise(base, three_runs, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_one_rank_resumes_two(base, three_runs, tmp_path):
-    two, lines = three_runs["ranks"]
+@pytest.mark.parametrize("started, resume", [("ranks", run), ("one", run_ranks)])
+def test_another_number_of_ranks_resumes(base, three_runs, tmp_path, started, resume):
+    """One process, which is not sharded, what two ranks began, and they what it began."""
+    folder, lines = three_runs[started]
     output = tmp_path / "run"
-    shutil.copytree(two, output)
+    shutil.copytree(folder, output)
     shutil.rmtree(output / "final")
     shutil.rmtree(output / "checkpoints" / "step_2")
     (output / "checkpoints" / "step_3.part").mkdir()  # an interrupted save is not a checkpoint
-    resumed = run(base | {"max_steps": 3, "save_every": 0}, output)  # finds step_1 by itself
+    resumed = resume(base | {"max_steps": 3, "save_every": 0}, output)  # finds step_1 by itself
     assert [line["step"] for line in resumed] == [0, 1, 2, 3, 3]  # what it repeats is not logged twice
     assert timeless(resumed)[:2] == timeless(lines)[:2]
     for mine, its in zip(timeless(resumed), timeless(lines)):
