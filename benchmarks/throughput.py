@@ -1,13 +1,16 @@
 """Measure train.py against the textbook step and against TRL, side by side.
 
     python benchmarks/throughput.py                                   # HH lengths, the demo's model, 8 pairs a step
-    python benchmarks/throughput.py --data ultrafeedback --model random-256k --pairs 2 8 32 --ranks 1 2
+    python benchmarks/throughput.py --data ultrafeedback --model random-256k --pairs 2 8 32
     python benchmarks/throughput.py --data my_pairs.jsonl --arms simper textbook --repeats 3
+    python benchmarks/throughput.py --pairs 32 --arms simper simper,ranks=2 simper,activation_checkpointing=true
 
 Every measurement is a process of its own: `python train.py` itself, and benchmarks/baselines.py for the others, on the same
 pairs with the same weights and optimizer. They take turns, each repetition with another seed and so with other pairs. The
 first step of a process counts only for the time to get there; losses, log-probs and gradient norms of all steps must agree.
 Prints a Markdown table per workload; --log keeps every step.
+
+arms: simper, textbook or trl, each with flags of train.py, and ranks, added after commas; the ratios are to the first arm.
 
 data: hh or ultrafeedback (random words, with the lengths of Anthropic's HH and of UltraFeedback), or any --train_data.
 model: demo, random-32k, random-128k, random-256k (8 random layers of width 512 under a vocabulary of that size), or a folder.
@@ -20,6 +23,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -88,10 +92,12 @@ def matmul_speed() -> float:
     return best
 
 
-def measure(arm: str, ranks: int, flags: list[str], output: Path) -> dict:
-    """Run one process (with more ranks: torchrun and as many): {"start": seconds to the end of the first step, "steps":
-    its lines of metrics.jsonl}."""
-    launch = [sys.executable]
+def measure(arm: str, flags: dict, output: Path) -> dict:
+    """Run one process (with ranks=N in the arm: torchrun and as many): {"start": seconds to the end of the first step,
+    "steps": its lines of metrics.jsonl}."""
+    name, *settings = arm.split(",")
+    flags = flags | dict(setting.split("=") for setting in settings)
+    launch, ranks = [sys.executable], int(flags.pop("ranks", 1))
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
@@ -99,7 +105,10 @@ def measure(arm: str, ranks: int, flags: list[str], output: Path) -> dict:
     began, start = time.perf_counter(), None
     with open(f"{output}.log", "w") as log:
         process = subprocess.Popen(
-            [*launch, *ARMS[arm], *flags, "--output_dir", str(output)], stdout=log, stderr=log, env=environment
+            [*launch, *ARMS[name], *(f"--{key}={value}" for key, value in flags.items()), f"--output_dir={output}"],
+            stdout=log,
+            stderr=log,
+            env=environment,
         )
         while process.poll() is None:
             if start is None and lines.exists() and lines.stat().st_size:
@@ -111,14 +120,16 @@ def measure(arm: str, ranks: int, flags: list[str], output: Path) -> dict:
 
 
 def check(results: dict[str, dict]) -> None:
-    """Raise ValueError unless all arms computed the same: in each step the textbook's loss, log-probs and gradient; in TRL,
-    whose objective is another, the log-probs of the first two steps, before which no weight has moved."""
-    for arm, other in results.items():
-        names = ("logps/chosen",) if arm == "trl" else ("loss", "grad_norm", "logps/chosen", "logps/rejected")
-        steps = list(zip(results["simper"]["steps"], other["steps"]))[: 2 if arm == "trl" else None]
+    """Raise ValueError unless all arms computed what the first did: in each step the same loss, log-probs and gradient; in
+    TRL, whose objective is another, the log-probs of the first two steps, before which no weight has moved."""
+    (first, reference), *others = results.items()
+    for arm, other in others:
+        trl = "trl" in (arm.split(",")[0], first.split(",")[0])
+        names = ("logps/chosen",) if trl else ("loss", "grad_norm", "logps/chosen", "logps/rejected")
+        steps = list(zip(reference["steps"], other["steps"]))[: 2 if trl else None]
         for name, (mine, theirs) in itertools.product(names, steps):
             if not abs(mine[name] - theirs[name]) <= 1e-3 * max(abs(mine[name]), 0.01):
-                raise ValueError(f"step {mine['step']}: {name} is {mine[name]} in simper and {theirs[name]} in {arm}")
+                raise ValueError(f"step {mine['step']}: {name} is {mine[name]} in {first} and {theirs[name]} in {arm}")
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -130,36 +141,36 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["hh"])
     parser.add_argument("--model", nargs="+", default=["demo"])
     parser.add_argument("--pairs", nargs="+", type=int, default=[8], help="pairs a step, all in one micro-batch per rank")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1])
-    parser.add_argument("--activation_checkpointing", nargs="+", choices=["true", "false"], default=["false"])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="simper always takes part")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="NAME[,FLAG=VALUE ...]; NAME is simper, textbook or trl")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps of each process; the first is not timed")
     parser.add_argument("--max_length", type=int, default=512, help="of prompt + response; the prompt's limit is half of it")
     parser.add_argument("--log", default="", help="file to which every measurement is added as a line of JSON")
     args = parser.parse_args()
-    arms = [arm for arm in ARMS if arm == "simper" or arm in args.arms]
+    arms = args.arms
+    for arm in arms:
+        if not re.fullmatch(rf"({'|'.join(ARMS)})(,\w+=[^,=]+)*", arm):
+            parser.error(f"arm {arm} is not one of {', '.join(ARMS)}, with FLAG=VALUE after commas")
     if importlib.util.find_spec("trl"):
         versions = f"TRL {importlib.metadata.version('trl')}"
     else:
         versions = "TRL is not installed (pip install -r benchmarks/requirements.txt) and left out"
-        arms = [arm for arm in arms if arm != "trl"]
+        arms = [arm for arm in arms if arm.split(",")[0] != "trl"]
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, float32; ")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {versions}\n")
-    workloads = itertools.product(args.data, args.model, args.pairs, args.ranks, args.activation_checkpointing)
     with tempfile.TemporaryDirectory() as folder:
-        for workload in workloads:
+        for workload in itertools.product(args.data, args.model, args.pairs):
             run(*workload, arms, args, Path(folder))
 
 
-def run(data: str, model: str, pairs: int, ranks: int, checkpointing: str, arms: list[str], args, folder: Path) -> None:
+def run(data: str, model: str, pairs: int, arms: list[str], args, folder: Path) -> None:
     """Measure one workload and print its table."""
     source = make_pairs(data, folder, max(400, 4 * pairs)) if data in LENGTHS else str(Path(data).resolve())
     name = make_model(model, folder)
     limits = {"max_length": args.max_length, "max_prompt_length": args.max_length // 2}
-    # As large a micro-batch as the step has pairs, on every rank: what is compared is one forward and one backward.
+    # Unless an arm says otherwise, a rank has one micro-batch: what is compared is one forward and one backward.
     flags = {"model": name, "train_data": source, "batch_size": pairs, "max_steps": args.steps, "micro_batch_tokens": 10**6}
-    flags |= {"activation_checkpointing": checkpointing, "wandb": "off", "eval_data": "", "save_every": 0, **limits}
+    flags |= {"wandb": "off", "eval_data": "", "save_every": 0, **limits}
     rows = load_pairs(source, load_tokenizer(name), *limits.values())[0]
     with torch.device("meta"):
         shape = build_model(AutoConfig.from_pretrained(name))
@@ -168,10 +179,9 @@ def run(data: str, model: str, pairs: int, ranks: int, checkpointing: str, arms:
     for repeat in range(args.repeats):
         peak, results = matmul_speed(), {}
         for arm in arms[repeat % len(arms) :] + arms[: repeat % len(arms)]:
-            line = [text for key, value in (flags | {"seed": repeat}).items() for text in (f"--{key}", str(value))]
-            output = Path(tempfile.mkdtemp(dir=folder)) / arm
-            results[arm] = measure(arm, ranks, line, output)
+            results[arm] = measure(arm, flags | {"seed": repeat}, Path(tempfile.mkdtemp(dir=folder)) / "run")
             peak = max(peak, matmul_speed())
+        results = {arm: results[arm] for arm in arms}
         check(results)
         for step in range(1, args.steps):
             segments = rows[step_indices(len(rows), pairs, repeat, step)]["lengths"]
@@ -180,8 +190,8 @@ def run(data: str, model: str, pairs: int, ranks: int, checkpointing: str, arms:
         for arm, result in results.items():
             if args.log:
                 with open(args.log, "a") as file:
-                    setting = {"data": data, "model": model, "pairs": pairs, "ranks": ranks, "checkpointing": checkpointing}
-                    print(json.dumps(setting | {"seed": repeat, "arm": arm, "matmul": peak, **result}), file=file)
+                    setting = {"data": data, "model": model, "pairs": pairs, "seed": repeat, "arm": arm}
+                    print(json.dumps(setting | {"matmul": peak, **result}), file=file)
             figures[arm]["start"].append(result["start"])
             figures[arm]["memory"].append(max(step["peak_memory_gb"] for step in result["steps"]))
             speeds, tokens, shares = [], [], []
@@ -193,16 +203,15 @@ def run(data: str, model: str, pairs: int, ranks: int, checkpointing: str, arms:
             for key, values in (("speed", speeds), ("tokens", tokens), ("share", shares)):
                 figures[arm][key].append(statistics.median(values))
     means = np.array(rows["lengths"]).mean(axis=0)
-    print(f"**{data}, {model}, {pairs} pairs a step, {ranks} rank{'s' * (ranks > 1)}, checkpointing {checkpointing}**: ")
+    print(f"**{data}, {model}, {pairs} pairs a step**: ")
     print(f"mean tokens {means[0]:.0f} + {means[1]:.0f} + {means[2]:.0f}; {args.repeats} repeats, median (min–max);")
     print(f"the padded batch has {spread(padded)} times the operations of the distinct tokens\n")
-    print(
-        "| | pairs/s | distinct tokens/s | share of matmul | peak GB | s to first step | speed of simper | memory of simper |"
-    )
+    ratios = f"speed of {arms[0]} | memory of {arms[0]}"
+    print(f"| | pairs/s | distinct tokens/s | share of matmul | peak GB | s to first step | {ratios} |")
     print("|---|---|---|---|---|---|---|---|")
     for arm, values in figures.items():
-        faster = [a / b for a, b in zip(figures["simper"]["speed"], values["speed"])]
-        leaner = [a / b for a, b in zip(figures["simper"]["memory"], values["memory"])]
+        faster = [a / b for a, b in zip(figures[arms[0]]["speed"], values["speed"])]
+        leaner = [a / b for a, b in zip(figures[arms[0]]["memory"], values["memory"])]
         cells = [spread(values["speed"]), spread(values["tokens"], 0), spread(values["share"]), spread(values["memory"])]
         cells += [spread(values["start"], 1), spread(faster) + " ×", spread(leaner) + " ×"]
         print(f"| {arm} | " + " | ".join(cells) + " |")

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from benchmarks.plan import GPUS, flops, fsdp_traffic, kept_bytes, plan, sample_lengths
 from benchmarks.plan import main as plan_main
 from benchmarks.throughput import check
+from benchmarks.throughput import main as throughput_main
 from data import InputError, pack
 from model import PackedModel, blocks, build_model, shard
 from train import Config, parse_args
@@ -105,16 +106,24 @@ def test_throughput_measures_the_same_computation(model_folder, tmp_path):
     """The whole benchmark on a tiny model: train.py's steps against the textbook's. It stops if a figure differs."""
     command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--model", str(model_folder), "--pairs", "4"]
     command += ["--data", write_pairs(tmp_path / "pairs.jsonl", 20), "--max_length", "96", "--repeats", "1"]
-    command += ["--arms", "textbook", "--log", str(tmp_path / "log.jsonl")]
+    command += ["--arms", "simper", "textbook", "simper,ranks=2,micro_batch_tokens=150", "--log", str(tmp_path / "log.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"^\| textbook \| \d", done.stdout, re.MULTILINE)
-    simper, textbook = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert len(simper["steps"]) == len(textbook["steps"]) == 3
+    simper, textbook, ranks = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert len(simper["steps"]) == len(textbook["steps"]) == len(ranks["steps"]) == 3
     assert simper["steps"][2]["loss"] == pytest.approx(textbook["steps"][2]["loss"], rel=1e-4)
     textbook["steps"][2]["grad_norm"] *= 1.01
     with pytest.raises(ValueError, match="step 3: grad_norm"):
         check({"simper": simper, "textbook": textbook})
+
+
+@pytest.mark.parametrize("arm", ["simpo", "simper,compile", "simper ,ranks=2"])
+def test_throughput_refuses_an_arm_that_it_does_not_know(arm, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--arms", "simper", arm])
+    with pytest.raises(SystemExit):
+        throughput_main()
+    assert f"arm {arm} is not one of simper, textbook, trl" in capsys.readouterr().err
 
 
 def llama3(**changes):
