@@ -62,8 +62,8 @@ class PackedModel(torch.nn.Module):
         return TokenLogps.apply(hidden[batch.predictors], head.weight, getattr(head, "bias", None), batch.targets)
 
     def reshard(self) -> None:
-        """After a forward without a backward, which leaves the outermost parameters gathered: FSDP's own method, where the
-        model is sharded, takes the place of this one."""
+        """Free the parameters that a forward without a backward leaves gathered. There are none in a model that is not
+        sharded; in one that is, FSDP's method of this name takes the place of this one."""
 
     def plain_logps(self, ids: torch.Tensor, attention: str | None = None) -> torch.Tensor:
         """Log-probs of ids[1:] by the model's own forward, nothing packed: (n,) int64 → (n-1,) float32.
