@@ -242,6 +242,9 @@ def load_model(
         # Its name before transformers 5.23; vLLM still asks for an older one.
         enable = getattr(model.model, "activation_checkpointing_enable", None) or model.model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if not (dist.get_world_size() == replicas == 1 and dtype == torch.float32):
+        # A single process in float32 has nothing to shard or cast, and FSDP would still copy every weight and gradient.
+        shard(model, device, dtype, replicas)
     whole, problem = None, [None]
     if dist.get_rank() == 0:
         try:
@@ -251,9 +254,6 @@ def load_model(
     dist.broadcast_object_list(problem, src=0)  # so that no rank waits for weights that do not come
     if problem[0]:
         raise InputError(problem[0])
-    if dist.get_world_size() > 1 or dtype != torch.float32:
-        # A single process in float32 has nothing to shard or cast, and FSDP would still copy every weight and gradient.
-        shard(model, device, dtype, replicas)
     model.to_empty(device=device)
     model.model.tie_weights()  # to_empty may have given tied weights a tensor each
     state = {f"model.{key}": value for key, value in whole.state_dict().items()} if whole else {}

@@ -453,7 +453,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def checkpoint_tensors(model, optimizer) -> dict:
-    """Parameters and Adam's two moments by name, as sharded tensors of the running model; moments start at 0."""
+    """Parameters and Adam's two moments by name, as they are in the running model, sharded or not; moments start at 0."""
     tensors = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]

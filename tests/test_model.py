@@ -273,6 +273,12 @@ def test_compiled_blocks_are_compiled_once(checkpointing, group, tmp_path, monke
     assert found[0] > 0 and found == found[:1] * len(found)
 
 
+def test_replicas_that_do_not_divide_the_ranks_are_an_error(group, model_folder, monkeypatch):
+    monkeypatch.setattr(model_module, "read_weights", None)  # found before the weights are read
+    with pytest.raises(InputError, match="replicas=2 does not divide the number of ranks, 1"):
+        load_model(str(model_folder), "cpu", torch.float32, replicas=2)
+
+
 @pytest.mark.parametrize("fault", ["missing", "shape", "untied"])
 def test_wrong_weights_are_an_error(fault, group, tmp_path):
     make_model("llama-tied" if fault == "untied" else "llama").save_pretrained(tmp_path)
