@@ -1,7 +1,7 @@
 """Measure train.py against the textbook step and against TRL, side by side.
 
     python benchmarks/throughput.py                                   # HH lengths, the demo's model, 8 pairs a step
-    python benchmarks/throughput.py --data ultrafeedback --model random-256k --pairs 2 8 32
+    python benchmarks/throughput.py --data ultrafeedback --model random-32k random-256k --pairs 2
     python benchmarks/throughput.py --data my_pairs.jsonl --arms simper textbook --repeats 3
     python benchmarks/throughput.py --pairs 32 --arms simper simper,ranks=2 simper,activation_checkpointing=true
 
@@ -156,6 +156,8 @@ def main() -> None:
     else:
         versions = "TRL is not installed (pip install -r benchmarks/requirements.txt) and left out"
         arms = [arm for arm in arms if arm.split(",")[0] != "trl"]
+    if not arms or len(set(arms)) < len(arms):
+        parser.error(f"nothing to compare, or the same arm twice: {versions}; {', '.join(args.arms)}")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, float32; ")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {versions}\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +183,7 @@ def run(data: str, model: str, pairs: int, arms: list[str], args, folder: Path) 
         for arm in arms[repeat % len(arms) :] + arms[: repeat % len(arms)]:
             results[arm] = measure(arm, flags | {"seed": repeat}, Path(tempfile.mkdtemp(dir=folder)) / "run")
             peak = max(peak, matmul_speed())
-        results = {arm: results[arm] for arm in arms}
+        results = {arm: results[arm] for arm in arms}  # whichever ran first, the first arm is what the others are held to
         check(results)
         for step in range(1, args.steps):
             segments = rows[step_indices(len(rows), pairs, repeat, step)]["lengths"]

@@ -85,6 +85,7 @@ def plain_results(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of all ranks together, where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
