@@ -1,12 +1,9 @@
-"""Rows of preference data → pairs of token ids → the batch of each step → packed micro-batches.
+"""Rows of preference data → pairs of token ids → the pairs of each step → packed micro-batches.
 
-See what will be trained on, token by token:
-
-    python data.py demo/train.jsonl --model demo
-    python data.py HuggingFaceH4/ultrafeedback_binarized:test_prefs --model Qwen/Qwen2.5-0.5B-Instruct
+`python -m eval.show_pairs SOURCE --model MODEL` prints what will be trained on, token by token.
 """
 
-import argparse
+import functools
 import glob
 import gzip
 import hashlib
@@ -15,7 +12,8 @@ import inspect
 import json
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -37,31 +35,31 @@ FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": 
 FORMATS = """Accepted rows (further columns are ignored):
   {"prompt": text, "chosen": text, "rejected": text}
   {"prompt": [messages], "chosen": text or [one assistant message], "rejected": likewise}
-  {"chosen": [messages], "rejected": [messages]}       the same messages up to the last, which is the assistant's
-  {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}              a dialogue as in Anthropic's HH
+  {"chosen": [messages], "rejected": [messages]}  equal up to the last message, an assistant's
+  {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}    a dialogue as in HH-RLHF
 A message is {"role": "system" or "user" or "assistant", "content": text}."""
 
 
-# ---- Sources and rows -----------------------------------------------------------------------------------------------
+# ---- Sources and rows ----------------------------------------------------------------------------
 
 
 def load_rows(source: str) -> datasets.Dataset:
-    """The rows of one source: a file (.jsonl .json .csv, also .gz, or .parquet), a folder written by datasets'
-    `save_to_disk` (`folder` or `folder:split`), or a hub id (`name`, `name:split`, `name:config:split`; default: train).
+    """The rows of one source: a file (.jsonl .json .csv, also .gz, or .parquet), a folder written
+    by datasets' `save_to_disk` (`folder` or `folder:split`), or a hub id (`name`, `name:split`,
+    `name:config:split`; default: train).
 
     Raises InputError, naming the source and, for JSON lines, the line, when it cannot be read.
     """
-    path, _, split = source.partition(":")
+    path, _, name = source.partition(":")
     try:
         if Path(path).is_dir():
-            rows = datasets.load_from_disk(path)
+            rows, name = datasets.load_from_disk(path), name or "train"
             splits = rows if isinstance(rows, datasets.DatasetDict) else {"train": rows}
-            if (split or "train") not in splits:
-                raise InputError(
-                    f"it has no split '{split or 'train'}', only the splits {', '.join(splits)}: write {path}:SPLIT"
-                )
-            rows = splits[split or "train"].with_format(None)
-        elif Path(path).is_file() or Path(source.lower().removesuffix(".gz")).suffix in FILE_TYPES:
+            if name not in splits:
+                choice = f"write {path}:SPLIT with one of the splits {', '.join(splits)}"
+                raise InputError(f"it has no split '{name}': {choice}")
+            rows = splits[name].with_format(None)
+        elif Path(source).is_file() or uncompressed(source).suffix in FILE_TYPES:
             rows = load_file(source)
         else:
             name, *config, split = source.split(":") if ":" in source else (source, "train")
@@ -74,28 +72,36 @@ def load_rows(source: str) -> datasets.Dataset:
     return rows
 
 
+def uncompressed(path: str) -> Path:
+    return Path(path.lower().removesuffix(".gz"))
+
+
 def load_file(path: str) -> datasets.Dataset:
-    """The rows of one local file. Raises InputError if it is missing, of an unknown type, malformed or without rows."""
+    """The rows of one local file. Raises InputError if it is missing, of an unknown type, malformed
+    or without rows."""
     if not Path(path).is_file():
         raise InputError(f"no such file (working directory: {os.getcwd()})")
-    kind = FILE_TYPES.get(Path(path.lower().removesuffix(".gz")).suffix)
+    kind = FILE_TYPES.get(uncompressed(path).suffix)
     if kind is None or path.lower().endswith(".parquet.gz"):
         raise InputError("its type is not .jsonl, .json, .csv (also .gz) or .parquet")
     content = Path(path).read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    # "4" and "None" are answers, too.
-    text = {"converters": dict.fromkeys(COLUMNS, str), "keep_default_na": False} if kind == "csv" else {}
+    options = {}
+    if kind == "csv":  # "4" and "None" are answers, too
+        options = {"converters": dict.fromkeys(COLUMNS, str), "keep_default_na": False}
     try:
-        # A cache of its own for each content: datasets knows a file by path and time, which a copy can leave unchanged.
-        cache = str(CACHE_DIR / "rows" / digest[:32])
-        rows = datasets.load_dataset(kind, data_files=glob.escape(path), split="train", cache_dir=cache, **text)
+        # datasets knows a file by path and time, which a copy can leave unchanged: each content has
+        # a cache of its own.
+        options["cache_dir"] = str(CACHE_DIR / "rows" / digest[:32])
+        rows = datasets.load_dataset(kind, data_files=glob.escape(path), split="train", **options)
     except Exception as error:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         if not content.strip() or "no data" in str(error):
             raise InputError("has no rows") from error
         # The reader's own message does not name the line.
-        for number, line in enumerate(content.decode("utf-8-sig", "replace").split("\n") if ".jsonl" in path else (), 1):
+        lines = content.decode("utf-8-sig", "replace").split("\n") if ".jsonl" in path else []
+        for number, line in enumerate(lines, 1):
             try:
                 if line.strip() and not isinstance(json.loads(line), dict):
                     raise InputError(f"line {number} is not a JSON object") from error
@@ -107,17 +113,18 @@ def load_file(path: str) -> datasets.Dataset:
 
 
 def parse_row(row: dict) -> tuple[list | str, str, str] | None:
-    """One row in any of FORMATS → (prompt, chosen answer, rejected answer), or None if the two do not answer the same
-    prompt, or ([], "", "") if prompt, chosen or rejected is empty.
+    """One row in any of FORMATS → (prompt, chosen answer, rejected answer), or None if the two do
+    not answer the same prompt, or ([], "", "") if prompt, chosen or rejected is empty.
 
-    The prompt is a list of messages, or text where the row has text. Only the last assistant turn is the answer.
-    Raises InputError for a row in none of the formats.
+    The prompt is a list of messages, or text where the row has text. Only the last assistant turn
+    is the answer. Raises InputError for a row in none of the formats.
     """
     prompt, chosen, rejected = (row.get(column) for column in COLUMNS)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if chosen.startswith("\n\nHuman:"):
             marker = "\n\nAssistant:"
-            (context, found, chosen), (other, _, rejected) = (text.rpartition(marker) for text in (chosen, rejected))
+            context, found, chosen = chosen.rpartition(marker)
+            other, _, rejected = rejected.rpartition(marker)
             if found:
                 comparable = context == other and "\n\nHuman:" not in chosen + rejected
                 return (context + marker, chosen, rejected) if comparable else None
@@ -128,14 +135,15 @@ def parse_row(row: dict) -> tuple[list | str, str, str] | None:
     elif is_conversation(chosen) and is_conversation(rejected):
         (*context, chosen), (*other, rejected) = as_messages(chosen), as_messages(rejected)
         if chosen["role"] == rejected["role"] == "assistant":
+            answers = chosen["content"], rejected["content"]
             if context != other:
                 return None
             if context and (not is_conversation(prompt) or as_messages(prompt) == context):
-                return context, chosen["content"], rejected["content"]  # a prompt column as text is redundant here
+                return context, *answers  # a prompt column as text is redundant here
             if not context and isinstance(prompt, str) and prompt.strip():
-                return prompt, chosen["content"], rejected["content"]
+                return prompt, *answers
             if not context and is_conversation(prompt) and prompt[-1]["role"] != "assistant":
-                return as_messages(prompt), chosen["content"], rejected["content"]
+                return as_messages(prompt), *answers
     if any(row.get(column) in ("", []) for column in COLUMNS):
         return [], "", ""
     kinds = {column: type(value).__name__ for column, value in row.items()}
@@ -147,13 +155,14 @@ def is_conversation(value) -> bool:
     return (
         isinstance(value, list)
         and len(value) > 0
-        and all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in value)
-        and all(message.get("role") in ("system", "user", "assistant") for message in value)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
+        and all(m.get("role") in ("system", "user", "assistant") for m in value)
     )
 
 
 def as_messages(prompt: list | str) -> list[dict]:
-    """A prompt as messages: HH's dialogue text is split into its turns, any other text is one user message."""
+    """A prompt as messages: HH's dialogue text is split into its turns, any other text is one user
+    message."""
     if not isinstance(prompt, str):
         return [{"role": message["role"], "content": message["content"]} for message in prompt]
     if not prompt.startswith("\n\nHuman:"):
@@ -166,53 +175,63 @@ def as_messages(prompt: list | str) -> list[dict]:
     return messages
 
 
-# ---- Tokens ---------------------------------------------------------------------------------------------------------
+# ---- Tokens --------------------------------------------------------------------------------------
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a hub id or local folder. Never runs code that comes with it. Raises InputError if there is none."""
+    """The tokenizer of a hub id or local folder. Never runs code that comes with it. Raises
+    InputError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"no tokenizer can be loaded from {name}: {error}") from error
 
 
-def prompt_text(tokenizer, prompt: list | str) -> str:
-    """The prompt as the model sees it at inference: the chat template, ending with the assistant's header.
+def prompt_text(tokenizer, prompt: list | str, header: bool = True) -> str:
+    """The prompt as the model sees it at inference: the chat template, ending with the assistant's
+    header (or, without `header`, before it).
 
-    Without a chat template, text stays as it is and messages are written as a dialogue in HH's form.
+    Without a chat template, text stays as it is and messages become a dialogue in HH's form.
     """
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True)
+        options = {"tokenize": False, "add_generation_prompt": header}
+        return tokenizer.apply_chat_template(as_messages(prompt), **options)
     if isinstance(prompt, str):
         return prompt
     names = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-    return "".join(names[message["role"]] + message["content"] for message in prompt) + "\n\nAssistant:"
+    turns = [names[message["role"]] + message["content"] for message in prompt]
+    return "".join(turns) + "\n\nAssistant:"
 
 
 def end_of_turn(tokenizer) -> tuple[int, str]:
-    """(id of the token that ends an assistant's turn, the text that the chat template writes after the answer).
+    """(id of the token that ends an assistant's turn, the text that the chat template writes after
+    the answer).
 
-    The token is the first special token after the answer; the tokenizer's EOS if there is none, or no template.
-    Raises InputError if there is no such token at all, or if the template fails on a question and an answer.
+    The token is the first special token after the answer; the tokenizer's EOS if there is none, or
+    no template. Raises InputError if there is no such token at all, or if the template fails on a
+    question and an answer.
     """
     tail = ""
     if tokenizer.chat_template:
-        probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+        messages = [{"role": "user", "content": "question"}]
+        messages += [{"role": "assistant", "content": "ANSWER"}]
         try:
-            tail = tokenizer.apply_chat_template(probe, tokenize=False).rpartition("ANSWER")[2]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:
-            raise InputError(f"the tokenizer's chat template fails on a question and an answer: {error}") from error
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+            raise InputError(f"the chat template fails on a short dialogue: {error}") from error
+        tail = text.rpartition("ANSWER")[2]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
     ids = [i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special]
     if not ids and tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has neither an EOS token nor a chat template that ends the assistant's turn")
+        raise InputError("the tokenizer has neither an EOS token nor a template that ends turns")
     return (ids[0] if ids else tokenizer.eos_token_id), tail
 
 
 def tokenize_text(tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt, or of a prompt with an answer. A chat template writes its own BOS; plain text gets the
-    one that the tokenizer adds. Never two of them, and never an EOS at the end."""
+    """Token ids of a prompt, or of a prompt with an answer. A chat template writes its own BOS;
+    plain text gets the one that the tokenizer adds. Never two of them, and never an EOS at the end.
+    """
     ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
     if not tokenizer.chat_template and ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
@@ -221,44 +240,51 @@ def tokenize_text(tokenizer, text: str) -> list[int]:
     return ids
 
 
-def tokenize_answer(tokenizer, prompt: list | str, prompt_ids: list[int], answer: str, end: tuple[int, str]) -> list[int]:
-    """Ids of the response: what the chat template writes after the prompt, up to and including one end-of-turn token.
+def tokenize_pair(tokenizer, prompt: list | str, answers: list[str], end: tuple[int, str]) -> tuple:
+    """Token ids of the prompt and of both responses, three lists. prompt, answers: of parse_row;
+    end: of end_of_turn. Raises InputError if the chat template hides where the answer begins.
 
-    They are the ids that follow the prompt's in the whole text; where the tokenizer would merge the prompt's last
-    characters with the answer's first ones, those that follow a line break, so that the prompt keeps its ids.
-    An answer without any text gives [].
+    A response is what the chat template writes after the prompt, up to and including one
+    end-of-turn token. Its ids are those that follow the prompt's in the whole text; where the
+    tokenizer would merge the prompt's last characters with the answer's first ones, those that
+    follow a line break, so that the prompt keeps its ids. An answer without any text gives [].
     """
-    start = prompt_text(tokenizer, prompt)
     end_id, tail = end
     end_text = tokenizer.convert_ids_to_tokens(end_id)
-    if tokenizer.chat_template:
-        if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
-            answer = answer.strip()  # as as_messages does with the dialogue's earlier turns
-        messages = [*as_messages(prompt), {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        if not text.startswith(start) or not text.endswith(tail):
-            raise InputError(
-                "the chat template does not render this conversation as the prompt followed by the answer, "
-                "so the answer's tokens cannot be told from the prompt's"
-            )
-        body = text[len(start) : len(text) - len(tail)]
-    else:
+    start = prompt_text(tokenizer, prompt)
+    prompt_ids, line_break_ids = (tokenize_text(tokenizer, text) for text in (start, "\n"))
+
+    def tokenize_answer(answer: str) -> list[int]:
+        while answer.rstrip().endswith(end_text):  # the data wrote it already
+            answer = answer.rstrip().removesuffix(end_text)
         body = answer if isinstance(prompt, str) else " " + answer
-    while body.rstrip().endswith(end_text):  # the data wrote it already
-        body = body.rstrip().removesuffix(end_text)
-    if not body.strip():
-        return []
-    body += tail.partition(end_text)[0]  # what the template writes between the answer and the end of the turn
-    for before, before_ids in ((start, prompt_ids), ("\n", tokenize_text(tokenizer, "\n"))):
-        ids = tokenize_text(tokenizer, before + body)
-        if ids[: len(before_ids)] == before_ids:
-            return [*ids[len(before_ids) :], end_id]
-    return [*tokenizer(body, add_special_tokens=False).input_ids, end_id]
+        if tokenizer.chat_template and answer.strip():
+            if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
+                answer = answer.strip()  # as as_messages does with the dialogue's earlier turns
+            messages = [*as_messages(prompt), {"role": "assistant", "content": answer}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            if not text.startswith(start) or not text.endswith(tail):
+                raise InputError(
+                    "the chat template does not render this conversation as the prompt followed by "
+                    "the answer, so the answer's tokens cannot be told from the prompt's"
+                )
+            body = text[len(start) : len(text) - len(tail)]
+        if not body.strip():
+            return []
+        body += tail.partition(end_text)[0]  # what the template writes before the end of the turn
+        for before, before_ids in ((start, prompt_ids), ("\n", line_break_ids)):
+            ids = tokenize_text(tokenizer, before + body)
+            if ids[: len(before_ids)] == before_ids:
+                return [*ids[len(before_ids) :], end_id]
+        return [*tokenizer(body, add_special_tokens=False).input_ids, end_id]
+
+    return prompt_ids, *map(tokenize_answer, answers)
 
 
-def truncate(prompt: list, chosen: list, rejected: list, max_length: int, max_prompt_length: int) -> tuple[list, list, list]:
-    """The authors' rule, on token ids. Only if prompt + longer response exceeds max_length is the prompt cut to its
-    last max_prompt_length tokens; if it still does, responses are cut to their first max_length - max_prompt_length.
+def truncate(prompt: list, chosen: list, rejected: list, max_length: int, max_prompt_length: int):
+    """The authors' rule, on token ids: (prompt, chosen, rejected), cut. Only if prompt + longer
+    response exceeds max_length is the prompt cut to its last max_prompt_length tokens; if it is
+    still too long, responses are cut to their first max_length - max_prompt_length.
 
     >>> truncate([1, 2, 3, 4], [5, 6, 7], [8], max_length=5, max_prompt_length=3)
     ([2, 3, 4], [5, 6], [8])
@@ -271,69 +297,78 @@ def truncate(prompt: list, chosen: list, rejected: list, max_length: int, max_pr
     return prompt, chosen, rejected
 
 
-def load_pairs(sources: str, tokenizer, max_length: int, max_prompt_length: int) -> tuple[datasets.Dataset, str]:
-    """Tokenized pairs of the comma-separated sources, in order, and a sentence on what was dropped and truncated.
+def load_pairs(
+    sources: str, tokenizer, max_length: int, max_prompt_length: int
+) -> tuple[datasets.Dataset, str]:
+    """Tokenized pairs of the comma-separated sources, in order, and a sentence on what was dropped
+    and truncated.
 
-    Columns: prompt, chosen, rejected (lists of int32 token ids); lengths [prompt, chosen, rejected]; source, row (where
-    the pair comes from). Cached on disk. Any number of processes may call this: one tokenizes while the others wait at
-    a file lock, not in a collective, whose timeout a large data set would exceed.
+    Columns: prompt, chosen, rejected (lists of int32 token ids); lengths [prompt, chosen,
+    rejected]; source, row (where the pair comes from). Cached on disk. Any number of processes may
+    call this: one tokenizes while the others wait at a file lock, not in a collective, whose
+    timeout a large data set would exceed.
     Raises InputError, naming source and row, for a row in no accepted format.
     """
     if not 0 < max_prompt_length < max_length:
-        raise InputError(f"max_prompt_length ({max_prompt_length}) must be positive and below max_length ({max_length})")
+        raise InputError(
+            f"max_prompt_length ({max_prompt_length}) must be positive and below max_length "
+            f"({max_length})"
+        )
     integers, text = datasets.List(datasets.Value("int32")), datasets.Value("string")
     features = {"prompt": integers, "chosen": integers, "rejected": integers, "lengths": integers}
-    features = datasets.Features(features | {"source": text, "row": datasets.Value("int64"), "status": text})
+    features |= {"source": text, "row": datasets.Value("int64"), "status": text}
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    shared = limits | {"tokenizer": tokenizer, "end": end_of_turn(tokenizer)}
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = str(sorted(tokenizer.get_vocab().items()))
+    # With the code: a fork that edits this file never meets a stale cache.
+    code = inspect.getsource(sys.modules[__name__])
+    what = (vocabulary, tokenizer.chat_template, str(tokenizer.special_tokens_map), limits, code)
+    (CACHE_DIR / "tokenized").mkdir(parents=True, exist_ok=True)
     parts = []
     for source in map(str.strip, sources.strip(" ,").split(",")):
         rows = load_rows(source)
-        backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
-        what = (rows._fingerprint, source, backend, tokenizer.chat_template, str(tokenizer.special_tokens_map))
-        code = inspect.getsource(sys.modules[__name__])  # a fork that edits this file never meets a stale cache
-        key = hashlib.sha256(repr((*what, max_length, max_prompt_length, code)).encode()).hexdigest()[:32]
-        (CACHE_DIR / "tokenized").mkdir(parents=True, exist_ok=True)
+        key = hashlib.sha256(repr((rows._fingerprint, source, *what)).encode()).hexdigest()[:32]
         with FileLock(CACHE_DIR / "tokenized" / f"{key}.lock"):
-            parts.append(
-                rows.map(
-                    tokenize_row,
-                    with_indices=True,
-                    fn_kwargs={
-                        "source": source,
-                        "tokenizer": tokenizer,
-                        "end": end_of_turn(tokenizer),
-                        "max_length": max_length,
-                        "max_prompt_length": max_prompt_length,
-                    },
-                    features=features,
-                    remove_columns=rows.column_names,
-                    num_proc=min(os.cpu_count() or 1, 16) if len(rows) > 5000 else None,
-                    cache_file_name=str(CACHE_DIR / "tokenized" / f"{key}.arrow"),
-                    new_fingerprint=key,
-                    desc=f"tokenizing {source}",
-                )
+            part = rows.map(
+                tokenize_row,
+                with_indices=True,
+                fn_kwargs={"source": source} | shared,
+                features=datasets.Features(features),
+                remove_columns=rows.column_names,
+                num_proc=min(os.cpu_count() or 1, 16) if len(rows) > 5000 else None,
+                cache_file_name=str(CACHE_DIR / "tokenized" / f"{key}.arrow"),
+                new_fingerprint=key,
+                desc=f"tokenizing {source}",
             )
+        parts.append(part)
     pairs = datasets.concatenate_datasets(parts)
     status = np.array(pairs["status"])
     kept = np.flatnonzero(np.isin(status, ["whole", "truncated"]))
     dropped = ", ".join(f"{np.sum(status == reason)} {reason}" for reason in DROPPED)
+    truncated = np.sum(status == "truncated") / max(len(kept), 1)
     report = (
-        f"{len(kept)} pairs from {sources}: {len(pairs) - len(kept)} of {len(pairs)} rows dropped ({dropped}), "
-        f"{np.sum(status == 'truncated') / max(len(kept), 1):.1%} of the pairs truncated"
+        f"{len(kept)} pairs from {sources}: {len(pairs) - len(kept)} of {len(pairs)} rows dropped "
+        f"({dropped}), {truncated:.1%} of the pairs truncated"
     )
     if len(kept) == 0:
         raise InputError(f"no pairs are left: {report}")
     return pairs.select(kept).remove_columns("status"), report
 
 
-def tokenize_row(row: dict, index: int, source: str, tokenizer, end, max_length: int, max_prompt_length: int) -> dict:
-    """One row → token ids of prompt, chosen and rejected, and their status: whole, truncated, or why it is dropped."""
+def tokenize_row(
+    row: dict, index: int, source: str, tokenizer, end, max_length: int, max_prompt_length: int
+) -> dict:
+    """One row → token ids of prompt, chosen and rejected, and their status: whole, truncated, or
+    why it is dropped."""
+    prompt, chosen, rejected, status = [], [], [], "different prompts"
     try:
         parsed = parse_row(row)
-        prompt, chosen, rejected, status = [], [], [], "different prompts"
         if parsed:
-            prompt_ids = tokenize_text(tokenizer, prompt_text(tokenizer, parsed[0])) if parsed[0] else []
-            answers = (tokenize_answer(tokenizer, parsed[0], prompt_ids, text, end) for text in parsed[1:])
-            whole = (prompt_ids, *answers) if prompt_ids else ([], [], [])
+            text, *answers = parsed
+            whole = tokenize_pair(tokenizer, text, answers, end) if text else ([], [], [])
             prompt, chosen, rejected = truncate(*whole, max_length, max_prompt_length)
             status = "whole" if (prompt, chosen, rejected) == whole else "truncated"
             if not (prompt and chosen and rejected):
@@ -349,77 +384,113 @@ def tokenize_row(row: dict, index: int, source: str, tokenizer, end, max_length:
     return ids | {"source": source, "row": index, "status": status}
 
 
+def pair_lengths(pairs: datasets.Dataset) -> np.ndarray:
+    """Tokens of prompt, chosen and rejected of every pair of load_pairs: (pairs, 3) int64."""
+    table = pairs.select_columns("lengths").with_format("arrow")[:]
+    return flat_column(table, "lengths").reshape(-1, 3).astype(np.int64)
+
+
+def longest_sequence(pairs: datasets.Dataset) -> int:
+    """Tokens of the longest prompt + response of load_pairs."""
+    lengths = pair_lengths(pairs)
+    return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
+
+
 def fingerprint(pairs: datasets.Dataset) -> str:
-    """SHA-256 over the token ids of all pairs in order: equal if and only if two runs train on the same tokens."""
+    """SHA-256 over the token ids of all pairs in order: equal if and only if two runs train on the
+    same tokens."""
     digest = hashlib.sha256()
     for table in pairs.with_format("arrow").iter(batch_size=1000):
         for column in ("lengths", "prompt", "chosen", "rejected"):
-            digest.update(table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(flat_column(table, column).tobytes())
     return digest.hexdigest()
 
 
-# ---- Batches --------------------------------------------------------------------------------------------------------
+def flat_column(table, name: str) -> np.ndarray:
+    """All values of an Arrow table's column of lists, one list after the other."""
+    return table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
+# ---- Batches -------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the pairs in an epoch: (num_pairs,) int64."""
+    return np.random.default_rng([seed, epoch]).permutation(num_pairs)
 
 
 def step_indices(num_pairs: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Which pairs are in `step` (counted from 0): they depend on the seed and the step alone.
 
-    Each epoch is a new permutation of all pairs. Its last num_pairs % batch_size pairs, too few for a batch, are left
-    out, so that every step is over exactly batch_size pairs.
+    Each epoch is a new permutation of all pairs. Its last num_pairs % batch_size pairs, too few for
+    a batch, are left out, so that every step is over exactly batch_size pairs.
     """
     epoch, position = divmod(step, num_pairs // batch_size)
-    order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
+    order = epoch_order(num_pairs, seed, epoch)
     return order[position * batch_size : (position + 1) * batch_size].tolist()
 
 
-def split(tokens: list[int], ranks: int, micro_batch_tokens: int) -> list[list[list[int]]]:
-    """Spread pairs over micro-batches × ranks: result[m][r] lists the positions in `tokens` that rank r takes in its
-    micro-batch m. No micro-batch is empty or holds more than micro_batch_tokens, their number is the least that the
-    method finds, and their costs are balanced (longest pair first, each to the least loaded micro-batch).
+def spread_pairs(
+    indices: Sequence[int], pair_tokens: Sequence[int], ranks: int, micro_batch_tokens: int
+) -> list[list[list[int]]]:
+    """Spread pairs over micro-batches × ranks: result[m][r] are the indices of the pairs in rank
+    r's micro-batch m. No micro-batch is empty or holds more than micro_batch_tokens, their number
+    is the least that the method finds, and their costs are balanced (longest pair first, each to
+    the micro-batch with the fewest tokens).
 
-    tokens: the distinct tokens of each pair. Raises InputError if the pairs cannot be spread so.
+    indices: of the pairs to spread; pair_tokens: distinct tokens of every pair, by index.
+    Raises InputError if the pairs cannot be spread so.
 
-    >>> split([5, 3, 4, 4], ranks=2, micro_batch_tokens=8)
-    [[[0, 1], [2, 3]]]
+    >>> spread_pairs([7, 0, 3], {0: 3, 3: 4, 7: 5}, ranks=2, micro_batch_tokens=8)
+    [[[0, 3], [7]]]
     """
-    if len(tokens) < ranks:
-        raise InputError(f"{len(tokens)} pairs cannot be spread over {ranks} ranks: every rank needs at least one")
-    if max(tokens) > micro_batch_tokens:
+    if len(indices) < ranks:
         raise InputError(
-            f"a pair of {max(tokens)} tokens (prompt + chosen + rejected) is longer than "
+            f"{len(indices)} pairs cannot be spread over {ranks} ranks: each needs at least one"
+        )
+    longest_first = sorted(indices, key=lambda i: -pair_tokens[i])
+    total, longest = sum(pair_tokens[i] for i in indices), pair_tokens[longest_first[0]]
+    if longest > micro_batch_tokens:
+        raise InputError(
+            f"a pair of {longest} tokens (prompt + chosen + rejected) is longer than "
             f"micro_batch_tokens={micro_batch_tokens}: raise it, or lower max_length"
         )
-    longest_first = sorted(range(len(tokens)), key=lambda i: -tokens[i])
-    for count in range(-(-sum(tokens) // (ranks * micro_batch_tokens)), len(tokens) // ranks + 1):
+    for count in range(-(-total // (ranks * micro_batch_tokens)), len(indices) // ranks + 1):
         bins = [(0, number, []) for number in range(count * ranks)]
         for i in longest_first:
             load, number, members = bins[0]
-            heapq.heapreplace(bins, (load + tokens[i], number, members + [i]))
+            heapq.heapreplace(bins, (load + pair_tokens[i], number, members + [i]))
         if max(bins)[0] <= micro_batch_tokens:
             # Bins of similar cost run side by side: in each of them the ranks wait for the slowest.
-            members = [sorted(members) for _, _, members in sorted(bins, key=lambda b: (-b[0], b[1]))]
+            bins.sort(key=lambda b: (-b[0], b[1]))
+            members = [sorted(members) for _, _, members in bins]
             return [members[m * ranks : (m + 1) * ranks] for m in range(count)]
     raise InputError(
-        f"{len(tokens)} pairs cannot be spread over {ranks} ranks in micro-batches of at most "
-        f"micro_batch_tokens={micro_batch_tokens} tokens: raise it, or make the number of pairs a multiple of the ranks'"
+        f"{len(indices)} pairs cannot be spread over {ranks} ranks in micro-batches of at most "
+        f"micro_batch_tokens={micro_batch_tokens} tokens: raise it, or make the number of pairs a "
+        "multiple of the ranks'"
     )
 
 
 @dataclass
 class MicroBatch:
-    """Pairs packed into one row of T distinct tokens, each prompt once, without padding; R response tokens in all.
+    """Pairs packed into one row of T distinct tokens, each prompt once, without padding; R response
+    tokens in all.
 
     The pair with prompt ids [1, 2], chosen [3, 4] and rejected [5], alone, is:
 
-        input_ids    [1, 2, 3, 4, 5]    (T,) int64
-        position_ids [0, 1, 2, 3, 2]    (T,) int64; the rejected response continues from the prompt's end
-        predictors   [1, 2, 1]          (R,) int64; the position whose hidden state predicts each response token: the
-                                        prompt's last token predicts the first token of both responses
-        targets      [3, 4, 5]          (R,) int64; the response tokens: chosen, then rejected, pair after pair
-        lengths      [[2, 1]]           (pairs, 2) int64; response tokens of chosen and rejected
-        segments     [(2, 2, 1)]        tokens of prompt, chosen and rejected of each pair, as Python integers
-        reference    None               or, for a loss with a reference model, (pairs, 2) float32: the summed log-probs of
-                                        chosen and rejected under it
+        input_ids    [1, 2, 3, 4, 5]  (T,) int64
+        position_ids [0, 1, 2, 3, 2]  (T,) int64; rejected continues from the prompt's end
+        predictors   [1, 2, 1]        (R,) int64; the position whose hidden state predicts each
+                                      response token: the prompt's last token predicts the first
+                                      token of both responses
+        targets      [3, 4, 5]        (R,) int64; response tokens: chosen, rejected, pair after pair
+        lengths      [[2, 1]]         (pairs, 2) int64; response tokens of chosen and rejected
+        segments     [(2, 2, 1)]      tokens of prompt, chosen and rejected of each pair, as Python
+                                      integers
+        reference    ()               or, for a loss with a reference model, one tensor: its summed
+                                      log-probs of chosen and rejected, (pairs, 2) float32
     """
 
     input_ids: torch.Tensor
@@ -428,13 +499,14 @@ class MicroBatch:
     targets: torch.Tensor
     lengths: torch.Tensor
     segments: list[tuple[int, int, int]]
-    reference: torch.Tensor | None = None
+    reference: tuple[torch.Tensor, ...] = ()
 
     def to(self, device) -> "MicroBatch":
         """The same on `device`."""
-        tensors = (self.input_ids, self.position_ids, self.predictors, self.targets, self.lengths)
-        reference = None if self.reference is None else self.reference.to(device, non_blocking=True)
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.segments, reference)
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved = {k: tensor.to(device, non_blocking=True) for k, tensor in tensors.items()}
+        reference = tuple(tensor.to(device, non_blocking=True) for tensor in self.reference)
+        return replace(self, **moved, reference=reference)
 
 
 def pack(pairs: list[tuple[list[int], list[int], list[int]]]) -> MicroBatch:
@@ -448,50 +520,20 @@ def pack(pairs: list[tuple[list[int], list[int], list[int]]]) -> MicroBatch:
         predictors += [start + p - 1, *range(start + p + c, start + p + c + r - 1)]
         targets += [*chosen, *rejected]
         segments.append((p, c, r))
-    arrays = (input_ids, position_ids, predictors, targets, [[c, r] for _, c, r in segments])
-    return MicroBatch(*(torch.tensor(array) for array in arrays), segments)
+    return MicroBatch(
+        input_ids=torch.tensor(input_ids),
+        position_ids=torch.tensor(position_ids),
+        predictors=torch.tensor(predictors),
+        targets=torch.tensor(targets),
+        lengths=torch.tensor([[c, r] for _, c, r in segments]),
+        segments=segments,
+    )
 
 
-def pack_rows(pairs: datasets.Dataset, indices: list[int], reference: torch.Tensor | None = None) -> MicroBatch:
-    """The pairs at `indices` of a data set made by load_pairs, packed; `reference`: (len(pairs), 2) or None."""
+def pack_rows(
+    pairs: datasets.Dataset, indices: list[int], reference: torch.Tensor | None = None
+) -> MicroBatch:
+    """The pairs at `indices` of load_pairs, packed; reference: (len(pairs), 2) float32 or None."""
     rows = pairs[indices]
     batch = pack(list(zip(rows["prompt"], rows["chosen"], rows["rejected"])))
-    batch.reference = None if reference is None else reference[indices]
-    return batch
-
-
-# ---- Looking at the data --------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="sources as for --train_data")
-    parser.add_argument("--model", default="demo", help="hub id or folder whose tokenizer to use")
-    parser.add_argument("--num_pairs", type=int, default=2, help="pairs to print")
-    parser.add_argument("--max_length", type=int, default=2048)
-    parser.add_argument("--max_prompt_length", type=int, default=1800)
-    args = parser.parse_args()
-
-    from model import resolve_model
-
-    tokenizer = load_tokenizer(resolve_model(args.model))
-    pairs, report = load_pairs(args.data, tokenizer, args.max_length, args.max_prompt_length)
-    for pair in pairs.select(range(min(args.num_pairs, len(pairs)))):
-        print(f"{pair['source']}, row {pair['row']}")
-        for part in ("prompt", "chosen", "rejected"):
-            tokens = "|".join(repr(tokenizer.decode([i]))[1:-1] for i in pair[part])
-            print(f"  {part} ({len(pair[part])} tokens, {'context' if part == 'prompt' else 'scored'}): {tokens}")
-    lengths = np.array(pairs["lengths"])
-    print(f"{report}\n{'tokens':<10}{'mean':>8}{'median':>8}{'95 %':>8}{'max':>8}")
-    for name, column in zip(("prompt", "chosen", "rejected", "pair"), (*lengths.T, lengths.sum(axis=1))):
-        figures = (column.mean(), np.median(column), np.percentile(column, 95), column.max())
-        print(f"{name:<10}" + "".join(f"{figure:>8.0f}" for figure in figures))
-
-
-if __name__ == "__main__":
-    from data import InputError, main  # one class InputError, also for what model.py raises
-
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    return batch if reference is None else replace(batch, reference=(reference[indices],))

@@ -1,5 +1,5 @@
-"""The SimPER objective (Xiao et al., "SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters",
-ICLR 2025, arXiv 2502.00883, section 3), and below it the losses that it is compared with."""
+"""The SimPER objective (Xiao et al., "SimPER: A Minimalist Approach to Preference Alignment without
+Hyperparameters", ICLR 2025, arXiv 2502.00883, section 3), and the losses it is compared with."""
 
 import torch
 import torch.nn.functional as F
@@ -8,26 +8,31 @@ import torch.nn.functional as F
 def simper_loss(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """The loss of every preference pair:
 
-        L = exp( 1/|y_l| Σ_t log p(y_l,t | x, y_l,<t) ) − exp( 1/|y_w| Σ_t log p(y_w,t | x, y_w,<t) )
+        L = exp( 1/|y_l| Σ_t log p(y_l,t | x, y_l,<t) ) − exp( 1/|y_w| Σ_t log p(y_w,t | x, y_w,<t)
+        )
 
-    with x the prompt, y_w the chosen and y_l the rejected response. exp(mean log-likelihood) is the inverse perplexity of
-    a response, the geometric mean of its tokens' probabilities.
+    with x the prompt, y_w the chosen and y_l the rejected response. exp(mean log-likelihood) is the
+    inverse perplexity of a response, the geometric mean of its tokens' probabilities.
 
-    token_logps: (tokens,) float32 or float64, log-probs of the response tokens, pair after pair, chosen before rejected.
-    lengths: (pairs, 2) int64, number of tokens of the chosen and of the rejected response, each at least 1.
+    token_logps: (tokens,) float32 or float64, log-probs of the response tokens, pair after pair,
+        chosen before rejected.
+    lengths: (pairs, 2) int64, number of tokens of the chosen and of the rejected response, each at
+        least 1.
     Returns (pairs,) losses in the dtype of token_logps.
 
-    Both inverse perplexities are in (0, 1), so a loss is in (−1, 1): negative as soon as the chosen response is the
-    likelier one per token, and −1 would be a model that is certain of every chosen and of no rejected response.
+    Both inverse perplexities are in (0, 1), so a loss is in (−1, 1): negative as soon as the chosen
+    response is the likelier one per token, and −1 would be a model that is certain of every chosen
+    and of no rejected response.
 
     The gradient, with θ the model's parameters, p_w and p_l the two inverse perplexities:
 
         ∇L = p_l · 1/|y_l| ∇ log p(y_l | x) − p_w · 1/|y_w| ∇ log p(y_w | x)
 
-    Each side is weighted by its own inverse perplexity and so is bounded; what is already unlikely is pushed down less.
+    Each side is weighted by its own inverse perplexity and so is bounded; what is already unlikely
+    is pushed down less.
 
-    Compared with DPO there is no reference model, no β and no sigmoid; compared with SimPO there is no β, no margin γ
-    and no sigmoid that couples the two sides. Nothing is left to tune.
+    Compared with DPO there is no reference model, no β and no sigmoid; compared with SimPO there is
+    no β, no margin γ and no sigmoid that couples the two sides. Nothing is left to tune.
     """
     mean_logps = sum_logps(token_logps, lengths) / lengths  # the length normalization
     chosen, rejected = mean_logps.exp().unbind(dim=1)  # inverse perplexities
@@ -35,20 +40,25 @@ def simper_loss(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
 
 
 def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """log p(response | prompt), the sum over its tokens: (pairs, 2), chosen and rejected. Arguments as in simper_loss."""
-    # unsafe skips the check that the lengths sum to the number of tokens: the host would have to wait for the GPU.
-    sums = torch.segment_reduce(token_logps, "sum", lengths=lengths.flatten(), unsafe=token_logps.is_cuda)
-    return sums.view_as(lengths)
+    """log p(response | prompt), the sum over its tokens: (pairs, 2), chosen and rejected. Arguments
+    as in simper_loss."""
+    # unsafe skips the check that the lengths sum to the number of tokens, for which the host would
+    # have to wait for the GPU.
+    return torch.segment_reduce(
+        token_logps, "sum", lengths=lengths.flatten(), unsafe=token_logps.is_cuda
+    ).view_as(lengths)
 
 
-# ---- The losses that SimPER is compared with ------------------------------------------------------------------------
+# ---- The losses that SimPER is compared with -----------------------------------------------------
 #
-# `--loss NAME` is the function NAME_loss of this file, `--loss_args beta=0.1` its keyword arguments, whose defaults are those
-# of its paper or its authors' code. Arguments and result are those of simper_loss. A function with a parameter `reference` is
-# given the summed log-probs of both responses under the model that training starts from: (pairs, 2) float32.
+# `--loss NAME` is the function NAME_loss of this file, `--loss_args beta=0.1` its keyword
+# arguments, whose defaults are those of its paper or its authors' code. Arguments and result are
+# those of simper_loss. A function with a parameter `reference` is given the summed log-probs of
+# both responses under the model that training starts from: (pairs, 2) float32.
 #
-# In the equations w and l are the chosen and the rejected response, |w| and |l| their numbers of tokens, s their summed and m
-# their mean log-probs, r = s − reference; σ is the sigmoid. All are per pair: none depends on what else is in a batch.
+# In the equations w and l are the chosen and the rejected response, |w| and |l| their numbers of
+# tokens, s their summed and m their mean log-probs, r = s − reference; σ is the sigmoid. All are
+# per pair: none depends on what else is in a batch.
 
 
 def sft_loss(token_logps, lengths):
@@ -58,16 +68,18 @@ def sft_loss(token_logps, lengths):
 
 
 def rrhf_loss(token_logps, lengths, lambda_=1.0):
-    """max(0, m_l − m_w) − λ s_w (Yuan et al. 2023, arXiv 2304.05302). Their code averages the second term over the padded
-    row, prompt and padding included."""
+    """max(0, m_l − m_w) − λ s_w (Yuan et al. 2023, arXiv 2304.05302). Their code averages the
+    second term over the padded row, prompt and padding included."""
     sums = sum_logps(token_logps, lengths)
     chosen, rejected = (sums / lengths).unbind(dim=1)
     return F.relu(rejected - chosen) - lambda_ * sums[:, 0]
 
 
 def slic_hf_loss(token_logps, lengths, delta=1.0, lambda_=0.1):
-    """max(0, δ − s_w + s_l) − λ s_w (Zhao et al. 2023, arXiv 2305.10425; their second term is of the SFT data's response). The
-    loss "hinge" of TRL is another one: it has a reference and no second term."""
+    """max(0, δ − s_w + s_l) − λ s_w (Zhao et al. 2023, arXiv 2305.10425; their second term is of
+    the SFT data's response). TRL's loss "hinge" is not this one: it has a reference and no second
+    term.
+    """
     chosen, rejected = sum_logps(token_logps, lengths).unbind(dim=1)
     return F.relu(delta - chosen + rejected) - lambda_ * chosen
 
@@ -79,69 +91,80 @@ def dpo_loss(token_logps, lengths, reference, beta=0.1):
 
 
 def ipo_loss(token_logps, lengths, reference, tau=0.1):
-    """(r_w − r_l − 1/(2τ))² (Azar et al. 2023, arXiv 2310.12036, eq. 17). TRL and HALOs put means for the sums."""
+    """(r_w − r_l − 1/(2τ))² (Azar et al. 2023, arXiv 2310.12036, eq. 17). TRL and HALOs use means
+    in place of the sums."""
     chosen, rejected = (sum_logps(token_logps, lengths) - reference).unbind(dim=1)
     return (chosen - rejected - 1 / (2 * tau)).square()
 
 
 def cpo_loss(token_logps, lengths, beta=0.1, lambda_=1.0):
-    """−log σ(β (s_w − s_l)) − λ s_w (Xu et al. 2024, arXiv 2401.08417). Their code and TRL have a mean over the batch's tokens
-    in the second term."""
+    """−log σ(β (s_w − s_l)) − λ s_w (Xu et al. 2024, arXiv 2401.08417). In their code and TRL the
+    second term is a mean over the batch's tokens."""
     chosen, rejected = sum_logps(token_logps, lengths).unbind(dim=1)
     return -F.logsigmoid(beta * (chosen - rejected)) - lambda_ * chosen
 
 
 def kto_loss(token_logps, lengths, reference, beta=0.1, lambda_w=1.0, lambda_l=1.0):
-    """λ_w (1 − σ(β (r_w − z_l))) + λ_l (1 − σ(β (z_w − r_l))), z = max(0, r) without gradient: the form for pairs of KTO
-    (Ethayarajh et al. 2024, arXiv 2402.01306).
+    """λ_w (1 − σ(β (r_w − z_l))) + λ_l (1 − σ(β (z_w − r_l))), z = max(0, r) without gradient: the
+    form for pairs of KTO (Ethayarajh et al. 2024, arXiv 2402.01306).
 
-    KTO's z is the batch mean of r over mismatched prompts and responses; the form for pairs that TRL had (kto_pair) takes the
-    mean of the other side's r over a device's batch. Here it is the pair's own, so that no split of a batch changes the loss.
-    Tables after SimPO's print λ_l σ(z − β r_l) with a plus, which would raise the rejected response.
+    KTO's z is the batch mean of r over mismatched prompts and responses; the form for pairs that
+    TRL had (kto_pair) takes the mean of the other side's r over a device's batch. Here it is the
+    pair's own, so that no split of a batch changes the loss. Tables after SimPO's print λ_l σ(z − β
+    r_l) with a plus, which would raise the rejected response.
     """
     chosen, rejected = (sum_logps(token_logps, lengths) - reference).unbind(dim=1)
     z_chosen, z_rejected = chosen.detach().clamp(min=0), rejected.detach().clamp(min=0)
-    return lambda_w * torch.sigmoid(beta * (z_rejected - chosen)) + lambda_l * torch.sigmoid(beta * (rejected - z_chosen))
+    loss_chosen = lambda_w * torch.sigmoid(beta * (z_rejected - chosen))
+    return loss_chosen + lambda_l * torch.sigmoid(beta * (rejected - z_chosen))
 
 
 def orpo_loss(token_logps, lengths, lambda_=0.1):
-    """−m_w − λ log σ(logit(e^{m_w}) − logit(e^{m_l})) (Hong et al. 2024, arXiv 2403.07691). Their code and TRL count the
-    prompt's tokens, too, in the first term."""
+    """−m_w − λ log σ(logit(e^{m_w}) − logit(e^{m_l})) (Hong et al. 2024, arXiv 2403.07691). In
+    their code and TRL the first term includes the prompt's tokens."""
     means = sum_logps(token_logps, lengths) / lengths
-    below = means.clamp(max=-1e-6)  # the odds of a certain response are infinite, and their gradient NaN
-    chosen, rejected = (below - torch.log(-torch.expm1(below))).unbind(dim=1)  # log odds: m − log(1 − e^m)
+    below = means.clamp(max=-1e-6)  # the odds of a certain response are infinite, its gradient NaN
+    chosen, rejected = (below - torch.log(-torch.expm1(below))).unbind(dim=1)  # m − log(1 − e^m)
     return -means[:, 0] - lambda_ * F.logsigmoid(chosen - rejected)
 
 
 def r_dpo_loss(token_logps, lengths, reference, beta=0.1, alpha=0.01):
-    """−log σ(β (r_w − r_l) + α (|w| − |l|)) (Park et al. 2024, arXiv 2403.19159): DPO for the reward minus α per token."""
+    """−log σ(β (r_w − r_l) + α (|w| − |l|)) (Park et al. 2024, arXiv 2403.19159): DPO for the
+    reward minus α per token."""
     chosen, rejected = (sum_logps(token_logps, lengths) - reference).unbind(dim=1)
     longer = (lengths[:, 0] - lengths[:, 1]).to(chosen.dtype)
     return -F.logsigmoid(beta * (chosen - rejected) + alpha * longer)
 
 
 def simpo_loss(token_logps, lengths, beta=2.0, gamma=1.0):
-    """−log σ(β (m_w − m_l) − γ) (Meng et al. 2024, arXiv 2405.14734, eq. 6). Their code has γ/β as its option."""
+    """−log σ(β (m_w − m_l) − γ) (Meng et al. 2024, arXiv 2405.14734, eq. 6). Their code's option is
+    γ/β."""
     chosen, rejected = (sum_logps(token_logps, lengths) / lengths).unbind(dim=1)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-# ---- SimPER without its parts ---------------------------------------------------------------------------------------
+# ---- SimPER without its parts --------------------------------------------------------------------
 
 
 def simper_sum_loss(token_logps, lengths):
-    """e^{s_l} − e^{s_w}: without length normalization. Below s ≈ −103 the exponential is 0 in float32, and so the gradient."""
+    """e^{s_l} − e^{s_w}: without length normalization. Below s ≈ −103 the exponential is 0 in
+    float32, and so is its gradient."""
     chosen, rejected = sum_logps(token_logps, lengths).exp().unbind(dim=1)
     return rejected - chosen
 
 
 def simper_log_loss(token_logps, lengths):
-    """m_l − m_w: without the exponential, a difference of mean log-likelihoods, unbounded below."""
+    """m_l − m_w: without the exponential; a difference of mean log-likelihoods, unbounded below."""
     chosen, rejected = (sum_logps(token_logps, lengths) / lengths).unbind(dim=1)
     return rejected - chosen
 
 
 def simper_reference_loss(token_logps, lengths, reference):
-    """e^{r_l/|l|} − e^{r_w/|w|}: with a reference model, the inverse perplexities of the ratio to it, which start at 1."""
+    """e^{r_l/|l|} − e^{r_w/|w|}: with a reference model; the inverse perplexities become their
+    ratios to the reference's, which start at 1."""
     chosen, rejected = ((sum_logps(token_logps, lengths) - reference) / lengths).exp().unbind(dim=1)
     return rejected - chosen
+
+
+# Every function above that is called NAME_loss, by its NAME.
+LOSSES = {k.removesuffix("_loss"): v for k, v in globals().items() if k.endswith("_loss")}

@@ -1,8 +1,11 @@
-"""What the tests share: a tokenizer trained here, tiny random models, and a process group of one."""
+"""What the tests share: a tokenizer trained here, tiny random models, and a process group of
+one."""
 
 import os
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are about the CPU path, also on a machine with GPUs
+os.environ.setdefault(
+    "CUDA_VISIBLE_DEVICES", ""
+)  # the tests are about the CPU path, also on a machine with GPUs
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -14,40 +17,61 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEXT = ["Human: Assistant: system user assistant", "a small tokenizer for tests, trained on this text", "what is two plus two?"]
+TEXT = [
+    "Human: Assistant: system user assistant",
+    "a small tokenizer for tests, trained on this text",
+    "what is two plus two?",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Tests neither read nor fill the user's cache."""
     import data
-    import train
+    import model
+    from demo import smollm2
 
-    data.CACHE_DIR = train.CACHE_DIR = tmp_path_factory.mktemp("cache")
+    data.CACHE_DIR = model.CACHE_DIR = smollm2.CACHE_DIR = tmp_path_factory.mktemp("cache")
     os.environ["SIMPER_CACHE"] = str(data.CACHE_DIR)
 
 
-def make_tokenizer(chat_template: str | None = CHATML, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 300 tokens: <s>, </s>, <|im_start|>, <|im_end|>, bytes, a few merges."""
+def make_tokenizer(
+    chat_template: str | None = CHATML, adds_bos: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 300 tokens: <s>, </s>, <|im_start|>, <|im_end|>, bytes, a
+    few merges."""
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXT, trainer)
     if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = chat_template
     return tokenizer
 
 
-TINY = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 TINY |= {"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 GQA = {"num_key_value_heads": 2, "head_dim": 8}
 ARCHITECTURES = {
@@ -59,7 +83,14 @@ ARCHITECTURES = {
     "qwen2": TINY | {"num_key_value_heads": 2},
     "qwen3": TINY | GQA,
     "gemma3_text": TINY | GQA | {"sliding_window": 6, "tie_word_embeddings": True},
-    "gpt2": {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "tie_word_embeddings": True},
+    "gpt2": {
+        "vocab_size": 320,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "tie_word_embeddings": True,
+    },
     "phi3": TINY | {"num_key_value_heads": 2},
     "olmo2": TINY | {"num_key_value_heads": 2},
 }
@@ -72,7 +103,8 @@ def make_config(name: str = "llama"):
 
 
 def make_model(name: str = "llama", seed: int = 0, **changes):
-    """A tiny random transformers model in float32. Larger initial weights than usual, so that attention matters."""
+    """A tiny random transformers model in float32. Larger initial weights than usual, so that
+    attention matters."""
     config = make_config(name)
     for key, value in changes.items():
         setattr(config, key, value)

@@ -1,4 +1,5 @@
-"""data.py against literal expectations: what is written here was worked out by hand, not by running data.py."""
+"""data.py against literal expectations: what is written here was worked out by hand, not by running
+data.py."""
 
 import gzip
 import json
@@ -15,7 +16,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import InputError, fingerprint, load_pairs, load_rows, pack, pack_rows, split, step_indices, truncate
+from data import (
+    InputError,
+    fingerprint,
+    load_pairs,
+    load_rows,
+    pack,
+    pack_rows,
+    spread_pairs,
+    step_indices,
+    truncate,
+)
 
 CHAT, PLAIN = make_tokenizer(), make_tokenizer(None)
 TEXT = {"prompt": "what is two?", "chosen": "plus", "rejected": "what"}
@@ -54,18 +65,35 @@ def write(tmp_path):
 def load(sources, tokenizer=CHAT, max_length=200, max_prompt_length=100):
     """The pairs as [prompt, chosen, rejected], each as its tokens with a dot between them."""
     pairs, _ = load_pairs(sources, tokenizer, max_length, max_prompt_length)
-    return [["·".join(map(tokenizer.decode, pair[part])) for part in ("prompt", "chosen", "rejected")] for pair in pairs]
+    return [
+        ["·".join(map(tokenizer.decode, pair[part])) for part in ("prompt", "chosen", "rejected")]
+        for pair in pairs
+    ]
 
 
-# ---- Row formats ----------------------------------------------------------------------------------------------------
+# ---- Row formats ---------------------------------------------------------------------------------
 
 HH = "\n\nHuman: what?\n\nAssistant: plus two\n\nHuman: what is two?\n\nAssistant:"
-Q, PLUS, WHAT = message("user", "what is two?"), message("assistant", "plus"), message("assistant", "what")
+Q, PLUS, WHAT = (
+    message("user", "what is two?"),
+    message("assistant", "plus"),
+    message("assistant", "what"),
+)
 TURNS = message("user", "what?") + message("assistant", "plus two") + Q
 TURNS_PROMPT = USER + "what·?" + END + HEADER + "·plus· two" + END + PROMPT
-SYSTEM, SYSTEM_PROMPT = message("system", "what?") + Q, "<|im_start|>·s·yst·em·\n·what·?" + END + PROMPT
+SYSTEM, SYSTEM_PROMPT = (
+    message("system", "what?") + Q,
+    "<|im_start|>·s·yst·em·\n·what·?" + END + PROMPT,
+)
 IMPLICIT = {"chosen": Q + PLUS, "rejected": Q + WHAT}
-EXTRA = {"prompt_id": "7f", "messages": Q + PLUS, "score_chosen": 8.5, "source": "a", "row": "b", "status": None}
+EXTRA = {
+    "prompt_id": "7f",
+    "messages": Q + PLUS,
+    "score_chosen": 8.5,
+    "source": "a",
+    "row": "b",
+    "status": None,
+}
 ROWS = {
     "text": (TEXT, PROMPT),
     "messages, text answers": ({"prompt": Q, "chosen": "plus", "rejected": "what"}, PROMPT),
@@ -73,11 +101,15 @@ ROWS = {
     "implicit": (IMPLICIT, PROMPT),
     "implicit, prompt messages repeated": ({"prompt": Q} | IMPLICIT, PROMPT),
     "system": ({"chosen": SYSTEM + PLUS, "rejected": SYSTEM + WHAT}, SYSTEM_PROMPT),
-    "as ultrafeedback": ({"prompt": "what is two?", "chosen": SYSTEM + PLUS, "rejected": SYSTEM + WHAT} | EXTRA, SYSTEM_PROMPT),
+    "as ultrafeedback": (
+        {"prompt": "what is two?", "chosen": SYSTEM + PLUS, "rejected": SYSTEM + WHAT} | EXTRA,
+        SYSTEM_PROMPT,
+    ),
     "turns": ({"prompt": TURNS, "chosen": "plus", "rejected": "what"}, TURNS_PROMPT),
     "turns, implicit": ({"chosen": TURNS + PLUS, "rejected": TURNS + WHAT}, TURNS_PROMPT),
     "HH, text answers": ({"prompt": HH, "chosen": "plus", "rejected": "what"}, TURNS_PROMPT),
-    # The space after "Assistant:" belongs to HH's notation: the earlier turns lose it, so must the answer.
+    # The space after "Assistant:" belongs to HH's notation: the earlier turns lose it, so must the
+    # answer.
     "HH": ({"chosen": HH + " plus", "rejected": HH + " what"}, TURNS_PROMPT),
 }
 
@@ -87,11 +119,16 @@ def test_row_formats_with_a_chat_template(write, row, prompt):
     assert load(write([row])) == [[prompt, "plus·<|im_end|>", "what·<|im_end|>"]]
 
 
-HH_PROMPT = "\n·\n·Human·:· ·what·?·\n·\n·Assistant·:· plus· two·\n·\n·Human·:· ·what· is· two·?·\n·\n·Assistant·:"
+HH_PROMPT = "\n·\n·Human·:· ·what·?·\n·\n·Assistant·:· plus· two·"
+HH_PROMPT += "\n·\n·Human·:· ·what· is· two·?·\n·\n·Assistant·:"
 PLAIN_ROWS = {
     "text": (TEXT, QUESTION, "plus·</s>"),
     "HH": ({"chosen": HH + " plus", "rejected": HH + " what"}, HH_PROMPT, " plus·</s>"),
-    "messages become HH's form": ({"prompt": TURNS, "chosen": "plus", "rejected": "what"}, HH_PROMPT, " plus·</s>"),
+    "messages become HH's form": (
+        {"prompt": TURNS, "chosen": "plus", "rejected": "what"},
+        HH_PROMPT,
+        " plus·</s>",
+    ),
 }
 
 
@@ -102,14 +139,29 @@ def test_row_formats_without_a_chat_template(write, row, prompt, chosen):
 
 BAD_ROWS = [
     ({"question": "what?", "answer": "two"}, "'question': 'str', 'answer': 'str'"),
-    ({"prompt": "what?", "chosen": 2, "rejected": 3}, "'prompt': 'str', 'chosen': 'int', 'rejected': 'int'"),
-    ({"prompt": "what?", "chosen": "two"}, "'prompt': 'str', 'chosen': 'str', 'rejected': 'NoneType'"),
-    ({"chosen": "plus", "rejected": "two"}, "'prompt': 'NoneType', 'chosen': 'str', 'rejected': 'str'"),
+    (
+        {"prompt": "what?", "chosen": 2, "rejected": 3},
+        "'prompt': 'str', 'chosen': 'int', 'rejected': 'int'",
+    ),
+    (
+        {"prompt": "what?", "chosen": "two"},
+        "'prompt': 'str', 'chosen': 'str', 'rejected': 'NoneType'",
+    ),
+    (
+        {"chosen": "plus", "rejected": "two"},
+        "'prompt': 'NoneType', 'chosen': 'str', 'rejected': 'str'",
+    ),
     ({"prompt": Q + PLUS, "chosen": "two", "rejected": "is"}, "'prompt': 'list', 'chosen': 'str'"),
     ({"chosen": TURNS, "rejected": TURNS}, "'chosen': 'list', 'rejected': 'list'"),
     ({"chosen": PLUS, "rejected": WHAT}, "'chosen': 'list', 'rejected': 'list'"),
-    ({"chosen": message("human", "?") + PLUS, "rejected": Q + WHAT}, "'chosen': 'list', 'rejected': 'list'"),
-    ({"chosen": message("user", None) + PLUS, "rejected": Q + WHAT}, "'chosen': 'list', 'rejected': 'list'"),
+    (
+        {"chosen": message("human", "?") + PLUS, "rejected": Q + WHAT},
+        "'chosen': 'list', 'rejected': 'list'",
+    ),
+    (
+        {"chosen": message("user", None) + PLUS, "rejected": Q + WHAT},
+        "'chosen': 'list', 'rejected': 'list'",
+    ),
 ]
 
 
@@ -121,13 +173,16 @@ def test_any_other_row_is_an_error_that_names_source_row_columns_and_formats(wri
         load(source)
 
 
-# ---- Sources --------------------------------------------------------------------------------------------------------
+# ---- Sources -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gz", ["", ".gz"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_every_file_type(tmp_path, suffix, gz):
-    rows, path = datasets.Dataset.from_list([TEXT, TEXT | {"chosen": 'a, "b"\nGröße 日本'}]), tmp_path / f"rows{suffix}"
+    rows, path = (
+        datasets.Dataset.from_list([TEXT, TEXT | {"chosen": 'a, "b"\nGröße 日本'}]),
+        tmp_path / f"rows{suffix}",
+    )
     {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(suffix, rows.to_json)(path)
     if suffix == ".json":
         path.write_text(json.dumps(rows.to_list(), indent=1))
@@ -149,10 +204,19 @@ LOOKALIKES = [
 
 @pytest.mark.parametrize("name, text, answers", LOOKALIKES, ids=["numbers", "words"])
 def test_answers_that_look_like_something_else_stay_text(write, name, text, answers):
-    assert [part.replace("·", "") for part in load(write(text, name), PLAIN)[0][1:]] == [f"{answer}</s>" for answer in answers]
+    assert [part.replace("·", "") for part in load(write(text, name), PLAIN)[0][1:]] == [
+        f"{answer}</s>" for answer in answers
+    ]
 
 
-FOLDERS = {"one": 1, "both": 1, "both:test_prefs": 2, "numpy": 1, "both:dev": InputError, "one:dev": InputError}
+FOLDERS = {
+    "one": 1,
+    "both": 1,
+    "both:test_prefs": 2,
+    "numpy": 1,
+    "both:dev": InputError,
+    "one:dev": InputError,
+}
 
 
 @pytest.mark.parametrize("name, expected", FOLDERS.items())
@@ -161,9 +225,13 @@ def test_folders_and_their_splits(tmp_path, monkeypatch, name, expected):
     one = datasets.Dataset.from_list([IMPLICIT])
     one.save_to_disk("one")
     one.with_format("numpy").save_to_disk("numpy")
-    datasets.DatasetDict({"train": one, "test_prefs": datasets.concatenate_datasets([one, one])}).save_to_disk("both")
-    if expected is InputError:  # also for a folder without splits: held-out data must not turn out to be all of the data
-        with pytest.raises(InputError, match=f"^{name}: .*" + ("splits train, test_prefs" if name == "both:dev" else "")):
+    datasets.DatasetDict(
+        {"train": one, "test_prefs": datasets.concatenate_datasets([one, one])}
+    ).save_to_disk("both")
+    if expected is InputError:
+        # Also for a folder without splits: held-out data must not turn out to be all of the data.
+        splits = "splits train, test_prefs" if name == "both:dev" else ""
+        with pytest.raises(InputError, match=f"^{name}: .*{splits}"):
             load(name)
     else:
         assert load(name) == [[PROMPT, "plus·<|im_end|>", "what·<|im_end|>"]] * expected
@@ -177,7 +245,10 @@ def test_several_sources_of_different_formats_in_order(write):
     assert report.startswith(f"3 pairs from {first}, {second}: 1 of 4 rows dropped (1 empty, ")
 
 
-@pytest.mark.parametrize("source", ["nowhere.jsonl", "no-such-user/no-such-data", "no-such-user/no-such-data:config:test"])
+@pytest.mark.parametrize(
+    "source",
+    ["nowhere.jsonl", "no-such-user/no-such-data", "no-such-user/no-such-data:config:test"],
+)
 def test_a_source_that_is_not_there_is_named(source):
     with pytest.raises(InputError, match=f"^{source}: cannot be read: ."):
         load(source)
@@ -188,7 +259,7 @@ BAD_LINES = {
     "broken": f'{GOOD}\n\n{{"prompt": "what?", }}\n{GOOD}\n',
     "cut off": f'{GOOD}\n{GOOD}\n{{"prompt": "wh',
     "no object": f"{GOOD}\n{GOOD}\n[1]\n",
-    "after U+2028, which ends no line": f'{GOOD}\n{{"prompt": "a\u2028b", "chosen": "c", "rejected": "d"}}\n{{bad\n',
+    "after U+2028, which ends no line": GOOD.replace("what", "a\u2028b") + f"\n{GOOD}\n{{bad\n",
     "after a byte order mark": f"\ufeff{GOOD}\n{GOOD}\n{{bad\n",
 }
 
@@ -206,7 +277,10 @@ def test_of_a_compressed_file_no_wrong_line_is_named(tmp_path):
         load(f"{tmp_path}/bad.jsonl.gz")
 
 
-@pytest.mark.parametrize("name, text", [("empty.jsonl", ""), ("blank.jsonl", "\n\n"), ("head.csv", "prompt,chosen,rejected\n")])
+@pytest.mark.parametrize(
+    "name, text",
+    [("empty.jsonl", ""), ("blank.jsonl", "\n\n"), ("head.csv", "prompt,chosen,rejected\n")],
+)
 def test_an_empty_file_is_said_to_have_no_rows(write, name, text):
     with pytest.raises(InputError, match=f"{name}: .*no rows"):
         load(write(text, name))
@@ -217,17 +291,27 @@ def test_a_file_name_is_not_a_pattern(write):
     assert len(load_rows(write([TEXT], "a[1].jsonl"))) == 1
 
 
-# ---- Tokens ---------------------------------------------------------------------------------------------------------
+# ---- Tokens --------------------------------------------------------------------------------------
 
-TURN = "{% for m in messages %}{% if m.role == 'assistant' %}ANSWER{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+TURN = "{% for m in messages %}{% if m.role == 'assistant' %}ANSWER{% else %}[{{ m.content }}]"
+TURN += "{% endif %}{% endfor %}"
 TEMPLATES = {
     "ChatML": (CHATML, "<|im_end|>"),
     "ChatML with BOS": ("{{ bos_token }}" + CHATML, "<|im_end|>"),
-    "Mistral": ("{{ bos_token }}" + TURN.replace("ANSWER", " {{ m.content }}{{ eos_token }}"), "</s>"),
+    "Mistral": (
+        "{{ bos_token }}" + TURN.replace("ANSWER", " {{ m.content }}{{ eos_token }}"),
+        "</s>",
+    ),
     "Zephyr": (TURN.replace("ANSWER", "{{ m.content }}{{ eos_token }}\n"), "</s>"),
     "two ends": (TURN.replace("ANSWER", "{{ m.content | trim }}<|im_end|></s>"), "<|im_end|>"),
-    "Llama 2": ("{{ bos_token }}" + TURN.replace("ANSWER", " {{ m.content | trim }} {{ eos_token }}"), "</s>"),
-    "Qwen 3": (TURN.replace("ANSWER", "<think>\n\n</think>\n\n{{ m.content }}<|im_end|>\n"), "<|im_end|>"),
+    "Llama 2": (
+        "{{ bos_token }}" + TURN.replace("ANSWER", " {{ m.content | trim }} {{ eos_token }}"),
+        "</s>",
+    ),
+    "Qwen 3": (
+        TURN.replace("ANSWER", "<think>\n\n</think>\n\n{{ m.content }}<|im_end|>\n"),
+        "<|im_end|>",
+    ),
 }
 
 
@@ -236,26 +320,44 @@ TEMPLATES = {
 def test_ids_are_those_of_the_chat_template(write, template, end, adds_bos):
     tokenizer = make_tokenizer(template, adds_bos)
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
-    context = message("user", " what is\n\n two? ") + message("assistant", "Größe 日本") + message("user", "🙂")
+    context = (
+        message("user", " what is\n\n two? ")
+        + message("assistant", "Größe 日本")
+        + message("user", "🙂")
+    )
     conversation = context + message("assistant", " plus two\n")
-    pairs, _ = load_pairs(write([{"chosen": conversation, "rejected": context + WHAT}]), tokenizer, 200, 100)
-    prompt = tokenizer.apply_chat_template(context, tokenize=True, return_dict=False, add_generation_prompt=True)
+    pairs, _ = load_pairs(
+        write([{"chosen": conversation, "rejected": context + WHAT}]), tokenizer, 200, 100
+    )
+    prompt = tokenizer.apply_chat_template(
+        context, tokenize=True, return_dict=False, add_generation_prompt=True
+    )
     whole = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
     first_end = whole.index(tokenizer.convert_tokens_to_ids(end), len(prompt))
     assert (pairs[0]["prompt"], pairs[0]["chosen"]) == (prompt, whole[len(prompt) : first_end + 1])
 
 
 @pytest.mark.parametrize("ending", ["", "END", "END\n", "ENDEND", "END \n END "])
-@pytest.mark.parametrize("tokenizer, end", [(CHAT, "<|im_end|>"), (PLAIN, "</s>")], ids=["chat", "plain"])
+@pytest.mark.parametrize(
+    "tokenizer, end", [(CHAT, "<|im_end|>"), (PLAIN, "</s>")], ids=["chat", "plain"]
+)
 def test_exactly_one_end_of_turn_whatever_the_data_ends_with(write, tokenizer, end, ending):
-    assert load(write([TEXT | {"chosen": "plus" + ending.replace("END", end)}]), tokenizer)[0][1] == f"plus·{end}"
+    assert (
+        load(write([TEXT | {"chosen": "plus" + ending.replace("END", end)}]), tokenizer)[0][1]
+        == f"plus·{end}"
+    )
 
 
 @pytest.mark.parametrize(
     "template, adds, prompt, expected",
     [
         ("{{ bos_token }}" + CHATML, "<s> $A", "what is two?", "<s>·" + PROMPT),
-        (CHATML, "<s> $A", "what is two?", PROMPT),  # without, as the template writes it at inference
+        (
+            CHATML,
+            "<s> $A",
+            "what is two?",
+            PROMPT,
+        ),  # without, as the template writes it at inference
         (None, "<s> $A", "what?", "<s>·what·?"),
         (None, "<s> $A </s>", "what?", "<s>·what·?"),
         (None, "<s> $A", "<s>what?", "<s>·what·?"),
@@ -265,25 +367,39 @@ def test_exactly_one_end_of_turn_whatever_the_data_ends_with(write, tokenizer, e
 def test_at_most_one_bos(write, template, adds, prompt, expected):
     tokenizer = make_tokenizer(template)
     special = [("<s>", 0), ("</s>", 1)]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=adds, special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=adds, special_tokens=special
+    )
     end = "<|im_end|>" if template else "</s>"
-    assert load(write([TEXT | {"prompt": prompt}]), tokenizer) == [[expected, f"plus·{end}", f"what·{end}"]]
+    assert load(write([TEXT | {"prompt": prompt}]), tokenizer) == [
+        [expected, f"plus·{end}", f"what·{end}"]
+    ]
 
 
 def test_the_prompt_keeps_its_tokens_where_the_answer_would_merge_with_it(write):
     assert PLAIN.tokenize("Human:") == ["Human", ":"]
-    assert load(write([TEXT | {"prompt": "Hu", "chosen": "man:"}]), PLAIN) == [["Hu", "man·:·</s>", "what·</s>"]]
+    assert load(write([TEXT | {"prompt": "Hu", "chosen": "man:"}]), PLAIN) == [
+        ["Hu", "man·:·</s>", "what·</s>"]
+    ]
 
 
-@pytest.mark.parametrize("prompt, answer, token", [("2+2=", " 4", " 4"), ("2+2=", "4", "4"), ("2+2= ", "4", "4")])
+@pytest.mark.parametrize(
+    "prompt, answer, token", [("2+2=", " 4", " 4"), ("2+2=", "4", "4"), ("2+2= ", "4", "4")]
+)
 def test_a_tokenizer_like_sentencepiece_adds_no_space_to_the_answer(write, prompt, answer, token):
     """As Llama 2's: a space is written ▁, one is put before every text, and "▁4" is a token."""
     vocab = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *"▁+=245", "▁4"])}
     backend = Tokenizer(models.BPE(vocab, [("▁", "4")], unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     prompt_tokens = " ·2·+·2·=" + ("· " if prompt.endswith(" ") else "")
     row = {"prompt": prompt, "chosen": answer, "rejected": "5"}
     assert load(write([row]), tokenizer) == [[prompt_tokens, token + "·</s>", "5·</s>"]]
@@ -302,20 +418,50 @@ def test_a_tokenizer_without_any_end_token_is_an_error(write):
         load(write([TEXT]), tokenizer)
 
 
-# ---- Truncation and what is dropped ---------------------------------------------------------------------------------
+# ---- Truncation and what is dropped --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "pair, max_length, max_prompt_length, expected",
     [
         (([1, 2, 3, 4], [5, 6, 7], [8]), 5, 3, ([2, 3, 4], [5, 6], [8])),  # the docstring's
-        (([1, 2, 3], [4, 5], [6]), 5, 2, ([1, 2, 3], [4, 5], [6])),  # fits exactly, also with a prompt over its limit
+        (
+            ([1, 2, 3], [4, 5], [6]),
+            5,
+            2,
+            ([1, 2, 3], [4, 5], [6]),
+        ),  # fits exactly, also with a prompt over its limit
         (([1], [2, 3, 4], [5]), 4, 2, ([1], [2, 3, 4], [5])),  # also with a response over its limit
-        (([1, 2, 3, 4, 5], [6, 7], [8]), 5, 3, ([3, 4, 5], [6, 7], [8])),  # cutting the prompt is enough
-        (([1, 2, 3, 4], [5], [6, 7, 8]), 5, 2, ([3, 4], [5], [6, 7, 8])),  # the rejected one is the longer
-        (([1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]), 5, 3, ([2, 3, 4], [5, 6], [8, 9])),  # prompt and both responses
-        (([1], [2, 3, 4, 5, 6], [7]), 4, 2, ([1], [2, 3], [7])),  # a short prompt leaves no more room
-        (([1, 2, 3, 4], [5, 6], [7, 8]), 4, 3, ([2, 3, 4], [5], [7])),  # one response token survives
+        (
+            ([1, 2, 3, 4, 5], [6, 7], [8]),
+            5,
+            3,
+            ([3, 4, 5], [6, 7], [8]),
+        ),  # cutting the prompt is enough
+        (
+            ([1, 2, 3, 4], [5], [6, 7, 8]),
+            5,
+            2,
+            ([3, 4], [5], [6, 7, 8]),
+        ),  # the rejected one is the longer
+        (
+            ([1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]),
+            5,
+            3,
+            ([2, 3, 4], [5, 6], [8, 9]),
+        ),  # prompt and both responses
+        (
+            ([1], [2, 3, 4, 5, 6], [7]),
+            4,
+            2,
+            ([1], [2, 3], [7]),
+        ),  # a short prompt leaves no more room
+        (
+            ([1, 2, 3, 4], [5, 6], [7, 8]),
+            4,
+            3,
+            ([2, 3, 4], [5], [7]),
+        ),  # one response token survives
     ],
 )
 def test_truncate(pair, max_length, max_prompt_length, expected):
@@ -324,7 +470,9 @@ def test_truncate(pair, max_length, max_prompt_length, expected):
 
 @pytest.mark.parametrize("max_prompt_length", [-1, 0, 8, 9])
 def test_impossible_lengths_are_an_error(write, max_prompt_length):
-    with pytest.raises(InputError, match=rf"max_prompt_length \({max_prompt_length}\) must be .* max_length \(8\)"):
+    with pytest.raises(
+        InputError, match=rf"max_prompt_length \({max_prompt_length}\) must be .* max_length \(8\)"
+    ):
         load(write([TEXT]), CHAT, 8, max_prompt_length)
 
 
@@ -336,12 +484,18 @@ def test_dropped_and_truncated_rows_are_counted(write):
         TEXT | {"rejected": " <|im_end|>\n<|im_end|> "},
         TEXT | {"rejected": "plus"},
         TEXT | {"chosen": "plus two?", "rejected": "plus two plus"},  # both are cut to "plus two"
-        {"prompt": "", "chosen": "\n\nHuman: a?\n\nAssistant: b", "rejected": "\n\nHuman: c?\n\nAssistant: b"},
+        {
+            "prompt": "",
+            "chosen": "\n\nHuman: a?\n\nAssistant: b",
+            "rejected": "\n\nHuman: c?\n\nAssistant: b",
+        },
         TEXT | {"chosen": "plus two?"},
     ]
     source = write(rows)
     pairs, report = load_pairs(source, CHAT, 15, 13)
-    dropped = "6 of 8 rows dropped (3 empty, 2 identical, 1 different prompts, 0 end of turn inside)"
+    dropped = (
+        "6 of 8 rows dropped (3 empty, 2 identical, 1 different prompts, 0 end of turn inside)"
+    )
     assert report == f"2 pairs from {source}: {dropped}, 50.0% of the pairs truncated"
     assert list(pairs["row"]) == [0, 7] and list(pairs["lengths"]) == [[13, 2, 2], [13, 2, 2]]
     assert load(source, CHAT, 15, 13)[1] == [PROMPT, "plus· two", "what·<|im_end|>"]
@@ -349,7 +503,7 @@ def test_dropped_and_truncated_rows_are_counted(write):
         load(write(rows[1:4]))
 
 
-# ---- Cache and fingerprint ------------------------------------------------------------------------------------------
+# ---- Cache and fingerprint -----------------------------------------------------------------------
 
 
 def test_the_cache_is_used_but_never_stale(write, monkeypatch):
@@ -360,8 +514,19 @@ def test_the_cache_is_used_but_never_stale(write, monkeypatch):
     other_vocabulary.add_tokens("two?")
     first = load(source)
     monkeypatch.setattr(data, "tokenize_row", tokenize_row)
-    assert first == load(source) == load(source, make_tokenizer()) == [[PROMPT, "plus·<|im_end|>", "what·<|im_end|>"]]
-    for changed in [(CHAT, 199), (CHAT, 200, 99), (make_tokenizer(CHATML + " "),), (PLAIN,), (other_vocabulary,)]:
+    assert (
+        first
+        == load(source)
+        == load(source, make_tokenizer())
+        == [[PROMPT, "plus·<|im_end|>", "what·<|im_end|>"]]
+    )
+    for changed in [
+        (CHAT, 199),
+        (CHAT, 200, 99),
+        (make_tokenizer(CHATML + " "),),
+        (PLAIN,),
+        (other_vocabulary,),
+    ]:
         with pytest.raises(RuntimeError, match="tokenizes"):
             load(source, *changed)
     write([TEXT | {"chosen": "plux"}])  # the same file name, the same size
@@ -371,19 +536,36 @@ def test_the_cache_is_used_but_never_stale(write, monkeypatch):
 
 def test_fingerprint_is_of_the_tokens_and_their_order(write):
     def of(*pairs):
-        rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) | {"lengths": [*map(len, pair)]} for pair in pairs]
+        rows = [
+            dict(zip(("prompt", "chosen", "rejected"), pair)) | {"lengths": [*map(len, pair)]}
+            for pair in pairs
+        ]
         return fingerprint(datasets.Dataset.from_list(rows))
 
     one, two = ([1, 2], [3, 4], [5]), ([6], [7], [8, 9])
-    hashes = [of(one, two), of(two, one), of(one), of(one, two, two), of(([1], [3, 4], [5]), ([2, 6], [7], [8, 9]))]
-    hashes += [of(one, ([0], [7], [8, 9])), of(one, ([6], [0], [8, 9])), of(one, ([6], [7], [8, 0]))]
+    hashes = [
+        of(one, two),
+        of(two, one),
+        of(one),
+        of(one, two, two),
+        of(([1], [3, 4], [5]), ([2, 6], [7], [8, 9])),
+    ]
+    hashes += [
+        of(one, ([0], [7], [8, 9])),
+        of(one, ([6], [0], [8, 9])),
+        of(one, ([6], [7], [8, 0])),
+    ]
     assert len(set(hashes)) == 8 and all(re.fullmatch("[0-9a-f]{64}", h) for h in hashes)
-    sources = write([TEXT | {"chosen": ""}, TEXT]), write([IMPLICIT], "b.jsonl"), write([IMPLICIT, TEXT], "c.jsonl")
+    sources = (
+        write([TEXT | {"chosen": ""}, TEXT]),
+        write([IMPLICIT], "b.jsonl"),
+        write([IMPLICIT, TEXT], "c.jsonl"),
+    )
     same, equal, longer = (fingerprint(load_pairs(source, CHAT, 200, 100)[0]) for source in sources)
     assert same == equal != longer
 
 
-# ---- Batches --------------------------------------------------------------------------------------------------------
+# ---- Batches -------------------------------------------------------------------------------------
 
 
 def test_step_indices_are_pinned():  # every run ever made depends on them
@@ -394,7 +576,10 @@ def test_step_indices_are_pinned():  # every run ever made depends on them
 @pytest.mark.parametrize("num_pairs, batch_size", [(10, 3), (12, 4), (5, 5), (7, 1), (1000, 128)])
 def test_step_indices_are_a_permutation_in_each_epoch(num_pairs, batch_size):
     steps = num_pairs // batch_size
-    epochs = [[step_indices(num_pairs, batch_size, 1, epoch * steps + step) for step in range(steps)] for epoch in range(3)]
+    epochs = [
+        [step_indices(num_pairs, batch_size, 1, epoch * steps + step) for step in range(steps)]
+        for epoch in range(3)
+    ]
     for epoch in epochs:
         assert all(len(step) == batch_size for step in epoch)
         seen = {i for step in epoch for i in step}
@@ -406,7 +591,7 @@ def test_step_indices_are_a_permutation_in_each_epoch(num_pairs, batch_size):
 @pytest.mark.parametrize(
     "tokens, ranks, budget, expected",
     [
-        ([5, 3, 4, 4], 2, 8, [[[0, 1], [2, 3]]]),  # the docstring's
+        ([5, 3, 4, 4], 2, 8, [[[0, 1], [2, 3]]]),
         ([8, 1, 2, 7], 2, 8, [[[0], [3]], [[2], [1]]]),  # pairs of similar cost run side by side
         ([4, 4, 4], 1, 8, [[[0, 2]], [[1]]]),
         ([1, 1], 3, 10, "2 pairs cannot be spread over 3 ranks"),
@@ -414,21 +599,27 @@ def test_step_indices_are_a_permutation_in_each_epoch(num_pairs, batch_size):
         ([6, 6, 6], 2, 10, "3 pairs cannot be spread over 2 ranks .* micro_batch_tokens=10"),
     ],
 )
-def test_split_literally(tokens, ranks, budget, expected):
+def test_spread_pairs_literally(tokens, ranks, budget, expected):
     if isinstance(expected, str):
         with pytest.raises(InputError, match=expected):
-            split(tokens, ranks, budget)
+            spread_pairs(range(len(tokens)), tokens, ranks, budget)
     else:
-        assert split(tokens, ranks, budget) == expected
+        assert spread_pairs(range(len(tokens)), tokens, ranks, budget) == expected
+        shifted = [10 * i for i in range(len(tokens))]  # what is spread are indices, not positions
+        by_index = dict(zip(shifted, tokens))
+        expected = [[[10 * i for i in share] for share in shares] for shares in expected]
+        assert spread_pairs(shifted, by_index, ranks, budget) == expected
 
 
-def test_split_of_random_batches():
+def test_spread_pairs_of_random_batches():
     random = np.random.default_rng(0)
     for _ in range(300):
         ranks = int(random.integers(1, 6))
         tokens = random.integers(1, 100, size=random.integers(ranks, 50)).tolist()
-        budget = int(random.integers(2 * max(tokens), 600))  # twice the longest pair: always possible
-        batches = split(tokens, ranks, budget)
+        budget = int(
+            random.integers(2 * max(tokens), 600)
+        )  # twice the longest pair: always possible
+        batches = spread_pairs(range(len(tokens)), tokens, ranks, budget)
         assert all(len(batch) == ranks for batch in batches)  # as many forwards on every rank
         bins = [pairs for batch in batches for pairs in batch]
         assert sorted(i for pairs in bins for i in pairs) == list(range(len(tokens)))
@@ -436,44 +627,71 @@ def test_split_of_random_batches():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_split_is_balanced(ranks):
+def test_spread_pairs_is_balanced(ranks):
     tokens = np.random.default_rng(0).integers(50, 1000, size=131).tolist()
-    batches = split(tokens, ranks, 4096)
+    batches = spread_pairs(range(len(tokens)), tokens, ranks, 4096)
     costs = [sum(tokens[i] for i in pairs) for batch in batches for pairs in batch]
     assert max(costs) < 1.2 * min(costs)
-    assert len(batches) <= -(-sum(tokens) // (ranks * 4096)) + 1  # at most one more than any method needs
+    assert (
+        len(batches) <= -(-sum(tokens) // (ranks * 4096)) + 1
+    )  # at most one more than any method needs
 
 
 PAIRS = [([1, 2], [3, 4], [5]), ([6], [7], [8, 9])]
 ONE = [[1, 2, 3, 4, 5], [0, 1, 2, 3, 2], [1, 2, 1], [3, 4, 5], [[2, 1]]]  # MicroBatch's docstring
-BOTH = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 2, 0, 1, 1, 2], [1, 2, 1, 5, 5, 7], [3, 4, 5, 7, 8, 9], [[2, 1], [1, 2]]]
+BOTH = [
+    [1, 2, 3, 4, 5, 6, 7, 8, 9],
+    [0, 1, 2, 3, 2, 0, 1, 1, 2],
+    [1, 2, 1, 5, 5, 7],
+    [3, 4, 5, 7, 8, 9],
+    [[2, 1], [1, 2]],
+]
 
 
-@pytest.mark.parametrize("number, expected, segments", [(1, ONE, [(2, 2, 1)]), (2, BOTH, [(2, 2, 1), (1, 1, 2)])])
+@pytest.mark.parametrize(
+    "number, expected, segments", [(1, ONE, [(2, 2, 1)]), (2, BOTH, [(2, 2, 1), (1, 1, 2)])]
+)
 def test_pack(number, expected, segments):
-    rows = datasets.Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS[::-1]])
-    for batch in (pack(PAIRS[:number]), pack_rows(rows, [1, 0][:number]), pack(PAIRS[:number]).to("cpu")):
-        tensors = (batch.input_ids, batch.position_ids, batch.predictors, batch.targets, batch.lengths)
+    rows = datasets.Dataset.from_list(
+        [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS[::-1]]
+    )
+    for batch in (
+        pack(PAIRS[:number]),
+        pack_rows(rows, [1, 0][:number]),
+        pack(PAIRS[:number]).to("cpu"),
+    ):
+        tensors = (
+            batch.input_ids,
+            batch.position_ids,
+            batch.predictors,
+            batch.targets,
+            batch.lengths,
+        )
         assert [tensor.tolist() for tensor in tensors] == expected and batch.segments == segments
         assert {str(tensor.dtype) for tensor in tensors} == {"torch.int64"}
 
 
-# ---- The command line -----------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 
 def test_the_command_line_shows_tokens_and_statistics_or_one_line_of_error(write, tmp_path):
     CHAT.save_pretrained(tmp_path / "tokenizer")
     source = write([TEXT, TEXT | {"chosen": "plus plus plus"}, TEXT | {"rejected": ""}])
-    command = [sys.executable, "data.py", "--model", tmp_path / "tokenizer", "--num_pairs", "1"]
+    command = [sys.executable, "-m", "eval.show_pairs", "--num_pairs", "1"]
+    command += ["--model", tmp_path / "tokenizer"]
     where = {"cwd": Path(data.__file__).parent, "capture_output": True, "text": True}
-    shown, failed = (subprocess.run([*command, argument], **where) for argument in (source, "nowhere.jsonl"))
+    shown, failed = (
+        subprocess.run([*command, argument], **where) for argument in (source, "nowhere.jsonl")
+    )
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines() == [
         f"{source}, row 0",
-        r"  prompt (13 tokens, context): <|im_start|>|us|er|\n|what| is| two|?|<|im_end|>|\n|<|im_start|>|assistant|\n",
+        r"  prompt (13 tokens, context): <|im_start|>|us|er|\n|what| is| two|?|<|im_end|>|\n|"
+        r"<|im_start|>|assistant|\n",
         "  chosen (2 tokens, scored): plus|<|im_end|>",
         "  rejected (2 tokens, scored): what|<|im_end|>",
-        f"2 pairs from {source}: 1 of 3 rows dropped (1 empty, 0 identical, 0 different prompts, 0 end of turn inside), "
+        f"2 pairs from {source}: 1 of 3 rows dropped (1 empty, 0 identical, "
+        "0 different prompts, 0 end of turn inside), "
         "0.0% of the pairs truncated",
         "tokens        mean  median    95 %     max",
         "prompt          13      13      13      13",
@@ -482,4 +700,6 @@ def test_the_command_line_shows_tokens_and_statistics_or_one_line_of_error(write
         "pair            18      18      19      19",
     ]
     assert (failed.returncode, failed.stdout) == (1, "") and "Traceback" not in failed.stderr
-    assert failed.stderr.splitlines()[-1].startswith("error: nowhere.jsonl: cannot be read: no such file")
+    assert failed.stderr.splitlines()[-1].startswith(
+        "error: nowhere.jsonl: cannot be read: no such file"
+    )

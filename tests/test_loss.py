@@ -1,4 +1,5 @@
-"""The losses against arithmetic by hand, loops over Python floats, and their closed-form gradients."""
+"""The losses against arithmetic by hand, loops over Python floats, and their closed-form
+gradients."""
 
 import inspect
 import math
@@ -14,9 +15,12 @@ LENGTHS = [(3, 1), (1, 4), (2, 2), (5, 3)]
 
 
 def make_logps(dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random log-probs between -3 and 0 of four pairs, which require a gradient, and the lengths."""
+    """Random log-probs between -3 and 0 of four pairs, which require a gradient, and the
+    lengths."""
     lengths = torch.tensor(LENGTHS)
-    logps = -3 * torch.rand(int(lengths.sum()), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logps = -3 * torch.rand(
+        int(lengths.sum()), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     return logps.to(dtype).requires_grad_(), lengths
 
 
@@ -32,7 +36,8 @@ def responses(logps: torch.Tensor) -> list[list[float]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_value_by_hand(dtype):
     # chosen, 3 tokens of probability 1/2, 1/4, 1/8: their product is 1/64, its third root 1/4.
-    # rejected, 1 token of probability 1/16. Loss: 1/16 - 1/4 = -3/16. Summed instead of averaged: 1/16 - 1/64 > 0.
+    # rejected, 1 token of probability 1/16. Loss: 1/16 - 1/4 = -3/16. Summed instead of averaged:
+    # 1/16 - 1/64 > 0.
     logps = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 16], dtype=dtype).log()
     lengths = torch.tensor([[3, 1]])
     loss, eps = simper_loss(logps, lengths), torch.finfo(dtype).eps
@@ -52,7 +57,10 @@ def test_gradient_is_the_closed_form():
     simper_loss(logps, lengths).sum().backward()
     expected = []
     for number, tokens in enumerate(responses(logps)):
-        p, sign = math.exp(sum(tokens) / len(tokens)), -1 if number % 2 == 0 else 1  # chosen, then rejected
+        p, sign = (
+            math.exp(sum(tokens) / len(tokens)),
+            -1 if number % 2 == 0 else 1,
+        )  # chosen, then rejected
         expected += [sign * p / len(tokens)] * len(tokens)
     assert logps.grad.tolist() == pytest.approx(expected, rel=1e-14)
     assert torch.autograd.gradcheck(lambda x: simper_loss(x, lengths), make_logps()[0])
@@ -60,14 +68,19 @@ def test_gradient_is_the_closed_form():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "chosen, rejected, expected", [(0, -1e4, -1), (-1e4, 0, 1), (-1e4, -1e4, 0), (0, 0, 0), (-1e-3, -9, -1)]
+    "chosen, rejected, expected",
+    [(0, -1e4, -1), (-1e4, 0, 1), (-1e4, -1e4, 0), (0, 0, 0), (-1e-3, -9, -1)],
 )
 def test_extremes_are_finite_and_bounded(dtype, chosen, rejected, expected):
     logps = torch.tensor([chosen] * 2000 + [rejected] * 3, dtype=dtype, requires_grad=True)
     loss = simper_loss(logps, torch.tensor([[2000, 3]]))
     loss.sum().backward()
     assert -1 <= loss.item() <= 1 and loss.item() == pytest.approx(expected, abs=2e-3)
-    assert logps.grad.isfinite().all() and logps.grad[:2000].abs().sum() <= 1.0001 and logps.grad[2000:].abs().sum() <= 1.0001
+    assert (
+        logps.grad.isfinite().all()
+        and logps.grad[:2000].abs().sum() <= 1.0001
+        and logps.grad[2000:].abs().sum() <= 1.0001
+    )
 
 
 def test_random_losses_are_inside_the_bounds():
@@ -84,7 +97,9 @@ def test_a_pair_does_not_depend_on_the_others():
         stop = start + int(pair.sum())
         assert simper_loss(logps[start:stop], pair[None]).item() == together[number].item()
         (gradient,) = torch.autograd.grad(together[number], logps, retain_graph=True)
-        assert not gradient[:start].any() and gradient[start:stop].all() and not gradient[stop:].any()
+        assert (
+            not gradient[:start].any() and gradient[start:stop].all() and not gradient[stop:].any()
+        )
         start = stop
 
 
@@ -94,10 +109,11 @@ def test_wrong_lengths_raise(lengths):
         simper_loss(torch.zeros(5), torch.tensor(lengths))
 
 
-# ---- The losses that SimPER is compared with ------------------------------------------------------------------------
+# ---- The losses that SimPER is compared with -----------------------------------------------------
 
-# One pair by hand. The chosen response has 3 tokens of probability 1/2, 1/4, 1/8: p = 1/64, e^m = 1/4. The rejected one has a
-# single token of probability 1/16. Under the reference both have 1/32, so that their ratios to it are 1/2 and 2.
+# One pair by hand. The chosen response has 3 tokens of probability 1/2, 1/4, 1/8: p = 1/64, e^m =
+# 1/4. The rejected one has a single token of probability 1/16. Under the reference both have 1/32,
+# so that their ratios to it are 1/2 and 2.
 BY_HAND = {
     "simper": ({}, 1 / 16 - 1 / 4),
     "sft": ({}, log(4)),
@@ -106,7 +122,10 @@ BY_HAND = {
     "dpo": ({"beta": 1.0}, log(5)),  # σ(−log 2 − log 2) = 1/5
     "ipo": ({"tau": 0.25}, (-log(4) - 2) ** 2),
     "cpo": ({"beta": 1.0, "lambda_": 0.5}, log(5) + 0.5 * log(64)),  # σ(log 1/64 − log 1/16) = 1/5
-    "kto": ({"beta": 1.0, "lambda_w": 3.0, "lambda_l": 6.0}, 3 * 4 / 5 + 6 * 2 / 3),  # z_w = 0, z_l = log 2
+    "kto": (
+        {"beta": 1.0, "lambda_w": 3.0, "lambda_l": 6.0},
+        3 * 4 / 5 + 6 * 2 / 3,
+    ),  # z_w = 0, z_l = log 2
     "orpo": ({"lambda_": 0.5}, log(4) + 0.5 * log(6 / 5)),  # odds 1/3 and 1/15
     "r_dpo": ({"beta": 1.0, "alpha": log(2) / 2}, log(3)),  # σ(−log 4 + log 2) = 1/3
     "simpo": ({"beta": 1.0, "gamma": log(2)}, log(3 / 2)),  # σ(log 1/4 − log 1/16 − log 2) = 2/3
@@ -129,7 +148,10 @@ def test_every_loss_is_in_the_table():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", BY_HAND)
 def test_losses_by_hand(name, dtype):
-    logps, reference = (torch.tensor(values, dtype=dtype).log() for values in ([1 / 2, 1 / 4, 1 / 8, 1 / 16], [[1 / 32] * 2]))
+    logps, reference = (
+        torch.tensor(values, dtype=dtype).log()
+        for values in ([1 / 2, 1 / 4, 1 / 8, 1 / 16], [[1 / 32] * 2])
+    )
     arguments, expected = BY_HAND[name]
     loss = call(name, logps, torch.tensor([[3, 1]]), reference, **arguments)
     assert loss.dtype == dtype and loss.shape == (1,)
@@ -146,16 +168,25 @@ def orpo_slopes(s, n, r):
     return -1 / n[0] - outside / (1 - p_w) / n[0], outside / (1 - p_l) / n[1]
 
 
-# (∂L/∂s_w, ∂L/∂s_l) of every loss with its default arguments, differentiated by hand: s summed log-probs, n lengths, r their
-# ratios to the reference, each (chosen, rejected).
+# (∂L/∂s_w, ∂L/∂s_l) of every loss with its default arguments, differentiated by hand: s summed
+# log-probs, n lengths, r their ratios to the reference, each (chosen, rejected).
 GRADIENTS = {
     "simper": lambda s, n, r: (-exp(s[0] / n[0]) / n[0], exp(s[1] / n[1]) / n[1]),
     "sft": lambda s, n, r: (-1 / n[0], 0),
-    "rrhf": lambda s, n, r: (-(s[1] / n[1] > s[0] / n[0]) / n[0] - 1, (s[1] / n[1] > s[0] / n[0]) / n[1]),
+    "rrhf": lambda s, n, r: (
+        -(s[1] / n[1] > s[0] / n[0]) / n[0] - 1,
+        (s[1] / n[1] > s[0] / n[0]) / n[1],
+    ),
     "slic_hf": lambda s, n, r: (-int(1 - s[0] + s[1] > 0) - 0.1, int(1 - s[0] + s[1] > 0)),
-    "dpo": lambda s, n, r: (-0.1 * sigmoid(0.1 * (r[1] - r[0])), 0.1 * sigmoid(0.1 * (r[1] - r[0]))),
+    "dpo": lambda s, n, r: (
+        -0.1 * sigmoid(0.1 * (r[1] - r[0])),
+        0.1 * sigmoid(0.1 * (r[1] - r[0])),
+    ),
     "ipo": lambda s, n, r: (2 * (r[0] - r[1] - 5), -2 * (r[0] - r[1] - 5)),
-    "cpo": lambda s, n, r: (-0.1 * sigmoid(0.1 * (s[1] - s[0])) - 1, 0.1 * sigmoid(0.1 * (s[1] - s[0]))),
+    "cpo": lambda s, n, r: (
+        -0.1 * sigmoid(0.1 * (s[1] - s[0])) - 1,
+        0.1 * sigmoid(0.1 * (s[1] - s[0])),
+    ),
     "kto": lambda s, n, r: (
         -0.1 * sigmoid(0.1 * (r[0] - max(0, r[1]))) * sigmoid(-0.1 * (r[0] - max(0, r[1]))),
         0.1 * sigmoid(0.1 * (max(0, r[0]) - r[1])) * sigmoid(-0.1 * (max(0, r[0]) - r[1])),
@@ -178,7 +209,13 @@ GRADIENTS = {
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_are_the_closed_forms(name):
     logps, lengths = make_logps()
-    reference = -3 * torch.rand(len(LENGTHS), 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * lengths
+    reference = (
+        -3
+        * torch.rand(
+            len(LENGTHS), 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+        )
+        * lengths
+    )
     call(name, logps, lengths, reference).sum().backward()
     expected, sums = [], [sum(tokens) for tokens in responses(logps)]
     for pair, n in enumerate(LENGTHS):

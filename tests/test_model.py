@@ -1,4 +1,5 @@
-"""The packed, sharded model against plain transformers forwards of an independent model with the same weights."""
+"""The packed, sharded model against plain transformers forwards of an independent model with the
+same weights."""
 
 import functools
 import json
@@ -12,7 +13,13 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, CHATML, GQA, TINY, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 import model as model_module
 from data import InputError, pack
@@ -32,14 +39,20 @@ def one_thread():
 def make_pairs(*lengths: tuple[int, int, int]) -> list[tuple[list[int], ...]]:
     """Pairs of random tokens with these numbers of tokens in prompt, chosen and rejected."""
     generator = torch.Generator().manual_seed(0)
-    return [tuple(torch.randint(320, (n,), generator=generator).tolist() for n in pair) for pair in lengths]
+    return [
+        tuple(torch.randint(320, (n,), generator=generator).tolist() for n in pair)
+        for pair in lengths
+    ]
 
 
-PAIRS = make_pairs((3, 4, 2), (9, 5, 12), (1, 8, 3), (7, 1, 15))  # some longer than the sliding window of 6
+PAIRS = make_pairs(
+    (3, 4, 2), (9, 5, 12), (1, 8, 3), (7, 1, 15)
+)  # some longer than the sliding window of 6
 
 
 def make_reference(name: str, **changes):
-    """A plain transformers model; biases and norm weights are random too, so that leaving one out is noticed."""
+    """A plain transformers model; biases and norm weights are random too, so that leaving one out
+    is noticed."""
     model = make_model(name, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -51,7 +64,9 @@ def make_reference(name: str, **changes):
 def make_other(kind: str, options: dict):
     """A plain model that is not one of ARCHITECTURES, with all parameters random."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **options), dtype=torch.float32
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(mean=float(parameter.ndim == 1), std=0.15)
@@ -66,7 +81,8 @@ def make_packed(reference) -> PackedModel:
 
 
 def plain_logps(model, pairs) -> list[torch.Tensor]:
-    """Log-probs of every response's tokens, chosen and rejected, pair after pair: one plain forward for each response."""
+    """Log-probs of every response's tokens, chosen and rejected, pair after pair: one plain forward
+    for each response."""
     logps = []
     for prompt, *responses in pairs:
         for response in responses:
@@ -81,7 +97,9 @@ def plain_results(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     logps = plain_logps(model, PAIRS)
     inverse_perplexities = [response.mean().exp() for response in logps]
     (sum(inverse_perplexities[1::2]) - sum(inverse_perplexities[::2])).div(len(PAIRS)).backward()
-    return torch.cat(logps).detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return torch.cat(logps).detach(), {
+        name: parameter.grad for name, parameter in model.named_parameters()
+    }
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -89,15 +107,20 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def packed_results(model: PackedModel, pairs=PAIRS, scale=0.25) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def packed_results(
+    model: PackedModel, pairs=PAIRS, scale=0.25
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The same by the packed model: of other pairs, with `scale` in place of 1 / 4."""
     logps, lengths = model(pack(pairs)), pack(pairs).lengths
     (simper_loss(logps, lengths).sum() * scale).backward()
-    return logps.detach(), {name.removeprefix("model."): whole(p.grad) for name, p in model.named_parameters()}
+    return logps.detach(), {
+        name.removeprefix("model."): whole(p.grad) for name, p in model.named_parameters()
+    }
 
 
 def assert_near(actual, expected, tolerance: float = 1e-5) -> None:
-    """float32 tensors, or dictionaries of them, differ by at most `tolerance` of their largest value (gradients that are
+    """float32 tensors, or dictionaries of them, differ by at most `tolerance` of their largest
+    value (gradients that are
     zero but for rounding: of 1 % of the largest of all)."""
     if isinstance(expected, torch.Tensor):
         actual, expected = {"": actual}, {"": expected}
@@ -107,15 +130,19 @@ def assert_near(actual, expected, tolerance: float = 1e-5) -> None:
     for name, value in expected.items():
         assert actual[name].shape == value.shape and actual[name].dtype == torch.float32
         difference = (actual[name] - value).abs().max().item()
-        assert difference <= tolerance * max(value.abs().max().item(), floor), f"{name}: {difference}"
+        assert difference <= tolerance * max(value.abs().max().item(), floor), (
+            f"{name}: {difference}"
+        )
 
 
-# ---- The packed forward ---------------------------------------------------------------------------------------------
+# ---- The packed forward --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "phi"])  # phi's head has a bias
 def test_packed_equals_plain(name, monkeypatch):
-    monkeypatch.setitem(model_module.LOGITS_BYTES, "cpu", 4 * 320 * 7)  # 7 of the 50 response tokens at a time
+    monkeypatch.setitem(
+        model_module.LOGITS_BYTES, "cpu", 4 * 320 * 7
+    )  # 7 of the 50 response tokens at a time
     reference = make_reference(name) if name in ARCHITECTURES else make_other(name, TINY)
     for actual, expected in zip(packed_results(make_packed(reference)), plain_results(reference)):
         assert_near(actual, expected)
@@ -127,7 +154,9 @@ def test_pairs_and_responses_do_not_see_each_other(name):
     model = make_packed(make_reference(name))
     logps = model(pack(PAIRS))
     assert_near(logps, torch.cat([model(pack([pair])) for pair in PAIRS]))
-    prompt, chosen, rejected = PAIRS[1]  # after 6 response tokens: 6 to 10 are its chosen ones, 11 to 22 its rejected ones
+    prompt, chosen, rejected = PAIRS[
+        1
+    ]  # after 6 response tokens: 6 to 10 are its chosen ones, 11 to 22 its rejected ones
     with_pair = lambda *pair: model(pack([PAIRS[0], pair, *PAIRS[2:]]))  # noqa: E731
     changed = with_pair(prompt, [(token + 1) % 320 for token in chosen], rejected)
     assert (changed[6:11] != logps[6:11]).all()
@@ -137,17 +166,36 @@ def test_pairs_and_responses_do_not_see_each_other(name):
     assert_near(changed[8:19], logps[11:22], 1e-6)
 
 
-LENGTH_DEPENDENT = {  # what a forward does depends on how long the sequence is, here from 20 or 32 tokens on
+# What a forward does depends on how long the sequence is, here from 20 or 32 tokens on.
+LENGTH_DEPENDENT = {
     "phi3": TINY
     | {
         "original_max_position_embeddings": 32,
-        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+        },
     },
     "llama": TINY
-    | {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+    | {
+        "max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    },
     "qwen2_moe": TINY
-    | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2, "num_experts": 4, "num_experts_per_tok": 2}
-    | {"num_key_value_heads": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    | {
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    | {
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
 }
 
 
@@ -166,11 +214,19 @@ def test_length_dependent_models_are_right_or_refused(kind, group, tmp_path):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 20, 100])
 def test_token_logps_in_chunks(bias, rows, monkeypatch):
-    monkeypatch.setitem(model_module.LOGITS_BYTES, "cpu", 4 * 50 * rows + 3)  # `rows` of the 20 tokens at a time
+    monkeypatch.setitem(
+        model_module.LOGITS_BYTES, "cpu", 4 * 50 * rows + 3
+    )  # `rows` of the 20 tokens at a time
     generator = torch.Generator().manual_seed(0)
     shapes = [(20, 8), (50, 8), (50,)] if bias else [(20, 8), (50, 8)]
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    targets, weights = torch.randint(50, (20,), generator=generator), torch.randn(20, generator=generator)
+    inputs = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in shapes
+    ]
+    targets, weights = (
+        torch.randint(50, (20,), generator=generator),
+        torch.randn(20, generator=generator),
+    )
     expected = F.linear(*inputs).log_softmax(dim=1)[torch.arange(20), targets]
     expected_gradients = torch.autograd.grad(expected @ weights.double(), inputs)
     for dtype, tolerance in [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]:
@@ -179,30 +235,41 @@ def test_token_logps_in_chunks(bias, rows, monkeypatch):
         assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(logps.double(), expected, rtol=tolerance, atol=tolerance)
         for _ in range(2):  # the second backward has no chunk left over from the forward
-            gradients = torch.autograd.grad(logps @ weights.to(logps.dtype), cast, retain_graph=True)
+            gradients = torch.autograd.grad(
+                logps @ weights.to(logps.dtype), cast, retain_graph=True
+            )
             for actual, gradient in zip(gradients, expected_gradients):
                 assert (actual - gradient).abs().max() <= tolerance * gradient.abs().max()
-    assert (logps != logps.bfloat16().float()).sum() > 15  # those of bfloat16 inputs are not rounded to bfloat16
+    assert (
+        logps != logps.bfloat16().float()
+    ).sum() > 15  # those of bfloat16 inputs are not rounded to bfloat16
 
 
 @pytest.mark.parametrize(
-    "name, options", [("gpt2", ("attn_pdrop", "embd_pdrop", "resid_pdrop")), ("llama", ("attention_dropout",))]
+    "name, options",
+    [("gpt2", ("attn_pdrop", "embd_pdrop", "resid_pdrop")), ("llama", ("attention_dropout",))],
 )
 @torch.no_grad()
 def test_no_dropout_in_training(name, options):
     reference = make_model(name, **dict.fromkeys(options, 0.1)).train()
     ids = torch.tensor([PAIRS[1][0]])
-    assert not torch.equal(reference(ids).logits, reference(ids).logits)  # with dropout, they differ
+    assert not torch.equal(
+        reference(ids).logits, reference(ids).logits
+    )  # with dropout, they differ
     model = make_packed(reference)
     assert model.training and torch.equal(model(pack(PAIRS)), model(pack(PAIRS)))
-    assert all(getattr(reference.config, option) == 0.1 for option in options)  # the caller's config is as it was
+    assert all(
+        getattr(reference.config, option) == 0.1 for option in options
+    )  # the caller's config is as it was
 
 
-# ---- Loading --------------------------------------------------------------------------------------------------------
+# ---- Loading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral-sliding-window", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-tied", "mistral-sliding-window", "gemma3_text", "gpt2"]
+)
 def test_load_model(name, dtype, group, tmp_path):
     make_reference(name).to(dtype).save_pretrained(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -216,7 +283,9 @@ def test_load_model(name, dtype, group, tmp_path):
     tied = model.model.get_input_embeddings().weight is model.model.get_output_embeddings().weight
     assert tied == ARCHITECTURES[name].get("tie_word_embeddings", False)
     for key, buffer in model.named_buffers():
-        torch.testing.assert_close(buffer, reference.get_buffer(key.removeprefix("model.")), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            buffer, reference.get_buffer(key.removeprefix("model.")), rtol=1e-6, atol=0
+        )
     for actual, expected in zip(packed_results(model), plain_results(reference)):
         assert_near(actual, expected)
 
@@ -225,10 +294,16 @@ def test_a_single_process_computes_in_bfloat16_on_float32_weights(group, tmp_pat
     reference = make_reference("llama-tied")
     reference.save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "cpu", torch.bfloat16)
-    (logps, gradients), (expected, expected_gradients) = packed_results(model), plain_results(reference)
+    (logps, gradients), (expected, expected_gradients) = (
+        packed_results(model),
+        plain_results(reference),
+    )
     assert 1e-4 < (logps - expected).abs().max() < 0.05  # rounded, but not much
     assert_near(gradients, expected_gradients, 0.1)
-    assert all(isinstance(parameter, DTensor) and parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert all(
+        isinstance(parameter, DTensor) and parameter.dtype == torch.float32
+        for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
@@ -249,19 +324,29 @@ def test_activation_checkpointing_changes_nothing(name, group, tmp_path, monkeyp
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_are_compiled_once(checkpointing, group, tmp_path, monkeypatch):
-    """Micro-batches of other numbers of pairs and tokens have the same log-probs as without --compile, by the same graphs."""
+    """Micro-batches of other numbers of pairs and tokens have the same log-probs as without
+    --compile, by the same graphs."""
     make_reference("llama").save_pretrained(tmp_path)
     plain = load_model(str(tmp_path), "cpu", torch.float32)
-    eager = functools.partialmethod(torch.nn.Module.compile, backend="eager")  # graphs are found, but not made into code
+    eager = functools.partialmethod(
+        torch.nn.Module.compile, backend="eager"
+    )  # graphs are found, but not made into code
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    compiled = load_model(str(tmp_path), "cpu", torch.float32, activation_checkpointing=checkpointing, compile=True)
+    compiled = load_model(
+        str(tmp_path), "cpu", torch.float32, activation_checkpointing=checkpointing, compile=True
+    )
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
     generator, found = torch.Generator().manual_seed(0), []
     for count in (3, 1, 2, 4, 2, 5, 1):
         shapes = torch.randint(2, 30, (count, 3), generator=generator).tolist()
-        batch = pack([tuple(torch.randint(320, (n,), generator=generator).tolist() for n in shape) for shape in shapes])
+        batch = pack(
+            [
+                tuple(torch.randint(320, (n,), generator=generator).tolist() for n in shape)
+                for shape in shapes
+            ]
+        )
         for model in (plain, compiled):
             model(batch).sum().backward()
         for expected, actual in zip(plain.parameters(), compiled.parameters()):
@@ -288,7 +373,7 @@ def test_wrong_weights_are_an_error(fault, group, tmp_path):
         del state["model.layers.1.mlp.up_proj.weight"]
     elif fault == "shape":
         state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(40, 32)
-    else:  # the config ties the head, the file holds another one: transformers unties the model, so tying changes it
+    else:  # the config ties the head, the file holds another one
         state["lm_head.weight"] = torch.randn(320, 32)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError):
@@ -296,17 +381,35 @@ def test_wrong_weights_are_an_error(fault, group, tmp_path):
 
 
 WRONG = {  # models that packing gets wrong, and why
-    "granite": TINY | {"num_key_value_heads": 2, "logits_scaling": 1.05},  # divides its logits after the head
+    "granite": TINY
+    | {"num_key_value_heads": 2, "logits_scaling": 1.05},  # divides its logits after the head
     "cohere": TINY | {"num_key_value_heads": 2, "logit_scale": 0.5},  # multiplies them
-    "mamba": {"vocab_size": 320, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2},  # recurrent
-    "bloom": {"vocab_size": 320, "hidden_size": 32, "n_layer": 2, "n_head": 4},  # position bias instead of position ids
+    "mamba": {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "state_size": 8,
+        "num_hidden_layers": 2,
+    },  # recurrent
+    "bloom": {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+    },  # position bias instead of position ids
     "gemma2": TINY | GQA,  # soft-caps its attention scores
-    "gptj": {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},  # knows no other attention
+    "gptj": {
+        "vocab_size": 320,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "rotary_dim": 8,
+    },  # knows no other attention
 }
 
 
 @pytest.mark.parametrize(
-    "kind, dtype", [(k, torch.float32) for k in WRONG] + [(k, torch.bfloat16) for k in ("granite", "bloom")]
+    "kind, dtype",
+    [(k, torch.float32) for k in WRONG] + [(k, torch.bfloat16) for k in ("granite", "bloom")],
 )
 def test_models_that_packing_gets_wrong_are_refused(kind, dtype, group, tmp_path):
     make_other(kind, WRONG[kind]).save_pretrained(tmp_path)
@@ -314,7 +417,7 @@ def test_models_that_packing_gets_wrong_are_refused(kind, dtype, group, tmp_path
         load_model(str(tmp_path), "cpu", dtype)
 
 
-# ---- Export ---------------------------------------------------------------------------------------------------------
+# ---- Export --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
@@ -323,7 +426,9 @@ def test_export(name, dtype, group, tmp_path):
     source, folder, tokenizer = tmp_path / "source", tmp_path / "run" / "final", make_tokenizer()
     dropout = "resid_pdrop" if name == "gpt2" else "attention_dropout"
     make_reference(name, **{dropout: 0.1}).save_pretrained(source)
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "temperature": 0.6}))
+    (source / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 1, "temperature": 0.6})
+    )
     model = load_model(str(source), "cpu", torch.float32)
     before, _ = packed_results(model)
     torch.optim.SGD(model.parameters(), lr=10.0).step()
@@ -334,12 +439,20 @@ def test_export(name, dtype, group, tmp_path):
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= files
     assert not any(file.endswith((".bin", ".pt", ".pth", ".pkl")) for file in files)
     config, expected = (json.loads((path / "config.json").read_text()) for path in (folder, source))
-    assert config == expected | {"dtype": str(dtype).removeprefix("torch.")} and config[dropout] == 0.1
+    assert (
+        config == expected | {"dtype": str(dtype).removeprefix("torch.")} and config[dropout] == 0.1
+    )
     reloaded, text = AutoTokenizer.from_pretrained(folder), "<|im_start|>user\nhello<|im_end|>"
-    assert reloaded.chat_template == CHATML and reloaded.special_tokens_map == tokenizer.special_tokens_map
+    assert (
+        reloaded.chat_template == CHATML
+        and reloaded.special_tokens_map == tokenizer.special_tokens_map
+    )
     assert reloaded(text).input_ids == tokenizer(text).input_ids
     generation = GenerationConfig.from_pretrained(folder)
-    assert generation.eos_token_id == [1, tokenizer.convert_tokens_to_ids("<|im_end|>")] and generation.temperature == 0.6
+    assert (
+        generation.eos_token_id == [1, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        and generation.temperature == 0.6
+    )
 
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tied = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
@@ -352,13 +465,17 @@ def test_export(name, dtype, group, tmp_path):
         assert_near(logps, expected, 1e-5 if dtype == torch.float32 else 0.02)
         assert (logps - before).abs().max() > 0.1  # the trained weights, not the first ones
         prompt, chosen, _ = PAIRS[1]
-        assert_near(model.plain_logps(torch.tensor(prompt + chosen))[len(prompt) - 1 :], logps[6:11])
+        assert_near(
+            model.plain_logps(torch.tensor(prompt + chosen))[len(prompt) - 1 :], logps[6:11]
+        )
     state = load_file(folder / "model.safetensors")
     assert {value.dtype for value in state.values()} == {dtype}
     assert state.keys() == load_file(source / "model.safetensors").keys()  # tied weights once
 
 
-@pytest.mark.parametrize("given", [{"top_k": 20}, {"do_sample": False, "temperature": 0.6}, {"eos_token_id": [3, 1]}])
+@pytest.mark.parametrize(
+    "given", [{"top_k": 20}, {"do_sample": False, "temperature": 0.6}, {"eos_token_id": [3, 1]}]
+)
 def test_export_takes_any_generation_config(given, group, tmp_path):
     make_model("llama").save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "generation_config.json").write_text(json.dumps(given))
@@ -381,16 +498,22 @@ def test_an_interrupted_export_leaves_no_folder(model_folder, group, tmp_path, m
         patch.setattr(type(tokenizer), "save_pretrained", save_pretrained)
         export(model, str(model_folder), tokenizer, tmp_path / "final", torch.float32)
     assert not (tmp_path / "final").exists()
-    export(model, str(model_folder), tokenizer, tmp_path / "final", torch.float32)  # what was left is no obstacle
+    export(
+        model, str(model_folder), tokenizer, tmp_path / "final", torch.float32
+    )  # what was left is no obstacle
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-# ---- Two ranks, and memory, in new processes ------------------------------------------------------------------------
+# ---- Two ranks, and memory, in new processes -----------------------------------------------------
 
 
 def measure_memory() -> float:
-    """MiB that the peak memory grows by in forward and backward of TokenLogps whose full logits would take 1 GiB."""
-    hidden, weight = torch.randn(1024, 16, requires_grad=True), torch.randn(256_000, 16, requires_grad=True)
+    """MiB that the peak memory grows by in forward and backward of TokenLogps whose full logits
+    would take 1 GiB."""
+    hidden, weight = (
+        torch.randn(1024, 16, requires_grad=True),
+        torch.randn(256_000, 16, requires_grad=True),
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     TokenLogps.apply(hidden, weight, None, torch.arange(1024)).sum().backward()
     assert hidden.grad.any() and weight.grad.any()
@@ -402,7 +525,9 @@ def work(rank: int, folder) -> None:
     torch.set_num_threads(1)
     results, source = {"MiB": measure_memory() if rank == 0 else None}, str(folder / "source")
     store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     if rank == 1:
         model_module.read_weights = None  # only rank 0 may read them
     with pytest.raises(InputError, match="replicas"):
@@ -410,7 +535,11 @@ def work(rank: int, folder) -> None:
     for replicas in (1, 2):
         model = load_model(source, "cpu", torch.float32, replicas)
         rows = [parameter.to_local().shape[0] for parameter in model.parameters()]
-        results[replicas] = (*packed_results(model, PAIRS[rank::2], 2 / len(PAIRS)), dict(model.named_buffers()), rows)
+        results[replicas] = (
+            *packed_results(model, PAIRS[rank::2], 2 / len(PAIRS)),
+            dict(model.named_buffers()),
+            rows,
+        )
     export(model, source, make_tokenizer(), folder / "final", torch.float32)
     assert (folder / "final" / "model.safetensors").is_file()  # on every rank, once export returns
     torch.save(results, folder / f"rank{rank}")
@@ -419,8 +548,12 @@ def work(rank: int, folder) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """(the plain model, its folder, what `work` found on ranks 0 and 1). 321 words: they hold different numbers of rows."""
-    folder, reference = tmp_path_factory.mktemp("two_ranks"), make_reference("gemma3_text", vocab_size=321)
+    """(the plain model, its folder, what `work` found on ranks 0 and 1). 321 words: they hold
+    different numbers of rows."""
+    folder, reference = (
+        tmp_path_factory.mktemp("two_ranks"),
+        make_reference("gemma3_text", vocab_size=321),
+    )
     reference.save_pretrained(folder / "source")
     torch.multiprocessing.spawn(work, (folder,), nprocs=2)
     return reference, folder, [torch.load(folder / f"rank{rank}") for rank in (0, 1)]

@@ -1,4 +1,5 @@
-"""The training loop: one gradient under any split, exact metrics, resume, learning, and clear errors."""
+"""The training loop: one gradient under any split, exact metrics, resume, learning, and clear
+errors."""
 
 import copy
 import json
@@ -21,6 +22,7 @@ import yaml
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
+import model
 import train
 from data import InputError, load_pairs, step_indices
 from train import Config, parse_args
@@ -29,13 +31,19 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_pairs(path: Path, count: int, seed: int = 0) -> str:
-    """Conversations with answers of very different lengths; chosen ones hold lower-case letters, rejected ones digits."""
+    """Conversations with answers of very different lengths; chosen ones hold lower-case letters,
+    rejected ones digits."""
     draw = random.Random(seed)
     text = lambda letters, most: "".join(draw.choice(letters) for _ in range(draw.randint(1, most)))  # noqa: E731
     with open(path, "w") as file:
         for _ in range(count):
             prompt = [{"role": "user", "content": text("what is two plus ", 40)}]
-            print(json.dumps({"prompt": prompt, "chosen": text("abcde", 30), "rejected": text("01234", 50)}), file=file)
+            print(
+                json.dumps(
+                    {"prompt": prompt, "chosen": text("abcde", 30), "rejected": text("01234", 50)}
+                ),
+                file=file,
+            )
     return str(path)
 
 
@@ -43,9 +51,22 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> str:
 def base(tmp_path_factory, model_folder) -> dict:
     """Settings of a short run: 3 steps of 8 pairs."""
     folder = tmp_path_factory.mktemp("data")
-    values = {"model": str(model_folder), "train_data": write_pairs(folder / "train.jsonl", 26), "wandb": "off"}
-    values |= {"eval_data": write_pairs(folder / "heldout.jsonl", 11, seed=1), "batch_size": 8, "learning_rate": 1e-3}
-    return values | {"max_length": 96, "max_prompt_length": 60, "micro_batch_tokens": 600, "max_grad_norm": 1e9}
+    values = {
+        "model": str(model_folder),
+        "train_data": write_pairs(folder / "train.jsonl", 26),
+        "wandb": "off",
+    }
+    values |= {
+        "eval_data": write_pairs(folder / "heldout.jsonl", 11, seed=1),
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+    }
+    return values | {
+        "max_length": 96,
+        "max_prompt_length": 60,
+        "micro_batch_tokens": 600,
+        "max_grad_norm": 1e9,
+    }
 
 
 def run(values: dict, output: Path) -> list[dict]:
@@ -55,8 +76,19 @@ def run(values: dict, output: Path) -> list[dict]:
 
 
 def command(values: dict, output: Path, ranks: int) -> list[str]:
-    flags = [part for name, value in (values | {"output_dir": output}).items() for part in (f"--{name}", str(value))]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    flags = [
+        part
+        for name, value in (values | {"output_dir": output}).items()
+        for part in (f"--{name}", str(value))
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+    ]
     return [*launcher, str(ROOT / "train.py"), *flags]
 
 
@@ -74,7 +106,10 @@ def read_metrics(output: Path) -> list[dict]:
 def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     """Whole tensors of a checkpoint that any number of ranks wrote."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    state = {name: torch.empty(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    state = {
+        name: torch.empty(entry.size)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+    }
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
     return state
 
@@ -82,7 +117,11 @@ def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
 def gradients(folder: Path) -> dict[str, torch.Tensor]:
     """The gradient of step 1, from Adam's first moment after it: exp_avg = (1 - 0.9) · gradient."""
     tensors = read_checkpoint(folder / "checkpoints" / "step_1")
-    return {name.removeprefix("exp_avg.model."): 10 * t for name, t in tensors.items() if name.startswith("exp_avg.")}
+    return {
+        name.removeprefix("exp_avg.model."): 10 * t
+        for name, t in tensors.items()
+        if name.startswith("exp_avg.")
+    }
 
 
 def relative_difference(some: dict, others: dict) -> float:
@@ -94,18 +133,25 @@ def relative_difference(some: dict, others: dict) -> float:
 def timeless(lines: list[dict]) -> list[dict]:
     """Metrics without what depends on the machine's speed."""
     return [
-        {k: v for k, v in line.items() if k not in ("pairs_per_second", "tokens_per_second", "peak_memory_gb")}
+        {
+            k: v
+            for k, v in line.items()
+            if k not in ("pairs_per_second", "tokens_per_second", "peak_memory_gb")
+        }
         for line in lines
     ]
 
 
-# ---- One gradient ---------------------------------------------------------------------------------------------------
+# ---- One gradient --------------------------------------------------------------------------------
 
 
 def plain_gradient(values: dict, indices: list[int]) -> tuple[dict, list[float]]:
-    """Gradient and per-pair losses of a batch in float64, from separate plain forwards: written from the paper."""
+    """Gradient and per-pair losses of a batch in float64, from separate plain forwards: written
+    from the paper."""
     model = make_model("llama").double()
-    pairs, _ = load_pairs(values["train_data"], make_tokenizer(), values["max_length"], values["max_prompt_length"])
+    pairs, _ = load_pairs(
+        values["train_data"], make_tokenizer(), values["max_length"], values["max_prompt_length"]
+    )
     losses = []
     for pair in pairs.select(indices):
         inverse_perplexity = {}
@@ -126,7 +172,10 @@ def three_runs(base, tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
     return {
         "one": (folder / "one", run(values, folder / "one")),
         "split": (folder / "split", run(values | {"micro_batch_tokens": 200}, folder / "split")),
-        "ranks": (folder / "ranks", run_ranks(values | {"micro_batch_tokens": 250}, folder / "ranks")),
+        "ranks": (
+            folder / "ranks",
+            run_ranks(values | {"micro_batch_tokens": 250}, folder / "ranks"),
+        ),
     }
 
 
@@ -143,7 +192,9 @@ def test_gradient_equals_plain_float64_forwards(base, three_runs):
 
 @pytest.mark.parametrize("other", ["split", "ranks"])
 def test_gradient_is_the_same_for_any_split(three_runs, other):
-    assert relative_difference(gradients(three_runs[other][0]), gradients(three_runs["one"][0])) < 1e-6
+    assert (
+        relative_difference(gradients(three_runs[other][0]), gradients(three_runs["one"][0])) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("other", ["split", "ranks"])
@@ -163,7 +214,9 @@ def test_metrics_are_exact_means(base, three_runs, model_folder):
         for side in means:
             ids = torch.tensor([pair["prompt"] + pair[side]])
             with torch.no_grad():
-                logps = model(ids).logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+                logps = (
+                    model(ids).logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+                )
             means[side].append(logps[len(pair["prompt"]) - 1 :].double().mean())
     chosen, rejected = torch.stack(means["chosen"]), torch.stack(means["rejected"])
     expected = {
@@ -177,7 +230,9 @@ def test_metrics_are_exact_means(base, three_runs, model_folder):
         "eval/accuracy": (chosen > rejected).double().mean().item(),
         "eval/length/chosen": sum(len(ids) for ids in pairs["chosen"]) / len(pairs),
         "eval/length/rejected": sum(len(ids) for ids in pairs["rejected"]) / len(pairs),
-        "eval/gradient_weight/chosen": chosen.exp().mean().item(),  # SimPER's weights are the inverse perplexities
+        "eval/gradient_weight/chosen": chosen.exp()
+        .mean()
+        .item(),  # SimPER's weights are the inverse perplexities
         "eval/gradient_weight/rejected": rejected.exp().mean().item(),
     }
     assert three_runs["one"][1][0] == pytest.approx(expected, abs=1e-6)
@@ -186,18 +241,34 @@ def test_metrics_are_exact_means(base, three_runs, model_folder):
 
 def test_run_directory(three_runs):
     folder, lines = three_runs["ranks"]
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "final"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "final",
+    }
     text = (folder / "config.yaml").read_text()
     assert "torch 2" in text and "transformers 5" in text and "datasets" in text
     assert set(yaml.safe_load(text)) == set(Config.__dataclass_fields__)
     assert parse_args([str(folder / "config.yaml")]).batch_size == 8  # a run's config is a recipe
-    names = {"epoch", "step", "loss", "accuracy", "grad_norm", "learning_rate", "pairs_per_second", "tokens_per_second"}
+    names = {
+        "epoch",
+        "step",
+        "loss",
+        "accuracy",
+        "grad_norm",
+        "learning_rate",
+        "pairs_per_second",
+        "tokens_per_second",
+    }
     groups = ("inverse_perplexity", "logps", "length", "gradient_weight")
     names |= {f"{group}/{side}" for group in groups for side in ("chosen", "rejected")}
     assert set(lines[1]) == names | {"inverse_perplexity/margin", "peak_memory_gb"}
     final = transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
     trained = read_checkpoint(folder / "checkpoints" / "step_2")
-    assert not torch.equal(final.lm_head.weight, trained["model.lm_head.weight"])  # step 3 has moved it
+    assert not torch.equal(
+        final.lm_head.weight, trained["model.lm_head.weight"]
+    )  # step 3 has moved it
 
 
 def test_small_learning_rate_moves_float32_weights(base, tmp_path):
@@ -206,18 +277,25 @@ def test_small_learning_rate_moves_float32_weights(base, tmp_path):
     after = load_file(tmp_path / "run" / "final" / "model.safetensors")
     for name in before:
         moved = (after[name] != before[name]).float().mean()
-        assert moved > (0.1 if "embed" in name else 0.5), name  # many tokens of the vocabulary do not occur
+        assert moved > (0.1 if "embed" in name else 0.5), (
+            name
+        )  # many tokens of the vocabulary do not occur
 
 
-# ---- Resume ---------------------------------------------------------------------------------------------------------
+# ---- Resume --------------------------------------------------------------------------------------
 
 
 def test_resume_is_bitwise(base, three_runs, tmp_path):
     whole, lines = three_runs["one"]
     checkpoint = whole / "checkpoints" / "step_2"
-    resumed = run(base | {"max_steps": 3, "save_every": 1, "resume": str(checkpoint)}, tmp_path / "resumed")
+    resumed = run(
+        base | {"max_steps": 3, "save_every": 1, "resume": str(checkpoint)}, tmp_path / "resumed"
+    )
     assert timeless(resumed) == timeless(lines)[3:]  # steps after 2, and the last evaluation
-    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (whole, tmp_path / "resumed"))
+    a, b = (
+        load_file(folder / "final" / "model.safetensors")
+        for folder in (whole, tmp_path / "resumed")
+    )
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -231,7 +309,13 @@ def test_another_number_of_ranks_resumes(base, three_runs, tmp_path, started, re
     shutil.rmtree(output / "checkpoints" / "step_2")
     (output / "checkpoints" / "step_3.part").mkdir()  # an interrupted save is not a checkpoint
     resumed = resume(base | {"max_steps": 3, "save_every": 0}, output)  # finds step_1 by itself
-    assert [line["step"] for line in resumed] == [0, 1, 2, 3, 3]  # what it repeats is not logged twice
+    assert [line["step"] for line in resumed] == [
+        0,
+        1,
+        2,
+        3,
+        3,
+    ]  # what it repeats is not logged twice
     assert timeless(resumed)[:2] == timeless(lines)[:2]
     for mine, its in zip(timeless(resumed), timeless(lines)):
         assert mine == pytest.approx(its, rel=1e-5, abs=1e-6)
@@ -249,10 +333,15 @@ def test_damaged_checkpoint_is_passed_over(base, three_runs, tmp_path, capsys):
 
 def test_sigterm_saves_and_the_same_command_goes_on(base, tmp_path):
     values = base | {"max_steps": 100, "save_every": 0, "eval_every": 0}
-    process = subprocess.Popen(command(values, tmp_path / "run", 2), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(values, tmp_path / "run", 2), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "metrics.jsonl").exists() or len(read_metrics(tmp_path / "run")) < 4:
+        while (
+            not (tmp_path / "run" / "metrics.jsonl").exists()
+            or len(read_metrics(tmp_path / "run")) < 4
+        ):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
@@ -292,7 +381,7 @@ def test_resume_with_other_data_is_refused(base, three_runs, tmp_path):
     original = Path(base["train_data"]).read_text()
     try:
         Path(base["train_data"]).write_text(changed)
-        with pytest.raises(InputError, match="the training tokens are others"):
+        with pytest.raises(InputError, match="the training tokens differ"):
             run(base | {"max_steps": 3}, tmp_path / "run")
         torch.distributed.destroy_process_group()
     finally:
@@ -312,11 +401,12 @@ def test_resume_never_sets_the_old_run_aside(base, tmp_path):
     assert (old / "final" / "model.safetensors").exists() and (tmp_path / "run" / "final").exists()
 
 
-# ---- Exactness: whole trajectories against the textbook's step ------------------------------------------------------
+# ---- Exactness: whole trajectories against the textbook's step -----------------------------------
 
 
 def plain_objective(name: str, m: torch.Tensor, s: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """Written from the papers: m mean and s summed log-probs, r the reference's sums, each (2, pairs), chosen and rejected."""
+    """Written from the papers: m mean and s summed log-probs, r the reference's sums, each (2,
+    pairs), chosen and rejected."""
     if name == "simper":
         return -torch.exp(m[0]) + torch.exp(m[1])
     if name == "dpo":
@@ -326,24 +416,42 @@ def plain_objective(name: str, m: torch.Tensor, s: torch.Tensor, r: torch.Tensor
     raise ValueError(name)
 
 
-def plain_trajectory(values: dict, name: str, steps: int, micro_batch: int = 4) -> tuple[list[float], dict]:
-    """Losses of every step, and the last weights, of the step that the authors' code takes, in float64: chosen and rejected
-    padded into one batch, log_softmax, gather, AdamW, cosine schedule with warm-up, clipping, accumulation."""
+def plain_trajectory(
+    values: dict, name: str, steps: int, micro_batch: int = 4
+) -> tuple[list[float], dict]:
+    """Losses of every step, and the last weights, of the step that the authors' code takes, in
+    float64: chosen and rejected padded into one batch, log_softmax, gather, AdamW, cosine schedule
+    with warm-up, clipping, accumulation."""
     model = make_model("llama").double()
     start = copy.deepcopy(model)
-    pairs, _ = load_pairs(values["train_data"], make_tokenizer(), values["max_length"], values["max_prompt_length"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=values["learning_rate"], betas=(0.9, 0.999), weight_decay=0.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, steps)  # a tenth of 20 steps
+    pairs, _ = load_pairs(
+        values["train_data"], make_tokenizer(), values["max_length"], values["max_prompt_length"]
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=values["learning_rate"], betas=(0.9, 0.999), weight_decay=0.0
+    )
+    schedule = transformers.get_cosine_schedule_with_warmup(
+        optimizer, 2, steps
+    )  # a tenth of 20 steps
 
     def forward(model, rows):  # (mean, summed) log-probs of the responses, each (2, pairs)
-        sequences = [(p, y) for side in ("chosen", "rejected") for p, y in zip(rows["prompt"], rows[side])]
+        sequences = [
+            (p, y) for side in ("chosen", "rejected") for p, y in zip(rows["prompt"], rows[side])
+        ]
         longest = max(len(p) + len(y) for p, y in sequences)
-        ids, labels, mask = (torch.zeros(len(sequences), longest, dtype=torch.long) for _ in range(3))
+        ids, labels, mask = (
+            torch.zeros(len(sequences), longest, dtype=torch.long) for _ in range(3)
+        )
         for row, (p, y) in enumerate(sequences):
             ids[row, : len(p) + len(y)] = torch.tensor(p + y)
             mask[row, : len(p) + len(y)] = 1
             labels[row, len(p) : len(p) + len(y)] = 1
-        logps = model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        logps = (
+            model(ids, attention_mask=mask)
+            .logits[:, :-1]
+            .log_softmax(-1)
+            .gather(2, ids[:, 1:, None])[..., 0]
+        )
         sums, counts = (logps * labels[:, 1:]).sum(1), labels.sum(1)
         return (sums / counts).view(2, -1), sums.view(2, -1)
 
@@ -354,7 +462,11 @@ def plain_trajectory(values: dict, name: str, steps: int, micro_batch: int = 4) 
             rows = pairs[indices[begin : begin + micro_batch]]
             with torch.no_grad():
                 _, reference = forward(start, rows)
-            loss = plain_objective(name, *forward(model, rows), reference).mean() * micro_batch / len(indices)
+            loss = (
+                plain_objective(name, *forward(model, rows), reference).mean()
+                * micro_batch
+                / len(indices)
+            )
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), values["max_grad_norm"])
@@ -365,9 +477,17 @@ def plain_trajectory(values: dict, name: str, steps: int, micro_batch: int = 4) 
     return losses, model.state_dict()
 
 
-@pytest.mark.parametrize("name, arguments", [("simper", ""), ("dpo", ""), ("simpo", "beta=2.5, gamma=0.5")])
+@pytest.mark.parametrize(
+    "name, arguments", [("simper", ""), ("dpo", ""), ("simpo", "beta=2.5, gamma=0.5")]
+)
 def test_twenty_steps_equal_the_plain_implementation(base, tmp_path, name, arguments):
-    values = base | {"max_steps": 20, "max_grad_norm": 0.02, "micro_batch_tokens": 250, "eval_data": "", "save_every": 0}
+    values = base | {
+        "max_steps": 20,
+        "max_grad_norm": 0.02,
+        "micro_batch_tokens": 250,
+        "eval_data": "",
+        "save_every": 0,
+    }
     lines = run(values | {"loss": name, "loss_args": arguments}, tmp_path / "run")
     losses, weights = plain_trajectory(values, name, steps=20)
     assert [line["loss"] for line in lines] == pytest.approx(losses, abs=1e-5)
@@ -379,20 +499,30 @@ def test_twenty_steps_equal_the_plain_implementation(base, tmp_path, name, argum
     assert relative_difference(trained, {k: weights[k].float() for k in trained}) < 1e-3 * moved
 
 
-# ---- Losses with a reference ----------------------------------------------------------------------------------------
+# ---- Losses with a reference ---------------------------------------------------------------------
 
 
 @pytest.fixture
 def counted(monkeypatch) -> list:
     """The results of every pass of the reference that this process makes or reads."""
     results, reference_logps = [], train.reference_logps
-    monkeypatch.setattr(train, "reference_logps", lambda *args: results.append(reference_logps(*args)) or results[-1])
+    monkeypatch.setattr(
+        train,
+        "reference_logps",
+        lambda *args: results.append(reference_logps(*args)) or results[-1],
+    )
     return results
 
 
 def test_reference_is_the_starting_model(base, tmp_path, counted):
-    """Its log-probs, from plain float64 forwards; the loss before the first update; and the gradient weights."""
-    values = base | {"loss": "dpo", "loss_args": "beta=0.5", "micro_batch_tokens": 200, "max_steps": 2}
+    """Its log-probs, from plain float64 forwards; the loss before the first update; and the
+    gradient weights."""
+    values = base | {
+        "loss": "dpo",
+        "loss_args": "beta=0.5",
+        "micro_batch_tokens": 200,
+        "max_steps": 2,
+    }
     lines = run(values, tmp_path / "run")
     model = make_model("llama").double()
     for source, found in zip(("train_data", "eval_data"), counted):
@@ -401,26 +531,40 @@ def test_reference_is_the_starting_model(base, tmp_path, counted):
             for side, value in zip(("chosen", "rejected"), both):
                 ids = torch.tensor([pair["prompt"] + pair[side]])
                 with torch.no_grad():
-                    logps = model(ids).logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
-                assert value == pytest.approx(logps[len(pair["prompt"]) - 1 :].sum().item(), rel=1e-5)
+                    logps = (
+                        model(ids)
+                        .logits[0, :-1]
+                        .log_softmax(dim=-1)
+                        .gather(1, ids[0, 1:, None])[:, 0]
+                    )
+                assert value == pytest.approx(
+                    logps[len(pair["prompt"]) - 1 :].sum().item(), rel=1e-5
+                )
     assert lines[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
     # ∂/∂m = |y| ∂/∂s = |y| β σ(0)
-    assert lines[0]["eval/gradient_weight/chosen"] == pytest.approx(0.25 * lines[0]["eval/length/chosen"], rel=1e-5)
-    assert lines[0]["eval/gradient_weight/rejected"] == pytest.approx(0.25 * lines[0]["eval/length/rejected"], rel=1e-5)
+    assert lines[0]["eval/gradient_weight/chosen"] == pytest.approx(
+        0.25 * lines[0]["eval/length/chosen"], rel=1e-5
+    )
+    assert lines[0]["eval/gradient_weight/rejected"] == pytest.approx(
+        0.25 * lines[0]["eval/length/rejected"], rel=1e-5
+    )
     assert lines[-1]["eval/loss"] != pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_reference_is_computed_once_and_resumed_with(base, tmp_path, monkeypatch):
-    """Two ranks write it; one rank reads it on resuming, with a model whose weights have moved, and goes on as they would."""
+    """Two ranks write it; one rank reads it on resuming, with a model whose weights have moved, and
+    goes on as they would."""
     monkeypatch.setenv("SIMPER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr(model, "CACHE_DIR", tmp_path / "cache")
     values = base | {"loss": "kto", "max_steps": 3, "save_every": 2, "eval_data": ""}
     whole = run_ranks(values, tmp_path / "two")
     (file,) = (tmp_path / "cache" / "reference").iterdir()
     written = file.stat().st_mtime_ns
     shutil.copytree(tmp_path / "two", tmp_path / "run", ignore=shutil.ignore_patterns("final"))
     lines = timeless(run(values, tmp_path / "run"))
-    assert file.stat().st_mtime_ns == written and [*(tmp_path / "cache" / "reference").iterdir()] == [file]
+    assert file.stat().st_mtime_ns == written and [
+        *(tmp_path / "cache" / "reference").iterdir()
+    ] == [file]
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[:2] == timeless(whole)[:2]
     assert lines[2] == pytest.approx(timeless(whole)[2], rel=1e-5, abs=1e-6)
     alone = timeless(run(values, tmp_path / "alone"))  # the same from the start, by one rank
@@ -435,7 +579,9 @@ def test_other_weights_have_another_reference(base, tmp_path, counted):
     make_model("llama", seed=1).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
     first = (Path(base["model"]) / "model.safetensors").stat()
-    assert (other / "model.safetensors").stat().st_size == first.st_size  # neither the size nor the time tells
+    assert (
+        other / "model.safetensors"
+    ).stat().st_size == first.st_size  # neither the size nor the time tells
     os.utime(other / "model.safetensors", ns=(first.st_atime_ns, first.st_mtime_ns))
     (line,) = run(values | {"model": str(other)}, tmp_path / "second")
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -445,7 +591,9 @@ def test_other_weights_have_another_reference(base, tmp_path, counted):
 @pytest.mark.parametrize("name", train.LOSSES)
 def test_every_loss_trains(base, tmp_path, name):
     lines = run(base | {"loss": name, "max_steps": 2, "eval_data": ""}, tmp_path / "run")
-    assert len(lines) == 2 and all(math.isfinite(value) for line in lines for value in line.values())
+    assert len(lines) == 2 and all(
+        math.isfinite(value) for line in lines for value in line.values()
+    )
     assert lines[0]["grad_norm"] > 0 and lines[0]["gradient_weight/chosen"] > 0
 
 
@@ -453,45 +601,75 @@ def test_every_loss_trains(base, tmp_path, name):
     "change, message",
     [
         ({"loss": "dop"}, "loss: there is no 'dop'; loss.py has simper, sft, .*dpo"),
-        ({"loss": "dpo", "loss_args": "gamma=1"}, "the loss dpo has no argument 'gamma'; its arguments: beta=0.1"),
+        (
+            {"loss": "dpo", "loss_args": "gamma=1"},
+            "the loss dpo has no argument 'gamma'; its arguments: beta=0.1",
+        ),
         ({"loss": "dpo", "loss_args": "reference=1"}, "the loss dpo has no argument 'reference'"),
         ({"loss_args": "beta=1"}, "the loss simper has no argument 'beta'; its arguments: none"),
-        ({"loss": "simpo", "loss_args": "beta=2,gamma"}, "gamma must be a number, as in beta=2.0, gamma=1.0, not ''"),
+        (
+            {"loss": "simpo", "loss_args": "beta=2,gamma"},
+            "gamma must be a number, as in beta=2.0, gamma=1.0, not ''",
+        ),
         ({"loss": "simpo", "loss_args": "beta=inf"}, "beta must be a number"),
     ],
 )
 def test_wrong_loss_or_argument(base, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(train, "load_pairs", lambda *_: pytest.fail("the data were loaded"))
+    monkeypatch.setattr(train, "load_pairs", lambda *_, **__: pytest.fail("the data were loaded"))
     with pytest.raises(InputError, match=message):
         run(base | change, tmp_path / "run")
 
 
-# ---- Learning, and the loop's edges ---------------------------------------------------------------------------------
+# ---- Learning, and the loop's edges --------------------------------------------------------------
 
 
 def test_a_tiny_model_learns_its_pairs(base, tmp_path):
-    values = base | {"eval_data": base["train_data"], "num_epochs": 20, "learning_rate": 3e-3, "max_grad_norm": 1.0}
-    lines = [line for line in run(values | {"log_every": 60, "eval_every": 0}, tmp_path / "run") if "eval/loss" in line]
+    values = base | {
+        "eval_data": base["train_data"],
+        "num_epochs": 20,
+        "learning_rate": 3e-3,
+        "max_grad_norm": 1.0,
+    }
+    lines = [
+        line
+        for line in run(values | {"log_every": 60, "eval_every": 0}, tmp_path / "run")
+        if "eval/loss" in line
+    ]
     assert lines[0]["eval/accuracy"] < 0.8
     assert lines[-1]["eval/accuracy"] > 0.95
-    assert lines[-1]["eval/inverse_perplexity/chosen"] > 2 * lines[0]["eval/inverse_perplexity/chosen"]
-    assert lines[-1]["eval/inverse_perplexity/rejected"] < 0.5 * lines[0]["eval/inverse_perplexity/rejected"]
+    assert (
+        lines[-1]["eval/inverse_perplexity/chosen"] > 2 * lines[0]["eval/inverse_perplexity/chosen"]
+    )
+    assert (
+        lines[-1]["eval/inverse_perplexity/rejected"]
+        < 0.5 * lines[0]["eval/inverse_perplexity/rejected"]
+    )
 
 
 def test_learning_rate_is_transformers_cosine_schedule():
     config = Config(learning_rate=2.0, warmup_ratio=0.1)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=3, num_training_steps=27)
+    schedule = transformers.get_cosine_schedule_with_warmup(
+        optimizer, num_warmup_steps=3, num_training_steps=27
+    )
     for step in range(27):
-        assert train.learning_rate(step, 27, config) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        assert train.learning_rate(step, 27, config) == pytest.approx(
+            schedule.get_last_lr()[0], abs=1e-12
+        )
         optimizer.step()
         schedule.step()
 
 
 def test_log_every_reports_means_of_all_its_steps(base, three_runs, tmp_path):
     each = [line for line in three_runs["one"][1] if "loss" in line]
-    (line,) = (line for line in run(base | {"max_steps": 3, "log_every": 3}, tmp_path / "run") if "loss" in line)
-    for name in train.METRICS:
+    (line,) = (
+        line
+        for line in run(base | {"max_steps": 3, "log_every": 3}, tmp_path / "run")
+        if "loss" in line
+    )
+    means = {name for name in line if "/" in name} | {"loss", "accuracy"}
+    assert len(means) == 11
+    for name in means:
         assert line[name] == pytest.approx(sum(other[name] for other in each) / 3, rel=1e-9)
 
 
@@ -514,7 +692,8 @@ def test_the_costliest_micro_batch_comes_first(base, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "pack_rows", watch)
     lines = run(base | {"micro_batch_tokens": 200, "eval_data": ""}, tmp_path / "run")
     assert seen[0] == max(seen[1:]) and len(seen) > 4
-    # The first step's learning rate is 0: had the rehearsal left a gradient behind, the norm would be another.
+    # The first step's learning rate is 0: had the rehearsal left a gradient behind, the norm would
+    # be another.
     plain = run(base | {"micro_batch_tokens": 2000, "eval_data": ""}, tmp_path / "plain")
     assert lines[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=1e-5)
 
@@ -523,7 +702,9 @@ def cuda_out_of_memory():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.parametrize("fail", [cuda_out_of_memory, lambda: torch.empty(2**60)], ids=["cuda", "cpu"])
+@pytest.mark.parametrize(
+    "fail", [cuda_out_of_memory, lambda: torch.empty(2**60)], ids=["cuda", "cpu"]
+)
 def test_too_little_memory_says_what_to_lower(base, tmp_path, monkeypatch, fail):
     monkeypatch.setattr(train, "pack_rows", lambda *args: fail())
     with pytest.raises(RuntimeError) as caught:
@@ -531,7 +712,9 @@ def test_too_little_memory_says_what_to_lower(base, tmp_path, monkeypatch, fail)
     torch.distributed.destroy_process_group()
     (note,) = caught.value.__notes__
     assert re.search(
-        r"largest micro-batch, \d+ tokens on a rank, .* lower --micro_batch_tokens \(the longest pair has \d+\)", note
+        r"largest micro-batch, \d+ tokens on a rank, .* "
+        r"lower --micro_batch_tokens \(the longest pair has \d+\)",
+        note,
     )
     assert read_metrics(tmp_path / "run") == []
 
@@ -541,7 +724,9 @@ def test_nonfinite_gradient_stops_before_the_optimizer_moves(base, model_folder,
     shutil.copytree(model_folder, broken)
     rows = step_indices(26, 8, seed=42, step=0)
     weights = load_file(broken / "model.safetensors")
-    weights["model.embed_tokens.weight"][make_tokenizer()("|").input_ids] = float("nan")  # a token of one pair only
+    weights["model.embed_tokens.weight"][make_tokenizer()("|").input_ids] = float(
+        "nan"
+    )  # a token of one pair only
     from safetensors.torch import save_file
 
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
@@ -549,42 +734,69 @@ def test_nonfinite_gradient_stops_before_the_optimizer_moves(base, model_folder,
     lines[rows[3]]["rejected"] = "a|b"
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    values = base | {"model": str(broken), "train_data": str(data), "eval_data": "", "save_every": 1}
+    values = base | {
+        "model": str(broken),
+        "train_data": str(data),
+        "eval_data": "",
+        "save_every": 1,
+    }
     with pytest.raises(FloatingPointError, match=rf"step 1: .* row {rows[3]}\b"):
         run(values, tmp_path / "run")
     torch.distributed.destroy_process_group()
-    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "final").exists()
+    assert (
+        not (tmp_path / "run" / "checkpoints").exists()
+        and not (tmp_path / "run" / "final").exists()
+    )
 
 
 def test_bare_command(base, tmp_path):
-    """`train.py` without a recipe is the demo: here with its own data and a tiny model, by plain python."""
-    flags = ["--model", base["model"], "--max_steps", "2", "--output_dir", str(tmp_path / "run"), "--wandb", "off"]
+    """`train.py` without a recipe is the demo: here with its own data and a tiny model, by plain
+    python."""
+    flags = [
+        "--model",
+        base["model"],
+        "--max_steps",
+        "2",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--wandb",
+        "off",
+    ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     done = subprocess.run(
         [sys.executable, "train.py", *flags, "--max_length", "200", "--max_prompt_length", "100"],
         cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "before" in done.stdout and "after" in done.stdout and f"is in {tmp_path / 'run' / 'final'}" in done.stdout
+    assert (
+        "before" in done.stdout
+        and "after" in done.stdout
+        and f"is in {tmp_path / 'run' / 'final'}" in done.stdout
+    )
     assert "inverse_perplexity/chosen" in done.stdout and "accuracy=" in done.stderr
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert config["train_data"] == "demo/train.jsonl" and config["eval_data"] == "demo/heldout.jsonl"
+    assert (
+        config["train_data"] == "demo/train.jsonl" and config["eval_data"] == "demo/heldout.jsonl"
+    )
 
 
-# ---- Bad input ------------------------------------------------------------------------------------------------------
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--learning_rat", "1"], "there is no option 'learning_rat'; did you mean 'learning_rate'"),
-        (["--batch_size", "many"], "batch_size: 'many' is not a valid int"),
+        (
+            ["--learning_rat", "1"],
+            "there is no option 'learning_rat'; did you mean 'learning_rate'",
+        ),
+        (["--batch_size", "many"], "argument --batch_size: invalid int value: 'many'"),
         (["--batch_size", "0"], "batch_size must be positive"),
         (["--compile", "perhaps"], "compile: 'perhaps' is not true or false"),
         (["nowhere.yaml"], "no recipe nowhere.yaml"),
         (["--max_prompt_length", "4096"], "max_prompt_length=4096 must be below max_length"),
-        (["--wandb", "maybe"], "wandb must be auto, online, offline or off"),
-        (["--dtype", "float16"], "dtype must be auto, float32 or bfloat16"),
+        (["--wandb", "maybe"], "wandb must be one of auto, online, offline, off, not maybe"),
+        (["--dtype", "float16"], "dtype must be one of auto, float32, bfloat16, not float16"),
         (["--model", ""], "model is needed"),
     ],
 )
@@ -595,17 +807,28 @@ def test_bad_arguments(args, message):
 
 def test_recipe_and_command_line_precedence(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: m\ntrain_data: d\noutput_dir: o\nlearning_rate: 3e-7\nbatch_size: 64\n")
+    recipe.write_text(
+        "model: m\ntrain_data: d\noutput_dir: o\nlearning_rate: 3e-7\nbatch_size: 64\n"
+    )
     config = parse_args([str(recipe), "--batch_size=32", "--compile", "true"])
-    assert (config.learning_rate, config.batch_size, config.compile, config.max_length) == (3e-7, 32, True, 2048)
+    assert (config.learning_rate, config.batch_size, config.compile, config.max_length) == (
+        3e-7,
+        32,
+        True,
+        2048,
+    )
     recipe.write_text("model: m\nbeta: 2.0\n")
     with pytest.raises(InputError, match=f"{recipe}: there is no option 'beta'"):
         parse_args([str(recipe)])
 
 
 def test_help_names_every_option():
-    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and all(f"--{name} " in done.stdout for name in Config.__dataclass_fields__)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and all(
+        f"--{name} " in done.stdout for name in Config.__dataclass_fields__
+    )
 
 
 @pytest.mark.parametrize(
@@ -618,14 +841,19 @@ def test_help_names_every_option():
     ],
 )
 def test_bad_input_before_the_model_is_loaded(base, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(InputError, match=message):
         run(base | change, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_batch_smaller_than_the_ranks(base, tmp_path):
-    done = subprocess.run(command(base | {"batch_size": 1}, tmp_path / "run", 2), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command(base | {"batch_size": 1}, tmp_path / "run", 2),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0
     assert "error: 1 pairs cannot be spread over 2 ranks" in done.stderr
 
