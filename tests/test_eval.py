@@ -1,8 +1,10 @@
-"""The evaluations: scores against plain forwards and arithmetic by hand, official formats, and the tables."""
+"""The evaluations: scores compared with plain forwards and with arithmetic by hand, the official
+formats, and the tables."""
 
 import csv
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -32,11 +34,22 @@ from eval.preference import score
 ROOT = Path(__file__).parent.parent
 
 
-def command(module: str, *args, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
+def run_python(*args, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", f"eval.{module}", *map(str, args)], cwd=cwd, capture_output=True, text=True,
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
         env=os.environ | environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
+
+
+def command(module: str, *args, **options) -> subprocess.CompletedProcess:
+    return run_python("-m", f"eval.{module}", *args, **options)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +60,32 @@ def other_folder(tmp_path_factory):
     return folder
 
 
-# ---- Preference -----------------------------------------------------------------------------------------------------
+# ---- Preference ----------------------------------------------------------------------------------
 
 
 def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
     data = Path(write_pairs(tmp_path / "pairs.jsonl", 9))
-    rows = [json.loads(line) | {"category": "odd" if i % 2 else "even"} for i, line in enumerate(data.read_text().splitlines())]
+    rows = [
+        row | {"category": "odd" if i % 2 else "even"} for i, row in enumerate(read_lines(data))
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--data", data, "--output_dir", tmp_path / "results", "--max_length", 96, "--max_prompt_length", 60]
-    done = command("preference", model_folder, other_folder, *flags, "--micro_batch_tokens", 250)
+    flags = ["--data", data, "--output_dir", tmp_path / "results", "--micro_batch_tokens", 250]
+    flags += ["--max_length", 96, "--max_prompt_length", 60]
+    done = command("preference", model_folder, other_folder, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    pairs = load_pairs(str(data), make_tokenizer(), 96, 60)[0]
+    pairs, _ = load_pairs(str(data), make_tokenizer(), 96, 60)
+    lengths = np.array(pairs["lengths"])
     for name, seed in (("tiny", 0), ("other", 1)):
         model, sums = make_model("llama", seed=seed).double(), []
         for pair in pairs:
             for side in ("chosen", "rejected"):
                 ids = torch.tensor([pair["prompt"] + pair[side]])
                 with torch.no_grad():
-                    logps = model(ids).logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+                    logps = model(ids).logits[0, :-1].log_softmax(dim=-1)
+                logps = logps.gather(1, ids[0, 1:, None])[:, 0]
                 sums.append(logps[len(pair["prompt"]) - 1 :].sum().item())
         sums = np.array(sums).reshape(-1, 2)
-        means = sums / np.array(pairs["lengths"])[:, 1:]
+        means = sums / lengths[:, 1:]
         result = json.loads((tmp_path / "results" / name / "preference.json").read_text())
         correct = means[:, 0] > means[:, 1]
         expected = {
@@ -81,14 +99,16 @@ def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
             "logps/chosen": means[:, 0].mean(),
             "logps/rejected": means[:, 1].mean(),
             "logps/margin": (means[:, 0] - means[:, 1]).mean(),
-            "length/chosen": np.array(pairs["lengths"])[:, 1].mean(),
-            "length/rejected": np.array(pairs["lengths"])[:, 2].mean(),
+            "length/chosen": lengths[:, 1].mean(),
+            "length/rejected": lengths[:, 2].mean(),
             "pairs": 9,
         }
         assert result["scores"] == pytest.approx(expected, rel=1e-5)
-        assert result["inputs_sha256"] == {str(data): report.file_sha256(data)} and "torch" in result["versions"]
-        kept = [json.loads(line) for line in (tmp_path / "results" / name / "preference_pairs.jsonl").read_text().splitlines()]
-        assert np.allclose([line["logps"] for line in kept], sums, rtol=1e-5) and [line["row"] for line in kept] == [*range(9)]
+        assert result["inputs_sha256"] == {str(data): report.file_sha256(data)}
+        assert "torch" in result["versions"]
+        lines = read_lines(tmp_path / "results" / name / "preference_pairs.jsonl")
+        assert np.allclose([line["logps"] for line in lines], sums, rtol=1e-5)
+        assert [line["row"] for line in lines] == [*range(9)]
     assert (tmp_path / "results" / "preference.png").stat().st_size > 10_000
     assert "tiny" in done.stdout and "other" in done.stdout and "accuracy/even" in done.stdout
 
@@ -100,7 +120,8 @@ def test_preference_scores_by_hand():
     assert scores["accuracy"] == 0.5 and scores["accuracy_sum"] == 1.0 and scores["pairs"] == 2
     assert scores["inverse_perplexity/chosen"] == pytest.approx(5 / 16)
     assert scores["inverse_perplexity/margin"] == pytest.approx((1 / 4 - 1 / 8) / 2)
-    assert errors["accuracy"] == pytest.approx(math.sqrt(0.5) / math.sqrt(2))  # 1 and 0: sample deviation √½, over √2
+    # The values 1 and 0 have the sample deviation √½; over √2.
+    assert errors["accuracy"] == pytest.approx(math.sqrt(0.5) / math.sqrt(2))
 
 
 def test_preference_refuses_two_models_of_one_name(model_folder, monkeypatch):
@@ -109,7 +130,7 @@ def test_preference_refuses_two_models_of_one_name(model_folder, monkeypatch):
         preference.main()
 
 
-# ---- Report ---------------------------------------------------------------------------------------------------------
+# ---- Report --------------------------------------------------------------------------------------
 
 
 def write(folder: Path, model_folder: Path, benchmark: str, scores: dict) -> None:
@@ -117,27 +138,28 @@ def write(folder: Path, model_folder: Path, benchmark: str, scores: dict) -> Non
 
 
 def test_average_ranks_by_hand():
-    # first column: 1st, 2nd and 3rd; second: two share 1st and 2nd; the last row lacks a value and takes no rank away
+    # First column: 1st, 2nd and 3rd; second: two share 1st and 2nd. The last row, without a value
+    # in the second column, is not ranked.
     assert report.average_ranks([[3, 5], [2, 5], [1, 0], [9, None]]) == [1.25, 1.75, 3.0, None]
     assert report.average_ranks([[1, 1], [1, 1]]) == [1.5, 1.5]
     assert report.average_ranks([[None]]) == [None]
 
 
 def test_report(model_folder, other_folder, tmp_path):
-    for name, folder, values in (("a", model_folder, (60.0, 0.5)), ("b", other_folder, (50.0, None))):
-        write(tmp_path / name, folder, "leaderboard", {"GSM8K": values[0]} | ({"BBH": values[1]} if values[1] else {}))
+    write(tmp_path / "a", model_folder, "leaderboard", {"GSM8K": 60.0, "BBH": 0.5})
+    write(tmp_path / "b", other_folder, "leaderboard", {"GSM8K": 50.0})
     write(tmp_path / "a", model_folder, "mt_bench", {"score": 7.125, "turn 1": 8.0})
     (tmp_path / "preference.png").touch()
     done = command("report", *sorted(tmp_path.iterdir()), "--output", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     assert done.stdout == (tmp_path / "report.md").read_text()
     assert "| model | BBH | GSM8K | average rank |" in done.stdout
-    assert "| a | 0.5000 | **60.00** | 1.00 |" in done.stdout and "| b | – | 50.00 | – |" in done.stdout
+    assert "| a | 0.5000 | **60.00** | 1.00 |" in done.stdout
+    assert "| b | – | 50.00 | – |" in done.stdout
     assert "| model | MT-Bench | average rank |" in done.stdout and "7.12" in done.stdout
     rows = list(csv.reader(open(tmp_path / "report.csv")))
-    assert rows[:4] == [
-        ["Open LLM Leaderboard"], ["model", "BBH", "GSM8K", "average rank"], ["a", "0.5", "60.0", "1.0"], ["b", "", "50.0", ""],
-    ]  # fmt: skip
+    assert rows[:2] == [["Open LLM Leaderboard"], ["model", "BBH", "GSM8K", "average rank"]]
+    assert rows[2:4] == [["a", "0.5", "60.0", "1.0"], ["b", "", "50.0", ""]]
 
 
 def test_report_refuses_what_it_cannot_compare(model_folder, other_folder, tmp_path):
@@ -155,27 +177,39 @@ def test_report_refuses_what_it_cannot_compare(model_folder, other_folder, tmp_p
 
 def test_results_go_to_wandb(model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    report.write_result(tmp_path / "a", "mt_bench", str(model_folder), {"score": 5.0}, {"score": 0.5}, wandb_mode="offline")
+    report.write_result(
+        tmp_path / "a",
+        "mt_bench",
+        str(model_folder),
+        {"score": 5.0},
+        errors={"score": 0.5},
+        wandb_mode="offline",
+    )
     assert list((tmp_path / "a" / "wandb").glob("offline-run-*"))
 
 
-# ---- AlpacaEval 2 ---------------------------------------------------------------------------------------------------
+# ---- AlpacaEval 2 --------------------------------------------------------------------------------
 
 
 @contextmanager
 def judge_server(reply):
-    """An OpenAI-compatible server on the loopback address: reply(request) -> a chat completion's choice. Yields (its URL, the
-    requests that it got)."""
+    """An OpenAI-compatible server on the loopback address: reply(request) -> a chat completion's
+    choice. Yields (its URL, the requests that it has received)."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append(request)
-            choice = {"index": 0, "finish_reason": "stop"} | reply(request)
-            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-            body = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "usage": usage}
-            content = json.dumps(body | {"choices": [choice]}).encode()
+            body = {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": request["model"],
+                "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+                "choices": [{"index": 0, "finish_reason": "stop"} | reply(request)],
+            }
+            content = json.dumps(body).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
@@ -192,24 +226,28 @@ def judge_server(reply):
 
 
 def preference_of(i: int) -> float:
-    """What the judge of these tests gives as the probability that answer i is better than the reference's."""
+    """The probability, by the judge of these tests, that answer i is better than the
+    reference's."""
     return (i * 37 % 100 + 0.5) / 100
 
 
 def choose(request: dict) -> dict:
-    """A judge of AlpacaEval: finds the number of the instruction and which of m and M is the reference in the prompt."""
+    """A judge of AlpacaEval: reads from the prompt the number of the instruction, and which of m
+    and M is the reference."""
     text = request["messages"][-1]["content"]
     p = preference_of(int(re.search(r"instruction number (\d+)", text)[1]))
-    reference = "m" if text.index("reference answer") < text.index('"model_identifier": "M"') else "M"
-    chances = {reference: 1 - p, "Mm"[reference == "M"]: p}
-    top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in sorted(chances.items(), key=lambda x: -x[1])]
+    m_first = text.index("reference answer") < text.index('"model_identifier": "M"')
+    reference, ours = ("m", "M") if m_first else ("M", "m")
+    chances = sorted([(p, ours), (1 - p, reference)], reverse=True)
+    top = [{"token": token, "logprob": math.log(x), "bytes": None} for x, token in chances]
     logprobs = {"content": [top[0] | {"top_logprobs": top}], "refusal": None}
     return {"message": {"role": "assistant", "content": top[0]["token"]}, "logprobs": logprobs}
 
 
 @pytest.fixture(scope="module")
 def alpaca(tmp_path_factory) -> Path:
-    """A folder with a reference of 805 instructions, and the hub's df_gamed.csv in a cache, both in their official schema."""
+    """A folder with a reference of 805 instructions, and the hub's df_gamed.csv in a cache, both in
+    the official schema."""
     folder = tmp_path_factory.mktemp("alpaca")
     rows = [
         {
@@ -221,29 +259,39 @@ def alpaca(tmp_path_factory) -> Path:
         for i in range(805)
     ]
     (folder / "reference.json").write_text(json.dumps(rows))
-    snapshot = folder / "hub" / "datasets--tatsu-lab--alpaca_eval" / "snapshots" / "0"
-    snapshot.mkdir(parents=True)
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("0")
-    with open(snapshot / "df_gamed.csv", "w") as file:
-        print("model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline", file=file)
-        for model in ("concise", "verbose"):
+    cache = folder / "hub" / "datasets--tatsu-lab--alpaca_eval"
+    (cache / "snapshots" / "0").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0")
+    header = "model index preference std_delta_len instruction_difficulty not_gamed_baseline"
+    with open(cache / "snapshots" / "0" / "df_gamed.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header.split())
+        for model, sign in (("concise", -1), ("verbose", 1)):
             for i in range(805):
-                sign = -1 if model == "concise" else 1
-                print(f"{model},{i},{0.5 + 0.2 * sign},{sign * (0.5 + i % 3)},{(i % 11 - 5) / 5},False", file=file)
+                preference, longer = 0.5 + 0.2 * sign, sign * (0.5 + i % 3)
+                writer.writerow([model, i, preference, longer, (i % 11 - 5) / 5, False])
     return folder
 
 
-def alpaca_eval2(alpaca: Path, model: Path, output: Path, *flags, **environment) -> subprocess.CompletedProcess:
-    """The command with the instructions' fingerprint and the length of the answers of these tests."""
-    rows = json.loads((alpaca / "reference.json").read_text())
-    digest = hashlib.sha256(json.dumps([row["instruction"] for row in rows]).encode()).hexdigest()
-    code = f"import eval.alpaca_eval2 as a; a.INSTRUCTIONS_SHA256 = '{digest}'; a.DECODING['greedy'] = (0.0, 1.0, 5); a.run()"
-    args = [model, "--reference", alpaca / "reference.json", "--output_dir", output, "--batch_size", "256", *flags]
+def alpaca_eval2(
+    alpaca: Path, model: Path, output: Path, *flags, **environment
+) -> subprocess.CompletedProcess:
+    """The command, with these tests' instructions for the official ones, and short answers."""
+    code = f"""
+import eval.alpaca_eval2 as a, runtime
+a.INSTRUCTIONS_SHA256 = "{instructions_sha256(alpaca)}"
+a.DECODING["greedy"]["max_new_tokens"] = 5
+runtime.run_command(a.main)
+"""
+    flags = ["--reference", alpaca / "reference.json", "--output_dir", output, *flags]
     environment = {"HF_HUB_CACHE": str(alpaca / "hub"), "OPENAI_API_KEY": ""} | environment
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
-    )
+    return run_python("-c", code, model, "--batch_size", 256, *flags, **environment)
+
+
+def instructions_sha256(alpaca: Path) -> str:
+    rows = json.loads((alpaca / "reference.json").read_text())
+    return hashlib.sha256(json.dumps([row["instruction"] for row in rows]).encode()).hexdigest()
 
 
 def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
@@ -254,27 +302,33 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
         again = alpaca_eval2(alpaca, model_folder, tmp_path, *flags)
         assert again.returncode == 0 and again.stdout == done.stdout
     assert len(requests) == 805  # the second run asks the judge nothing
-    assert all((r["model"], r["max_tokens"], r["top_logprobs"], r["logprobs"]) == ("mock", 1, 5, True) for r in requests)
+    keys = ("model", "max_tokens", "top_logprobs", "logprobs")
+    assert {tuple(request[key] for key in keys) for request in requests} == {("mock", 1, 5, True)}
     result = json.loads((tmp_path / "tiny" / "alpaca_eval2.json").read_text())
+    scores = result["scores"]
     preferences = [preference_of(i) for i in range(805)]
-    assert result["scores"]["win_rate"] == pytest.approx(100 * np.mean(preferences), abs=1e-3)
-    assert result["standard_errors"]["win_rate"] == pytest.approx(100 * np.std(preferences, ddof=1) / math.sqrt(805), abs=1e-3)
+    assert scores["win_rate"] == pytest.approx(100 * np.mean(preferences), abs=1e-3)
+    error = 100 * np.std(preferences, ddof=1) / math.sqrt(805)
+    assert result["standard_errors"]["win_rate"] == pytest.approx(error, abs=1e-3)
     outputs = json.loads((tmp_path / "tiny" / "alpaca_eval2" / "outputs.json").read_text())
-    assert [row["instruction"] for row in outputs] == [f"instruction number {i}" for i in range(805)]
+    instructions = [row["instruction"] for row in outputs]
+    assert instructions == [f"instruction number {i}" for i in range(805)]
     assert {tuple(row) for row in outputs} == {("dataset", "instruction", "output", "generator")}
-    assert result["scores"]["avg_length"] == int(np.mean([len(row["output"]) for row in outputs]))
-    assert 0 < result["scores"]["length_controlled_winrate"] < 100 and result["scores"]["unjudged"] == 0
-    assert re.search(rf"^win rate +{result['scores']['win_rate']:.2f} % ±", done.stdout, re.MULTILINE)
+    assert scores["avg_length"] == int(np.mean([len(row["output"]) for row in outputs]))
+    assert 0 < scores["length_controlled_winrate"] < 100 and scores["unjudged"] == 0
+    assert re.search(rf"^win rate +{scores['win_rate']:.2f} % ±", done.stdout, re.MULTILINE)
     assert result["settings"]["judge_model"] == "mock" and "alpaca_eval" in result["versions"]
-    assert all(b"sk-secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(b"sk-secret" not in path.read_bytes() for path in files)
 
 
-def test_alpaca_eval_finds_what_is_missing_before_the_judge_is_asked(alpaca, model_folder, tmp_path):
+def test_alpaca_eval_reports_what_is_missing_before_it_starts(alpaca, model_folder, tmp_path):
     with judge_server(choose) as (url, requests):
+        judge, no_cache = ["--judge_base_url", url], {"HF_HUB_CACHE": str(tmp_path / "none")}
         for environment, flags, message in (
             ({}, [], "the judge needs OPENAI_API_KEY"),
-            ({}, ["--judge_base_url", url, "--annotator", "x"], "there is no annotator x; those .* weighted_alpaca"),
-            ({"HF_HUB_CACHE": str(tmp_path / "none")}, ["--judge_base_url", url], "df_gamed.csv of tatsu-lab/alpaca_eval"),
+            ({}, [*judge, "--annotator", "x"], "there is no annotator x; .* weighted_alpaca"),
+            (no_cache, judge, "df_gamed.csv of tatsu-lab/alpaca_eval"),
         ):
             done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags, **environment)
             assert done.returncode and re.search(f"error: {message}", done.stderr)
@@ -284,7 +338,7 @@ def test_alpaca_eval_finds_what_is_missing_before_the_judge_is_asked(alpaca, mod
 
 def test_alpaca_eval_refuses_other_rows(alpaca, tmp_path, monkeypatch):
     rows = json.loads((alpaca / "reference.json").read_text())
-    digest = hashlib.sha256(json.dumps([row["instruction"] for row in rows]).encode()).hexdigest()
+    digest = instructions_sha256(alpaca)
     monkeypatch.setattr(alpaca_eval2_module, "INSTRUCTIONS_SHA256", digest)
     path = tmp_path / "outputs.json"
     swapped = [rows[1], rows[0], *rows[2:]]
@@ -292,7 +346,7 @@ def test_alpaca_eval_refuses_other_rows(alpaca, tmp_path, monkeypatch):
         (swapped, "its 805 instructions are not the 805"),
         (rows[:-1], "its 804 instructions are not the 805"),
         ([{**rows[0], "generator": "other"}, *rows[1:]], "must have one generator"),
-        ([{"instruction": "a", "generator": "b"}], "entry 0 lacks"),
+        ([{"instruction": "a", "generator": "b"}], "entry 0 must have instruction, output"),
         ({"rows": rows}, "must be a JSON list"),
     ):
         path.write_text(json.dumps(wrong))
@@ -308,37 +362,52 @@ def test_the_official_instructions_have_the_pinned_fingerprint():
         assert len(alpaca_eval2_module.load_outputs(str(path))) == 805
 
 
-# ---- MT-Bench -------------------------------------------------------------------------------------------------------
+# ---- MT-Bench ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def mt_bench_data(tmp_path_factory) -> Path:
     """A folder with questions, judge prompts and reference answers in the official schema."""
     folder = tmp_path_factory.mktemp("mt_bench")
-    names = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
-    with open(folder / "question.jsonl", "w") as questions, open(folder / "mock.jsonl", "w") as references:
-        for number in range(81, 161):
-            line = {
-                "question_id": number,
-                "category": names[(number - 81) // 10],
-                "turns": [f"ask {number} a", f"ask {number} b"],
-            }
-            print(json.dumps(line), file=questions)
-            if line["category"] in ("reasoning", "math", "coding"):
-                choices = [{"index": 0, "turns": [f"truth {number} a", f"truth {number} b"]}]
-                print(json.dumps({"question_id": number, "model_id": "mock", "choices": choices}), file=references)
-    with open(folder / "judge_prompts.jsonl", "w") as file:
-        one, two = "Q: {question}\nA: {answer}", "Q1: {question_1}\nA1: {answer_1}\nQ2: {question_2}\nA2: {answer_2}"
-        for name, template in (("single-v1", one), ("single-v1-multi-turn", two)):
-            reference = "".join(f"R{i}: {{ref_answer_{i}}}\n" for i in ((1, 2) if "multi" in name else (1,)))
-            for kind, text in ((name, template), (name.replace("v1", "math-v1"), reference + template)):
-                prompt = {"name": kind, "type": "single", "system_prompt": f"system of {kind}", "prompt_template": text}
-                print(json.dumps(prompt | {"description": "", "category": "general", "output_format": "[[rating]]"}), file=file)
+    categories = "writing roleplay reasoning math coding extraction stem humanities".split()
+    questions, references, prompts = [], [], []
+    for number in range(81, 161):
+        category = categories[(number - 81) // 10]
+        turns = [f"ask {number} a", f"ask {number} b"]
+        questions.append({"question_id": number, "category": category, "turns": turns})
+        if category in ("reasoning", "math", "coding"):
+            choices = [{"index": 0, "turns": [f"truth {number} a", f"truth {number} b"]}]
+            references.append({"question_id": number, "model_id": "mock", "choices": choices})
+    one = "Q: {question}\nA: {answer}"
+    two = "Q1: {question_1}\nA1: {answer_1}\nQ2: {question_2}\nA2: {answer_2}"
+    for name, template in (
+        ("single-v1", one),
+        ("single-math-v1", "R1: {ref_answer_1}\n" + one),
+        ("single-v1-multi-turn", two),
+        ("single-math-v1-multi-turn", "R1: {ref_answer_1}\nR2: {ref_answer_2}\n" + two),
+    ):
+        prompt = {
+            "name": name,
+            "type": "single",
+            "system_prompt": f"system of {name}",
+            "prompt_template": template,
+            "description": "",
+            "category": "general",
+            "output_format": "[[rating]]",
+        }
+        prompts.append(prompt)
+    for name, lines in (
+        ("question", questions),
+        ("mock", references),
+        ("judge_prompts", prompts),
+    ):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     return folder
 
 
 def rate(request: dict) -> dict:
-    """A judge of MT-Bench: 1 to 7 by the number of the question in the first turn, 5 in the second; nothing readable for 90."""
+    """A judge of MT-Bench: the first turn gets 1 to 7 by the number of the question, the second
+    turn 5, and question 90 no readable rating."""
     text = request["messages"][1]["content"]
     number, second = int(re.search(r"ask (\d+) a", text)[1]), "Q2:" in text
     rating = "no rating" if number == 90 else f"Rating: [[{5 if second else number % 7 + 1}]]"
@@ -346,38 +415,39 @@ def rate(request: dict) -> dict:
 
 
 def mt_bench(model, data: Path, output: Path, *flags, **environment) -> subprocess.CompletedProcess:
-    code = "import eval.mt_bench as m; m.NEW_TOKENS = 4; m.run()"
-    args = [model, "--data", data, "--output_dir", output, "--judge", "mock", "--batch_size", "40", *flags]
+    code = "import eval.mt_bench as m, runtime; m.NEW_TOKENS = 4; runtime.run_command(m.main)"
+    flags = ["--output_dir", output, "--judge", "mock", "--batch_size", 40, *flags]
     environment = {"OPENAI_API_KEY": ""} | environment
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
-    )
+    return run_python("-c", code, model, "--data", data, *flags, **environment)
 
 
 def test_mt_bench(mt_bench_data, model_folder, tmp_path):
     folder = tmp_path / "tiny" / "mt_bench"
     with judge_server(rate) as (url, requests):
-        done = mt_bench(model_folder, mt_bench_data, tmp_path, "--judge_base_url", url)
+        flags = ["--judge_base_url", url]
+        done = mt_bench(model_folder, mt_bench_data, tmp_path, *flags)
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(requests) == 160
-        judgments = folder / f"model_judgment-127.0.0.1_{url.split(':')[2].split('/')[0]}" / "mock_single.jsonl"
+        host = url.removeprefix("http://").removesuffix("/v1").replace(":", "_")
+        judgments = folder / f"model_judgment-{host}" / "mock_single.jsonl"
         whole = judgments.read_text()
-        judgments.write_text(whole[: len(whole) // 2])  # it was stopped
+        judgments.write_text(whole[: len(whole) // 2])  # as after an interruption
         kept = len(judgments.read_text().splitlines()) - 1
-        again = mt_bench(model_folder, mt_bench_data, tmp_path, "--judge_base_url", url, "--repeats", "2")
+        again = mt_bench(model_folder, mt_bench_data, tmp_path, *flags, "--repeats", 2)
         assert again.returncode == 0, again.stderr[-3000:]
         assert len(requests) == 160 + (160 - kept) + 160
-    # The answers, field by field as FastChat reads them, and what the model was asked
-    answers = [json.loads(line) for line in (folder / "model_answer" / "tiny.jsonl").read_text().splitlines()]
+    # The answers, field by field as FastChat reads them
+    answers = read_lines(folder / "model_answer" / "tiny.jsonl")
     assert [line["question_id"] for line in answers] == [*range(81, 161)]
     for line in answers:
-        assert set(line) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} and line["model_id"] == "tiny"
+        assert set(line) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+        assert line["model_id"] == "tiny"
         (choice,) = line["choices"]
-        assert choice["index"] == 0 and len(choice["turns"]) == 2 and all(isinstance(text, str) for text in choice["turns"])
+        assert choice["index"] == 0 and list(map(type, choice["turns"])) == [str, str]
     assert len({line["answer_id"] for line in answers}) == 80
     # The judgments
-    records = [json.loads(line) for line in judgments.read_text().splitlines()]
-    assert len(records) == len({(record["question_id"], record["turn"]) for record in records}) == 160
+    records = read_lines(judgments)
+    assert len(records) == len({(r["question_id"], r["turn"]) for r in records}) == 160
     given = {line["question_id"]: line["choices"][0]["turns"] for line in answers}
     for record in records:
         number, (first, second) = record["question_id"], given[record["question_id"]]
@@ -388,93 +458,117 @@ def test_mt_bench(mt_bench_data, model_folder, tmp_path):
             truth += f"R2: truth {number} b\n" if math_like else ""
             expected = f"{truth}Q1: ask {number} a\nA1: {first}\nQ2: ask {number} b\nA2: {second}"
         assert record["user_prompt"] == expected
-        name = f"single-{'math-' if math_like else ''}v1{'-multi-turn' if record['turn'] == 2 else ''}"
+        name = "single-math-v1" if math_like else "single-v1"
+        name += "-multi-turn" if record["turn"] == 2 else ""
         assert record["judge"] == ["mock", name] and record["model"] == "tiny"
         rating = -1 if number == 90 else 5 if record["turn"] == 2 else number % 7 + 1
-        assert record["score"] == rating and isinstance(record["judgment"], str) and isinstance(record["tstamp"], float)
+        assert record["score"] == rating
+        assert isinstance(record["judgment"], str) and isinstance(record["tstamp"], float)
     systems = {(r["messages"][0]["role"], r["messages"][0]["content"]) for r in requests}
     assert ("system", "system of single-math-v1-multi-turn") in systems and len(systems) == 4
     assert all((r["temperature"], r["max_tokens"]) == (0, 2048) for r in requests)
     # The scores, by hand
     result = json.loads((tmp_path / "tiny" / "mt_bench.json").read_text())
+    scores = result["scores"]
     first = [number % 7 + 1 for number in range(81, 161) if number != 90]
-    assert result["scores"]["turn 1"] == pytest.approx(sum(first) / 79) and result["scores"]["turn 2"] == 5
-    assert result["scores"]["score"] == pytest.approx((sum(first) + 79 * 5) / 158)
+    assert scores["turn 1"] == pytest.approx(sum(first) / 79) and scores["turn 2"] == 5
+    assert scores["score"] == pytest.approx((sum(first) + 79 * 5) / 158)
     writing = [number % 7 + 1 for number in range(81, 90)] + [5] * 9
-    assert result["scores"]["writing"] == pytest.approx(sum(writing) / 18)
-    assert result["scores"]["unparsable"] == 2 and result["settings"]["spread_over_repeats"]["score"] == 0
+    assert scores["writing"] == pytest.approx(sum(writing) / 18)
+    assert scores["unparsable"] == 2 and result["settings"]["spread_over_repeats"]["score"] == 0
     assert (folder / "radar.png").stat().st_size > 10_000 and "2 of 160 judgments" in again.stdout
-    if importlib.util.find_spec("fastchat"):
-        script = Path(importlib.util.find_spec("fastchat").origin).parent / "llm_judge" / "show_result.py"
-        shown = subprocess.run([sys.executable, script, "--input-file", judgments], capture_output=True, text=True)
-        assert float(shown.stdout.split()[-1]) == pytest.approx(result["scores"]["score"], abs=1e-5), shown.stderr
+    fastchat = importlib.util.find_spec("fastchat")
+    if fastchat:
+        script = Path(fastchat.origin).parent / "llm_judge" / "show_result.py"
+        shown = run_python(script, "--input-file", judgments)
+        official = float(shown.stdout.split()[-1])
+        assert official == pytest.approx(scores["score"], abs=1e-5), shown.stderr
 
 
 def test_a_failing_judge_loses_no_judgment(mt_bench_data, tmp_path):
-    """The first call fails, late: what the others gave is kept, and the next run asks for the rest only."""
+    """The first call fails, late: the judgments of the other calls are kept, and the next run makes
+    the remaining calls only."""
     from openai import OpenAIError
 
     questions = mt_bench_module.load_questions(mt_bench_data)[:6]
     prompts, references = mt_bench_module.load_judge(mt_bench_data, "mock", questions)
     choices = [{"index": 0, "turns": ["one", "two"]}]
-    answers = [{"question_id": q["question_id"], "model_id": "m", "choices": choices} for q in questions]
-    calls, others = [], Event()
+    answers = [
+        {"question_id": q["question_id"], "model_id": "m", "choices": choices} for q in questions
+    ]
+    calls, enough_calls = [], Event()
 
     def create(model, messages, temperature, max_tokens):
         calls.append(messages)
-        if failing and "ask 81 a" in messages[1]["content"] and "Q2" not in messages[1]["content"]:
-            others.wait(10)
+        text = messages[1]["content"]
+        if failing and "ask 81 a" in text and "Q2" not in text:
+            enough_calls.wait(10)
             raise OpenAIError("no credit")
         if len(calls) >= 4:
-            others.set()
+            enough_calls.set()
         return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content="[[05]]"))])
 
     client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
-    failing, path = True, tmp_path / "judgments" / "mock_single.jsonl"
+    path = tmp_path / "judgments" / "mock_single.jsonl"
+
+    def judge_all() -> list[dict]:
+        return mt_bench_module.judge_all(
+            client, "mock", questions, answers, prompts, references, path, workers=2
+        )
+
+    failing = True
     with pytest.raises(InputError, match="no credit.*are kept in"):
-        mt_bench_module.judge_all(client, "mock", questions, answers, prompts, references, path, workers=2)
+        judge_all()
     kept = len(path.read_text().splitlines())
     assert kept >= 3 and kept >= len(calls) - 3
     failing, before = False, len(calls)
-    records = mt_bench_module.judge_all(client, "mock", questions, answers, prompts, references, path, workers=2)
-    assert len(records) == 12 and len(calls) - before == 12 - kept and {r["score"] for r in records} == {5}
+    records = judge_all()
+    assert len(records) == 12 and len(calls) - before == 12 - kept
+    assert {record["score"] for record in records} == {5}
 
 
 def test_mt_bench_temperatures_and_second_turns(mt_bench_data, model_folder, tmp_path, monkeypatch):
-    """What the model is asked for: FastChat's temperatures, and in the second turn its own first answer."""
-    calls = []
+    """The model is called with FastChat's temperatures, and in the second turn with its own first
+    answer."""
+    calls = []  # (first message, all messages, temperature)
 
     def fake_answer(name, prompts, path, max_new_tokens, temperature, **options):
-        calls.append((temperature, max_new_tokens, prompts))
+        assert max_new_tokens == 1024
+        calls.extend((prompt[0]["content"], prompt, temperature) for prompt in prompts)
         return [(f"answer {len(prompt)}", True) for prompt in prompts]
 
     monkeypatch.setattr(mt_bench_module, "answer", fake_answer)
-    mt_bench_module.generate_answers(str(model_folder), mt_bench_module.load_questions(mt_bench_data), tmp_path, {})
-    temperatures = {"ask 81 a": 0.7, "ask 91 a": 0.7, "ask 101 a": 0.0, "ask 111 a": 0.0, "ask 121 a": 0.0, "ask 131 a": 0.0}
-    temperatures |= {"ask 141 a": 0.1, "ask 151 a": 0.1}
-    seen = {prompts[i][0]["content"]: temperature for temperature, _, prompts in calls for i in range(len(prompts))}
-    assert len(seen) == 80 and {key: seen[key] for key in temperatures} == temperatures
-    assert {tokens for _, tokens, _ in calls} == {1024}
-    last = [prompt for _, _, prompts in calls for prompt in prompts if prompt[0]["content"] == "ask 100 a"][1]
-    assert [(m["role"], m["content"]) for m in last] == [
-        ("user", "ask 100 a"), ("assistant", "answer 1"), ("user", "ask 100 b"),
-    ]  # fmt: skip
+    questions = mt_bench_module.load_questions(mt_bench_data)
+    mt_bench_module.generate_answers(str(model_folder), questions, tmp_path, {})
+    temperatures = {first: temperature for first, _, temperature in calls}
+    assert len(calls) == 160 and len(temperatures) == 80
+    # The first questions of the categories, in the order of mt_bench_data
+    expected = [0.7, 0.7, 0.0, 0.0, 0.0, 0.0, 0.1, 0.1]
+    assert [temperatures[f"ask {number} a"] for number in range(81, 161, 10)] == expected
+    _, second_turn = [prompt for first, prompt, _ in calls if first == "ask 100 a"]
+    assert second_turn == [
+        {"role": "user", "content": "ask 100 a"},
+        {"role": "assistant", "content": "answer 1"},
+        {"role": "user", "content": "ask 100 b"},
+    ]
 
 
-def test_mt_bench_finds_what_is_missing_first(mt_bench_data, model_folder, tmp_path, monkeypatch):
+def test_mt_bench_reports_what_is_missing_first(mt_bench_data, model_folder, tmp_path, monkeypatch):
     incomplete = tmp_path / "data"
     shutil.copytree(mt_bench_data, incomplete)
     lines = (incomplete / "mock.jsonl").read_text().splitlines()
     (incomplete / "mock.jsonl").write_text("\n".join(lines[1:]) + "\n")
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    for data, flags, message in (
-        (tmp_path / "none", [], "question.jsonl is missing"),
-        (incomplete, ["--judge_base_url", "http://127.0.0.1:9/v1"], "incomplete: question 101"),
-        (mt_bench_data, [], "the judge needs OPENAI_API_KEY"),
-        (mt_bench_data, ["--judge", "other", "--judge_base_url", "http://127.0.0.1:9/v1"], "other.jsonl is missing"),
+    endpoint = ["--judge_base_url", "http://127.0.0.1:9/v1"]
+    for data, judge, flags, message in (
+        (tmp_path / "none", "mock", [], "question.jsonl is missing"),
+        (incomplete, "mock", endpoint, "incomplete: question 101"),
+        (mt_bench_data, "mock", [], "the judge needs OPENAI_API_KEY"),
+        (mt_bench_data, "other", endpoint, "other.jsonl is missing"),
     ):
-        fixed = ["mt_bench", model_folder, "--data", data, "--judge", "mock", "--output_dir", tmp_path / "results"]
-        monkeypatch.setattr(sys, "argv", [*map(str, fixed), *flags])
+        args = [model_folder, "--data", data, "--judge", judge, *flags]
+        args += ["--output_dir", tmp_path / "results"]
+        monkeypatch.setattr(sys, "argv", ["mt_bench", *map(str, args)])
         with pytest.raises(InputError, match=message):
             mt_bench_module.main()
         assert not (tmp_path / "results").exists()
@@ -482,17 +576,26 @@ def test_mt_bench_finds_what_is_missing_first(mt_bench_data, model_folder, tmp_p
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("[[7]]", 7), ("a [[7.5]] b [[2]]", 7.5), ("so [3]", 3), ("[1] but [[4]]", 4), ("10", -1), ("[[ten]]", -1), ("", -1)],
+    [
+        ("[[7]]", 7),
+        ("a [[7.5]] b [[2]]", 7.5),
+        ("so [3]", 3),
+        ("[1] but [[4]]", 4),
+        ("10", -1),
+        ("[[ten]]", -1),
+        ("", -1),
+    ],
 )
 def test_scores_are_read_as_fastchat_does(text, expected):
     assert mt_bench_module.parse_score(text) == expected
 
 
-# ---- Open LLM Leaderboard -------------------------------------------------------------------------------------------
+# ---- Open LLM Leaderboard ------------------------------------------------------------------------
 
 
 def write_datasets(folder: Path) -> None:
-    """The ten benchmarks' data sets, a few questions each, in folders that the harness finds by their hub names."""
+    """The ten benchmarks' data sets, a few questions each, in folders that the harness finds by
+    their hub names."""
     from lm_eval.tasks import TaskManager
 
     def write(name: str, configs: dict[str, dict[str, list[dict]]]) -> None:
@@ -504,49 +607,71 @@ def write_datasets(folder: Path) -> None:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             files = [{"split": split, "path": f"{config}-{split}.jsonl"} for split in splits]
             entries.append({"config_name": config, "data_files": files})
-        (folder / name / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': entries})}---\n")
+        (folder / name / "README.md").write_text(
+            f"---\n{yaml.safe_dump({'configs': entries})}---\n"
+        )
 
     ask = [f"{i} plus 1?" for i in range(32)]
-    pro = [{"question": ask[i], "options": [f"{i + j}" for j in range(10)], "answer": "B"} for i in range(9)]
+    pro = [
+        {"question": ask[i], "options": [f"{i + j}" for j in range(10)], "answer": "B"}
+        for i in range(9)
+    ]
     write("TIGER-Lab/MMLU-Pro", {"default": {"test": pro[:4], "validation": pro[4:]}})
-    comma = {"prompt": "Say nothing.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    write("wis-k/instruction-following-eval", {"default": {"train": [comma | {"key": 1}]}})
+    no_comma = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "key": 1}
+    ifeval = [no_comma | {"prompt": "Say nothing."}]
+    write("wis-k/instruction-following-eval", {"default": {"train": ifeval}})
     index = TaskManager().task_index
-    leaves = [read_task(index[leaf].yaml_path) for leaf in read_task(index["leaderboard_bbh"].yaml_path)["task"]]
     bbh = {}
-    for size, leaf in enumerate(leaves, 2):  # of different sizes, which weigh in the raw score
-        rows = [{"input": ask[i], "target": leaf["doc_to_choice"][i % len(leaf["doc_to_choice"])]} for i in range(size % 4 + 2)]
-        bbh[leaf["dataset_name"]] = {"test": rows}
+    # Of different sizes, which are the weights in the raw score
+    for size, name in enumerate(read_task(index["leaderboard_bbh"].yaml_path)["task"], 2):
+        task = read_task(index[name].yaml_path)
+        targets = itertools.islice(itertools.cycle(task["doc_to_choice"]), size % 4 + 2)
+        rows = [{"input": question, "target": target} for question, target in zip(ask, targets)]
+        bbh[task["dataset_name"]] = {"test": rows}
     write("SaylorTwift/bbh", bbh)
     wrong = [{f"Incorrect Answer {j}": f"{i + 10 * j}" for j in (1, 2, 3)} for i in range(4)]
     gpqa = [{"Question": ask[i], "Correct Answer": f"{i + 1}"} | wrong[i] for i in range(4)]
-    write("Idavidrein/gpqa", {f"gpqa_{name}": {"train": gpqa} for name in ("diamond", "extended", "main")})
+    configs = ("gpqa_diamond", "gpqa_extended", "gpqa_main")
+    write("Idavidrein/gpqa", {config: {"train": gpqa} for config in configs})
     people = ["Ann", "Bob", "Cid", "Dan", "Eve"]
     sizes = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
     story = {"narrative": "All of them ran.", "question": "Who was first?"}
-    musr = {n: [story | {"choices": str(people[:k]), "answer_choice": people[i]} for i in range(k)] for n, k in sizes.items()}
+    musr = {
+        n: [story | {"choices": str(people[:k]), "answer_choice": people[i]} for i in range(k)]
+        for n, k in sizes.items()
+    }
     write("TAUR-Lab/MuSR", {"default": musr})
-    math_rows = [{"problem": ask[i], "solution": f"$\\boxed{{{i + 1}}}$", "level": f"Level {i}", "type": "x"} for i in (4, 5)]
-    subjects = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra")
-    math_configs = {name: {"train": math_rows, "test": math_rows} for name in (*subjects, "precalculus")}
-    write("DigitalLearningGmbH/MATH-lighteval", math_configs)
+    math_rows = [
+        {"problem": ask[i], "solution": f"$\\boxed{{{i + 1}}}$", "level": f"Level {i}", "type": "x"}
+        for i in (4, 5)
+    ]
+    subjects = "algebra counting_and_probability geometry intermediate_algebra number_theory"
+    subjects = [*subjects.split(), "prealgebra", "precalculus"]
+    math_splits = {"train": math_rows, "test": math_rows}
+    write("DigitalLearningGmbH/MATH-lighteval", dict.fromkeys(subjects, math_splits))
     gsm8k = [{"question": text, "answer": f"#### {i + 1}"} for i, text in enumerate(ask)]
     write("openai/gsm8k", {"main": {"train": gsm8k[4:], "test": gsm8k[:4]}})
-    arc = [
-        {"question": ask[i], "choices": {"text": [f"{i}", f"{i + 1}"], "label": ["A", "B"]}, "answerKey": "B"}
-        for i in range(32)
-    ]
-    write("allenai/ai2_arc", {"ARC-Challenge": {"train": arc[4:], "validation": arc[4:], "test": arc[:4]}})
+    choices = [{"text": [f"{i}", f"{i + 1}"], "label": ["A", "B"]} for i in range(32)]
+    arc = [{"question": q, "choices": c, "answerKey": "B"} for q, c in zip(ask, choices)]
+    arc_splits = {"train": arc[4:], "validation": arc[4:], "test": arc[:4]}
+    write("allenai/ai2_arc", {"ARC-Challenge": arc_splits})
     answers = [{"choices": [f"{i + 1}", f"{i}", "no"], "labels": [1, 0, 0]} for i in range(4)]
-    truthful = [{"question": ask[i], "mc1_targets": answers[i], "mc2_targets": answers[i]} for i in range(4)]
+    truthful = [
+        {"question": ask[i], "mc1_targets": answers[i], "mc2_targets": answers[i]} for i in range(4)
+    ]
     write("truthfulqa/truthful_qa", {"multiple_choice": {"validation": truthful}})
     names = {"option1": "Ann", "option2": "Bob"}
-    winogrande = [names | {"sentence": f"Ann saw Bob and _ ran {i}.", "answer": f"{1 + i % 2}"} for i in range(12)]
-    write("allenai/winogrande", {"winogrande_xl": {"train": winogrande[3:], "validation": winogrande[:3]}})
+    winogrande = [
+        names | {"sentence": f"Ann saw Bob and _ ran {i}.", "answer": f"{1 + i % 2}"}
+        for i in range(12)
+    ]
+    winogrande_splits = {"train": winogrande[3:], "validation": winogrande[:3]}
+    write("allenai/winogrande", {"winogrande_xl": winogrande_splits})
 
 
 def test_leaderboard_with_the_harness(tmp_path):
-    """All ten benchmarks through the real lm_eval, every one of its subtasks, on a few questions each."""
+    """All ten benchmarks through the real lm_eval, every one of its subtasks, on a few questions
+    each."""
     write_datasets(tmp_path)
     model = make_model("llama", seed=1, max_position_embeddings=4096)
     with torch.no_grad():  # a model that ends each of its answers at once
@@ -554,21 +679,27 @@ def test_leaderboard_with_the_harness(tmp_path):
         model.lm_head.weight[1] += 1
     model.save_pretrained(tmp_path / "tiny" / "final")
     make_tokenizer().save_pretrained(tmp_path / "tiny" / "final")
-    here = {"cwd": tmp_path, "PYTHONPATH": str(ROOT)}
     gpqa = {f"leaderboard_gpqa_{name}": 4 for name in ("diamond", "extended", "main")}
     folder = tmp_path / "results" / "tiny"
+
+    def run(*flags, cache: str) -> subprocess.CompletedProcess:
+        environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / cache)}
+        return command("leaderboard", "tiny/final", *flags, cwd=tmp_path, **environment)
+
     flags = ["--benchmarks", "GSM8K", "GPQA", "--apply_chat_template", "true", "--limit", 1]
-    quick = command("leaderboard", "tiny/final", *flags, HF_HOME=str(tmp_path / "one cache"), **here)
+    quick = run(*flags, cache="one cache")
     assert quick.returncode == 0, quick.stderr[-3000:]
-    assert "chat template: applied" in quick.stdout and "no leaderboard.json is written" in quick.stdout
+    assert "chat template: applied" in quick.stdout
+    assert "no leaderboard.json is written" in quick.stdout
     assert not (folder / "leaderboard.json").exists()
-    sample = samples_of(folder, "gsm8k")[0]
-    assert sample["arguments"]["gen_args_0"]["arg_0"].count("<|im_start|>user") == 6  # five shots and the question
-    # The harness shuffles GPQA's choices when it loads them, which the cache keeps: a run with another cache has the same.
+    prompt = samples_of(folder, "gsm8k")[0]["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.count("<|im_start|>user") == 6  # five shots and the question
+    # The harness shuffles GPQA's choices when it loads them, and the cache keeps their order: a run
+    # with a different cache has the same order.
     shuffled = {task: samples_of(folder, task)[0]["doc"] for task in gpqa}
     shutil.rmtree(folder)
 
-    done = command("leaderboard", "tiny/final", HF_HOME=str(tmp_path / "another cache"), **here)
+    done = run(cache="another cache")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "chat template: not applied" in done.stdout
     result = json.loads((folder / "leaderboard.json").read_text())
@@ -577,15 +708,20 @@ def test_leaderboard_with_the_harness(tmp_path):
     def mean(task: str, metric: str = "acc_norm") -> float:
         return np.mean([sample[metric] for sample in samples_of(folder, task)])
 
-    def normalized(tasks: dict[str, int], metric: str = "acc_norm") -> float:
-        return 100 * np.mean([max(0, (mean(task, metric) - 1 / k) / (1 - 1 / k)) for task, k in tasks.items()])
+    def normalized(choices: dict[str, int], metric: str = "acc_norm") -> float:
+        """Of {task: its number of choices}."""
+        above = [(mean(task, metric) - 1 / k) / (1 - 1 / k) for task, k in choices.items()]
+        return 100 * np.mean(np.maximum(0, above))
 
     def weighted(tasks) -> float:
-        return 100 * np.mean([sample["acc_norm"] for task in tasks for sample in samples_of(folder, task)])
+        samples = [sample for task in tasks for sample in samples_of(folder, task)]
+        return 100 * np.mean([sample["acc_norm"] for sample in samples])
 
-    # The number of choices is that of the requests which were made, a request for each.
-    tasks = {path.name.rsplit("_20", 1)[0].removeprefix("samples_") for path in folder.rglob("samples_*")}
-    bbh = {task: len(samples_of(folder, task)[0]["arguments"]) for task in tasks if task.startswith("leaderboard_bbh_")}
+    names = [path.name.removeprefix("samples_") for path in folder.rglob("samples_*")]
+    tasks = {name.rsplit("_20", 1)[0] for name in names}
+    bbh = [task for task in tasks if task.startswith("leaderboard_bbh_")]
+    # A task has as many choices as the harness made requests for a question, one for each choice.
+    bbh = {task: len(samples_of(folder, task)[0]["arguments"]) for task in bbh}
     names = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
     musr = {f"leaderboard_musr_{name}": size for name, size in names.items()}
     assert len(bbh) == 24 and sum(len(samples_of(folder, task)) for task in bbh) > 2 * 24
@@ -608,21 +744,30 @@ def test_leaderboard_with_the_harness(tmp_path):
         "Winogrande": 100 * mean("winogrande", "acc"),
     }
     assert result["scores"] == pytest.approx(expected)
-    assert 0 < expected["BBH"] < 100 and abs(expected["BBH"] - 100 * np.mean([mean(task) for task in bbh])) > 0.1
-    assert set(expected) - set(result["standard_errors"]) == {"IFEval", "normalized/IFEval", "MATH", "normalized/MATH"}
+    assert 0 < expected["BBH"] < 100
+    assert abs(expected["BBH"] - 100 * np.mean([mean(task) for task in bbh])) > 0.1
+    without_error = {"IFEval", "normalized/IFEval", "MATH", "normalized/MATH"}
+    assert set(expected) - set(result["standard_errors"]) == without_error
     assert set(result["inputs_sha256"]) == tasks
-    for task, line, shots in (("arc_challenge", "Question:", 25), ("winogrande", "Ann saw", 5), ("gsm8k", "Question:", 5)):
-        assert str(samples_of(folder, task)[0]["arguments"]["gen_args_0"]["arg_0"]).count(line) == shots + 1
+    for task, text, shots in (
+        ("arc_challenge", "Question:", 25),
+        ("winogrande", "Ann saw", 5),
+        ("gsm8k", "Question:", 5),
+    ):
+        prompt = samples_of(folder, task)[0]["arguments"]["gen_args_0"]["arg_0"]
+        assert prompt.count(text) == shots + 1
     assert shuffled == {task: samples_of(folder, task)[0]["doc"] for task in gpqa}
 
 
 def samples_of(folder: Path, task: str) -> list[dict]:
     """The harness's samples of a task, in the order of the questions."""
     (path,) = folder.rglob(f"samples_{task}_20*.jsonl")
-    return sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    return sorted(read_lines(path), key=lambda sample: sample["doc_id"])
 
 
-@pytest.mark.parametrize("template, adds_bos", [(CHATML, False), ("{{ bos_token }}" + CHATML, True), (None, True)])
+@pytest.mark.parametrize(
+    "template, adds_bos", [(CHATML, False), ("{{ bos_token }}" + CHATML, True), (None, True)]
+)
 def test_the_harness_sees_the_tokens_of_training(tmp_path, template, adds_bos):
     """lm_eval's log-likelihood of a response after its prompt is the sum of our token log-probs."""
     from lm_eval.api.instance import Instance
@@ -651,7 +796,9 @@ def test_the_harness_sees_the_tokens_of_training(tmp_path, template, adds_bos):
             requests.append(Instance("loglikelihood", {}, (text, row[side] + end), len(requests)))
     theirs = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
     expected = ours.flatten().tolist()
-    if template:  # the harness counts white space at the prompt's end, here a line break, as part of the response
+    if template:
+        # The harness counts white space at the prompt's end, here a line break, as part of the
+        # response.
         for number, request in enumerate(requests):
             ids = torch.tensor([tokenizer(request.args[0], add_special_tokens=False).input_ids])
             with torch.no_grad():
@@ -661,23 +808,31 @@ def test_the_harness_sees_the_tokens_of_training(tmp_path, template, adds_bos):
 
 def harness_results(**groups) -> dict:
     """What lm_eval returns, of {group or task: {subtask: (value, shots, choices)}}."""
-    found = {"results": {}, "n-shot": {}, "configs": {}, "group_subtasks": {}}
+    results = {"results": {}, "n-shot": {}, "configs": {}, "group_subtasks": {}}
     for group, subtasks in groups.items():
-        metric = "acc,none" if group == "leaderboard_mmlu_pro" else "acc_norm,none"
+        metric = "acc" if group == "leaderboard_mmlu_pro" else "acc_norm"
         for name, (value, shots, choices) in subtasks.items():
-            found["results"][name] = {metric: value, metric.replace(",", "_stderr,"): 0.125}
-            found["n-shot"][name], found["configs"][name] = shots, {"doc_to_choice": ["x"] * choices}
+            results["results"][name] = {f"{metric},none": value, f"{metric}_stderr,none": 0.125}
+            results["n-shot"][name] = shots
+            results["configs"][name] = {"doc_to_choice": ["x"] * choices}
         if group not in subtasks:
             mean = sum(value for value, _, _ in subtasks.values()) / len(subtasks)
-            found["results"][group] = {metric: mean, metric.replace(",", "_stderr,"): 0.25}
-            found["group_subtasks"][group] = list(subtasks)
-    return found
+            results["results"][group] = {f"{metric},none": mean, f"{metric}_stderr,none": 0.25}
+            results["group_subtasks"][group] = list(subtasks)
+    return results
 
 
 def test_scores_and_their_normalization_by_hand():
-    bbh = {"leaderboard_bbh_snarks": (0.75, 3, 2), "leaderboard_bbh_navigate": (0.25, 3, 2), "leaderboard_bbh_x": (0.4, 3, 5)}
+    bbh = {
+        "leaderboard_bbh_snarks": (0.75, 3, 2),
+        "leaderboard_bbh_navigate": (0.25, 3, 2),
+        "leaderboard_bbh_x": (0.4, 3, 5),
+    }
     pro = {"leaderboard_mmlu_pro": (0.325, 5, 0)}
-    musr = {"leaderboard_musr_object_placements": (0.6, 0, 0), "leaderboard_musr_murder_mysteries": (0.5, 0, 0)}
+    musr = {
+        "leaderboard_musr_object_placements": (0.6, 0, 0),
+        "leaderboard_musr_murder_mysteries": (0.5, 0, 0),
+    }
     results = harness_results(leaderboard_bbh=bbh, leaderboard_mmlu_pro=pro, leaderboard_musr=musr)
     scores, errors = leaderboard.collect(results, ["BBH", "MMLU-Pro", "MuSR"])
     assert scores == pytest.approx(
@@ -691,7 +846,8 @@ def test_scores_and_their_normalization_by_hand():
         }
     )
     expected = {"BBH": 25.0, "MMLU-Pro": 12.5, "MuSR": 25.0, "normalized/MMLU-Pro": 12.5 / 0.9}
-    expected["normalized/BBH"] = 12.5 / 3 * math.sqrt(2 * 2**2 + 1.25**2)  # each subtask's 12.5 over 1 − 1/2, 1 − 1/2, 1 − 1/5
+    # Each subtask's 12.5 over 1 − 1/2, 1 − 1/2, 1 − 1/5
+    expected["normalized/BBH"] = 12.5 / 3 * math.sqrt(2 * 2**2 + 1.25**2)
     expected["normalized/MuSR"] = 12.5 / 2 * math.sqrt(1.25**2 + 2**2)
     assert errors == pytest.approx(expected)
     results["n-shot"]["leaderboard_mmlu_pro"] = 0
@@ -700,46 +856,50 @@ def test_scores_and_their_normalization_by_hand():
 
 
 def test_ifeval_is_the_mean_of_two():
-    found = {"prompt_level_strict_acc,none": 0.5, "inst_level_strict_acc,none": 0.7}
-    results = {"results": {"leaderboard_ifeval": found}, "n-shot": {"leaderboard_ifeval": 0}, "configs": {}}
+    values = {"prompt_level_strict_acc,none": 0.5, "inst_level_strict_acc,none": 0.7}
+    results = {"results": {"leaderboard_ifeval": values}, "n-shot": {"leaderboard_ifeval": 0}}
+    results["configs"] = {}
     scores, errors = leaderboard.collect(results, ["IFEval"])
     assert scores == pytest.approx({"IFEval": 60, "normalized/IFEval": 60}) and errors == {}
 
 
 def read_task(path: str) -> dict:
-    """A YAML of the harness with what it includes; functions are left out."""
+    """A YAML file of the harness, with the files that it includes; functions are left out."""
 
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_multi_constructor("!", lambda *_: None)
     config = yaml.load(Path(path).read_text(), Loader)
-    return (read_task(Path(path).parent / config["include"]) if "include" in config else {}) | config
+    if "include" in config:
+        config = read_task(Path(path).parent / config["include"]) | config
+    return config
 
 
-def test_the_harness_knows_every_task_and_metric():
+def test_the_harness_has_every_task_and_metric():
     """Names, metrics and shots of the benchmarks against the installed harness's own files."""
     from lm_eval.tasks import TaskManager
 
     index = TaskManager().task_index
     for task, shots, metrics in leaderboard.BENCHMARKS.values():
         config = read_task(index[task].yaml_path)
-        known = {metric["metric"] for metric in config.get("metric_list", config.get("aggregate_metric_list"))}
-        assert {metric.split(",")[0] for metric in metrics} <= known, task
-        leaves = config["task"] if isinstance(config["task"], list) else [task]
-        for leaf in leaves:
-            if task not in leaderboard.IN_YAML:
-                assert read_task(index[leaf].yaml_path).get("num_fewshot", 0) == shots, leaf
-            guess = next((value for start, value in leaderboard.GUESSING.items() if leaf.startswith(start)), None)
-            assert (guess is None) == leaf.startswith("leaderboard_bbh_") or task in leaderboard.IN_YAML, leaf
-    choices = {
-        leaf: len(read_task(index[leaf].yaml_path)["doc_to_choice"])
-        for leaf in read_task(index["leaderboard_bbh"].yaml_path)["task"]
-    }
-    assert len(choices) == 24 and choices["leaderboard_bbh_object_counting"] == 19 and min(choices.values()) == 2
+        listed = config.get("metric_list", config.get("aggregate_metric_list"))
+        names = {metric["metric"] for metric in listed}
+        assert {metric.split(",")[0] for metric in metrics} <= names, task
+        if task in leaderboard.SET_SHOTS:
+            continue
+        for subtask in config["task"] if isinstance(config["task"], list) else [task]:
+            assert read_task(index[subtask].yaml_path).get("num_fewshot", 0) == shots, subtask
+            has_guess = subtask.startswith(tuple(leaderboard.GUESSING))
+            assert has_guess != subtask.startswith("leaderboard_bbh_"), subtask
+    bbh = read_task(index["leaderboard_bbh"].yaml_path)["task"]
+    choices = {task: len(read_task(index[task].yaml_path)["doc_to_choice"]) for task in bbh}
+    assert len(choices) == 24 and min(choices.values()) == 2
+    assert choices["leaderboard_bbh_object_counting"] == 19
 
 
 def test_leaderboard_without_its_data(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["leaderboard", str(model_folder), "--output_dir", str(tmp_path), "--benchmarks", "GSM8K"])
+    args = [str(model_folder), "--output_dir", str(tmp_path), "--benchmarks", "GSM8K"]
+    monkeypatch.setattr(sys, "argv", ["leaderboard", *args])
     with pytest.raises(InputError, match="the data of GSM8K cannot be loaded"):  # without a hub
         leaderboard.main()

@@ -1,4 +1,4 @@
-"""Generation: what is batched equals what is not, and the ids are those of training."""
+"""Generation: batched answers equal unbatched ones, and the ids are those of training."""
 
 import json
 import shutil
@@ -14,22 +14,27 @@ from transformers import GenerationConfig
 
 import model
 from data import InputError
-from eval import generate as evaluation
+from eval import generate as generate_module
 from eval.generate import answer, generate, short_name
 
+ROOT = Path(__file__).parent.parent
 CHATML_OF = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+CONVERSATION = [
+    {"role": "user", "content": "a small"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "and?"},
+]
+PROMPTS = ["hi", "what is two plus two?", "a", CONVERSATION]
 
-PROMPTS = ["hi", "what is two plus two?", "a", [{"role": "user", "content": "a small"}, {"role": "assistant", "content": "b"}]]
-PROMPTS[3].append({"role": "user", "content": "and?"})
 
-
-def greedy(model, tokenizer, text: str, ends: set, most: int) -> tuple[list[int], bool]:
-    """One token after the other, the whole sequence anew each time, without cache, padding or batch."""
+def greedy(model, tokenizer, text: str, stop_ids: set, most: int) -> tuple[list[int], bool]:
+    """One token after the other, each by a forward of the whole sequence, without cache, padding or
+    batch."""
     ids, new = tokenizer(text, add_special_tokens=False).input_ids, []
     while len(new) < most:
         with torch.no_grad():
             token = model(torch.tensor([ids + new])).logits[0, -1].argmax().item()
-        if token in ends:
+        if token in stop_ids:
             return new, True
         new.append(token)
     return new, False
@@ -45,8 +50,9 @@ def test_greedy_equals_one_token_at_a_time(name, batch_size):
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        expected, expected_end = greedy(model, tokenizer, whole, {200, end_of_turn}, 12)
-        assert (text, finished) == (tokenizer.decode(expected, skip_special_tokens=True).strip(), expected_end)
+        expected, ended = greedy(model, tokenizer, whole, {200, end_of_turn}, 12)
+        expected = tokenizer.decode(expected, skip_special_tokens=True).strip()
+        assert (text, finished) == (expected, ended)
 
 
 def test_sampling_is_reproducible_and_bos_single():
@@ -56,7 +62,9 @@ def test_sampling_is_reproducible_and_bos_single():
     original = model.generate
     model.generate = lambda ids, **kwargs: seen.append(ids) or original(ids, **kwargs)
     settings = {"max_new_tokens": 10, "temperature": 1.0}
-    first, again, other = (generate(model, tokenizer, PROMPTS, **settings, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        generate(model, tokenizer, PROMPTS, **settings, seed=seed) for seed in (0, 0, 1)
+    )
     assert first == again != other
     assert (seen[0] == tokenizer.bos_token_id).sum(dim=1).tolist() == [1] * 4
 
@@ -65,50 +73,55 @@ def test_command_prints_side_by_side(model_folder, tmp_path):
     rows = [{"prompt": f"question {n}", "chosen": "a", "rejected": "b"} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--data", str(tmp_path / "rows.jsonl"), "--num_prompts", "3", "--max_new_tokens", "4"]
-    command = [sys.executable, "-m", "eval.generate", "--models", str(model_folder), str(model_folder), *flags]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    flags += ["--models", str(model_folder), str(model_folder)]
+    command = [sys.executable, "-m", "eval.generate", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("user:")] == [
-        "user: question 0", "user: question 2", "user: question 4",
-    ]  # fmt: skip
+    questions = [line for line in done.stdout.splitlines() if line.startswith("user:")]
+    assert questions == ["user: question 0", "user: question 2", "user: question 4"]
     assert done.stdout.count("[cut at") == 6  # two columns of three answers
 
 
-# ---- Answers in a file ----------------------------------------------------------------------------------------------
+# ---- Answers in a file ---------------------------------------------------------------------------
 
 SETTINGS = {"max_new_tokens": 6, "temperature": 1.0, "batch_size": 2, "seed": 7}
 MANY = [*PROMPTS, "one", "two three", "four five six"]
 
 
-def test_a_stopped_run_goes_on_and_ends_with_the_same_answers(model_folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_to_the_same_answers(model_folder, tmp_path, monkeypatch):
     whole = answer(str(model_folder), MANY, tmp_path / "whole.jsonl", **SETTINGS)
     assert answer(str(model_folder), MANY, None, **SETTINGS) == whole  # kept or not
-    generated, load_engine = [], evaluation.load_engine
+    generated, load_engine = [], generate_module.load_engine
 
     def load_counting(*args):
-        run, size = load_engine(*args)
+        run = load_engine(*args)
 
-        def count(prompts, *rest):
+        def count(prompts, **settings):
             if len(generated) == 2 and not resumed:
                 raise KeyboardInterrupt
             generated.append(prompts)
-            return run(prompts, *rest)
+            return run(prompts, **settings)
 
-        return count, size
+        return count
 
-    monkeypatch.setattr(evaluation, "load_engine", load_counting)
+    monkeypatch.setattr(generate_module, "load_engine", load_counting)
     path, resumed = tmp_path / "stopped.jsonl", False
     with pytest.raises(KeyboardInterrupt):
         answer(str(model_folder), MANY, path, **SETTINGS)
     content = path.read_text()
     assert len(content.splitlines()) == 1 + 4
-    path.write_text(content + '{"index": 3, "outp')  # it was being written
+    path.write_text(content + '{"index": 3, "outp')  # interrupted while it was written
     resumed = True
     assert answer(str(model_folder), MANY, path, **SETTINGS) == whole
-    assert sorted(len(prompts) for prompts in generated) == [1, 2, 2, 2]  # nothing is generated twice
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert sorted(line["index"] for line in lines[1:]) == list(range(len(MANY))) and lines[0]["temperature"] == 1.0
-    monkeypatch.setattr(evaluation, "load_engine", lambda *_: pytest.fail("the model was loaded, but all answers are there"))
+    assert sorted(map(len, generated)) == [1, 2, 2, 2]  # nothing is generated twice
+    settings, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert settings["temperature"] == 1.0
+    assert sorted(line["index"] for line in lines) == list(range(len(MANY)))
+
+    def load_again(*_):
+        pytest.fail("the model was loaded, but all answers are there")
+
+    monkeypatch.setattr(generate_module, "load_engine", load_again)
     assert answer(str(model_folder), MANY, path, **SETTINGS) == whole
 
 
@@ -116,23 +129,30 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_answers(model_folder, tmp_
 def test_answers_of_other_settings_are_not_mixed(model_folder, tmp_path, change):
     answer(str(model_folder), MANY, tmp_path / "answers.jsonl", **SETTINGS)
     settings = {"prompts": MANY} | SETTINGS | change
-    with pytest.raises(InputError, match=f"{'prompts_sha256' if 'prompts' in change else next(iter(change))} was"):
+    (name,) = change
+    with pytest.raises(InputError, match=f"{name.replace('prompts', 'prompts_sha256')} was"):
         answer(str(model_folder), path=tmp_path / "answers.jsonl", **settings)
 
 
 def test_a_prompt_that_fills_the_context(model_folder):
     with pytest.raises(InputError, match=r"prompt 1 has \d+ tokens and the model a context of 256"):
         answer(str(model_folder), ["a", "b " * 300])
-    tokenizer, seen, plain = make_tokenizer(), [], make_model("llama")
+    calls, plain = [], make_model("llama")
     original = plain.generate
-    plain.generate = lambda ids, **kwargs: seen.append((ids, kwargs["generation_config"])) or original(ids, **kwargs)
-    generate(plain, tokenizer, ["b " * 100], max_new_tokens=1000)
-    ((ids, config),) = seen
+
+    def record(ids, generation_config, **kwargs):
+        calls.append((ids, generation_config))
+        return original(ids, generation_config=generation_config, **kwargs)
+
+    plain.generate = record
+    generate(plain, make_tokenizer(), ["b " * 100], max_new_tokens=1000)
+    ((ids, config),) = calls
     assert 0 < config.max_new_tokens == 256 - ids.shape[1]  # as much as there is room for
 
 
-def test_vllm_is_asked_for_the_same(model_folder, monkeypatch):
-    """vLLM needs a GPU: a stand-in with its interface shows what it is given, and gives back what a request looks like."""
+def test_vllm_gets_the_same_requests(model_folder, monkeypatch):
+    """vLLM needs a GPU: a stand-in with its interface records what it is given and returns what
+    vLLM's results look like."""
     seen = {}
 
     class LLM:
@@ -143,40 +163,52 @@ def test_vllm_is_asked_for_the_same(model_folder, monkeypatch):
         def generate(self, requests, options):
             seen.update(requests=requests, options=options)
             end = options[0].stop_token_ids[-1]
-            made = [[tokenizer("ab").input_ids + [end], "stop"], [tokenizer("cd").input_ids, "length"]]
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, finish_reason=reason)]) for ids, reason in made]
+            first = SimpleNamespace(
+                token_ids=tokenizer("ab").input_ids + [end], finish_reason="stop"
+            )
+            second = SimpleNamespace(token_ids=tokenizer("cd").input_ids, finish_reason="length")
+            return [SimpleNamespace(outputs=[first]), SimpleNamespace(outputs=[second])]
 
     tokenizer = make_tokenizer()
     fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: SimpleNamespace(**options))
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    answers = answer(str(model_folder), ["hi", "you"], engine="vllm", temperature=0.9, max_new_tokens=300)
+    prompts, settings = ["hi", "you"], {"temperature": 0.9, "max_new_tokens": 300}
+    answers = answer(str(model_folder), prompts, engine="vllm", **settings)
     assert answers == [("cd", False), ("ab", True)]  # "you" is the longer one and was asked first
-    ids = [tokenizer(CHATML_OF.format(text), add_special_tokens=False).input_ids for text in ("hi", "you")]
+    texts = [CHATML_OF.format(prompt) for prompt in prompts]
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     assert sorted(request["prompt_token_ids"] for request in seen["requests"]) == sorted(ids)
     first = seen["options"][0]
     assert (first.temperature, first.top_p) == (0.9, 1.0)
     assert first.max_tokens == 256 - len(seen["requests"][0]["prompt_token_ids"])
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in first.stop_token_ids
     monkeypatch.setitem(sys.modules, "vllm", None)
-    evaluation.load_engine.cache_clear()
+    generate_module.load_engine.cache_clear()
     with pytest.raises(InputError, match="pip install vllm"):
         answer(str(model_folder), ["hi"], engine="vllm")
 
 
 def test_names_of_models(tmp_path):
     (tmp_path / "mine" / "final").mkdir(parents=True)
-    assert short_name(str(tmp_path / "mine" / "final")) == short_name(str(tmp_path / "mine" / "final") + "/") == "mine"
-    assert short_name(str(tmp_path / "mine")) == "mine" and short_name("meta-llama/Meta-Llama-3-8B") == "Meta-Llama-3-8B"
+    for folder in ("mine", "mine/final", "mine/final/"):
+        assert short_name(f"{tmp_path}/{folder}") == "mine"
+    assert short_name("meta-llama/Meta-Llama-3-8B") == "Meta-Llama-3-8B"
 
 
-def test_greedy_and_sampling_are_what_was_asked_for():
-    """A generation config that samples or penalizes repetitions, as published models have, changes nothing."""
-    tokenizer, plain, other = make_tokenizer(), make_model("llama", seed=3), make_model("llama", seed=3)
-    other.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.5, top_k=3, repetition_penalty=2.0)
+def test_the_decoding_is_the_requested_one():
+    """A generation config that samples or penalizes repetitions, as published models have, changes
+    nothing."""
+    tokenizer = make_tokenizer()
+    plain, other = make_model("llama", seed=3), make_model("llama", seed=3)
+    other.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.6, top_p=0.5, top_k=3, repetition_penalty=2.0
+    )
     for settings in ({}, {"temperature": 1.0, "seed": 5}):
         first = generate(plain, tokenizer, PROMPTS, max_new_tokens=12, **settings)
         assert generate(other, tokenizer, PROMPTS, max_new_tokens=12, **settings) == first
-    greedy = [generate(other, tokenizer, PROMPTS, max_new_tokens=12, seed=seed) for seed in range(3)]
+    greedy = [
+        generate(other, tokenizer, PROMPTS, max_new_tokens=12, seed=seed) for seed in range(3)
+    ]
     assert greedy[0] == greedy[1] == greedy[2]
 
 
@@ -190,8 +222,9 @@ def test_weights_of_the_hub_are_fetched_before_they_are_hashed(model_folder, tmp
         return str(tmp_path)
 
     monkeypatch.setattr(model, "snapshot_download", download)
-    assert model.weights_fingerprint("someone/model") == model.weights_fingerprint(str(model_folder))
-    assert asked == [("someone/model", "*.safetensors")]  # not the same weights once more as .bin
+    of_folder = model.weights_fingerprint(str(model_folder))
+    assert model.weights_fingerprint("someone/model") == of_folder
+    assert asked == [("someone/model", "*.safetensors")]  # not the same weights again as .bin
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no weights"):
         model.weights_fingerprint(str(tmp_path / "empty"))
