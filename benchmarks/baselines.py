@@ -1,14 +1,17 @@
-"""The steps that benchmarks/throughput.py measures train.py against, on the same pairs in the same order.
+"""The steps that benchmarks/throughput.py compares with train.py, on the same pairs in the same
+order.
 
     python benchmarks/baselines.py textbook RECIPE [--name value ...]      # flags as for train.py
     python benchmarks/baselines.py trl RECIPE [--name value ...]
 
-`textbook` is the step that SimPO's code, the authors' SimPER and TRL share: chosen and rejected responses, each after its
-prompt, padded to the longest and concatenated into one batch; the logits of all positions; log_softmax; gather. `trl` is
-TRL's CPOTrainer with loss_type="simpo" and cpo_alpha=0, the same computation (TRL has no SimPER).
+`textbook` is the step that SimPO's code, the authors' SimPER and TRL have in common: chosen and
+rejected responses, each after its prompt, padded to the longest and concatenated into one batch;
+the logits of all positions; log_softmax; gather. `trl` is TRL's CPOTrainer with loss_type="simpo"
+and cpo_alpha=0, the same computation (TRL has no SimPER).
 
-Each writes metrics.jsonl into its output_dir as train.py does, with the same names. Every step must fit one micro-batch a rank
-(micro_batch_tokens), which is how throughput.py runs train.py, too; more ranks run as DistributedDataParallel. On CPU only.
+Each writes metrics.jsonl into its output_dir as train.py does, with the same names. On every rank,
+the pairs of a step must fit into one micro-batch (micro_batch_tokens), which is also how
+throughput.py runs train.py. Several ranks use DistributedDataParallel. On CPU only.
 """
 
 import json
@@ -21,35 +24,41 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from data import load_pairs, load_tokenizer
-from model import resolve_model
-from train import METRICS, learning_rate, make_schedule, parse_args, peak_memory, reduce, start_group
+from data import load_pairs, load_tokenizer, pair_lengths
+from demo.smollm2 import resolve_model
+from runtime import max_over_ranks, peak_memory, run_command, start_group
+from train import Config, learning_rate, make_schedule, mean_over_ranks, parse_args
+
+CPU = torch.device("cpu")
 
 
-def write(config, metrics: dict) -> None:
+def write_metrics(config: Config, metrics: dict) -> None:
     with open(Path(config.output_dir) / "metrics.jsonl", "a") as file:
         print(json.dumps(metrics), file=file)
 
 
-def prepare(config):
-    """→ rank, ranks, tokenizer, pairs, and for every step the indices of its pairs on each rank: [step][rank]."""
+def prepare(config: Config):
+    """→ rank, ranks, tokenizer, pairs, and for every step the indices of its pairs on each rank:
+    [step][rank]."""
     # Not by start_process, whose settings of the memory allocator are train.py's own.
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     tokenizer = load_tokenizer(resolve_model(config.model))
     pairs, _ = load_pairs(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
-    tokens = [sum(lengths) for lengths in pairs["lengths"]]
-    steps = []
-    for indices, micro_batches in make_schedule(config, tokens, ranks):
-        (shares,) = micro_batches
-        steps.append([[indices[position] for position in share] for share in shares])
+    schedule = make_schedule(config, pair_lengths(pairs).sum(axis=1), ranks)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    return rank, ranks, tokenizer, pairs, steps
+    return rank, ranks, tokenizer, pairs, [shares for (shares,) in schedule]
+
+
+def plain_model(config: Config):
+    return AutoModelForCausalLM.from_pretrained(resolve_model(config.model), dtype=torch.float32)
 
 
 def padded_logps(model, rows: dict) -> torch.Tensor:
-    """Mean log-prob of every response, (2, pairs): chosen, then rejected. The textbook's forward."""
+    """The textbook's forward pass: the mean log-prob of every response, (2, pairs), chosen and then
+    rejected."""
     responses = rows["chosen"] + rows["rejected"]
     prompts = rows["prompt"] * 2
     longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
@@ -67,19 +76,20 @@ def padded_logps(model, rows: dict) -> torch.Tensor:
     return ((logps * scored).sum(dim=1) / scored.sum(dim=1)).view(2, -1)
 
 
-def textbook(config) -> None:
+def textbook(config: Config) -> None:
     rank, ranks, _, pairs, steps = prepare(config)
-    start_group(torch.device("cpu"))
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(config.model), dtype=torch.float32).train()
+    start_group(CPU)
+    model = plain_model(config).train()
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if ranks > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True
+    )
     for step, shares in enumerate(steps):
         began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(steps), config)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), config)
         chosen, rejected = padded_logps(model, pairs[shares[rank]])
         losses = rejected.exp() - chosen.exp()
         (losses.sum() * ranks / config.batch_size).backward()
@@ -87,19 +97,18 @@ def textbook(config) -> None:
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - began
-        known = {"loss": losses, "logps/chosen": chosen, "logps/rejected": rejected}
-        sums = torch.tensor([known[name].sum().item() if name in known else 0.0 for name in METRICS], dtype=torch.float64)
-        means, memory = reduce(sums, config.batch_size)
+        metrics = {"loss": losses, "logps/chosen": chosen, "logps/rejected": rejected}
+        means = mean_over_ranks([{name: values.detach() for name, values in metrics.items()}])
+        means |= {"grad_norm": norm, "pairs_per_second": config.batch_size / seconds}
+        (means["peak_memory_gb"],) = max_over_ranks(CPU, peak_memory(CPU))
         if rank == 0:
-            means = {name: means[name] for name in known}
-            means |= {"grad_norm": norm, "pairs_per_second": config.batch_size / seconds, "peak_memory_gb": memory}
-            write(config, {"step": step + 1, **means})
+            write_metrics(config, {"step": step + 1, **means})
 
 
 class Timer(TrainerCallback):
     """Times the steps of transformers' Trainer and writes them as train.py does."""
 
-    def __init__(self, config, rank: int):
+    def __init__(self, config: Config, rank: int):
         self.config, self.rank = config, rank
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -112,31 +121,31 @@ class Timer(TrainerCallback):
         if self.rank == 0 and "loss" in logs:
             line = {"step": state.global_step, "pairs_per_second": self.pairs_per_second}
             line |= {"grad_norm": logs["grad_norm"], "logps/chosen": logs["logps/chosen"]}
-            write(self.config, line | {"peak_memory_gb": peak_memory(torch.device("cpu"))})
+            write_metrics(self.config, line | {"peak_memory_gb": peak_memory(CPU)})
 
 
-def trl(config) -> None:
-    import datasets
+def trl(config: Config) -> None:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     class Trainer(CPOTrainer):
         def tokenize_row(self, feature, model=None):
-            return feature  # the pairs arrive as train.py's tokens
+            return feature  # the pairs arrive as the token ids that train.py has
 
         def _get_train_sampler(self, *args):
-            return None if self.train_dataset is None else torch.utils.data.SequentialSampler(self.train_dataset)
+            return torch.utils.data.SequentialSampler(self.train_dataset)
 
     rank, ranks, tokenizer, pairs, steps = prepare(config)
     rows = []
-    # With more ranks, Trainer deals its batches out in turn: rank 0 takes the first, rank 1 the second.
+    # With several ranks, Trainer gives them its batches in turn: the first to rank 0, and so on.
     for index in [i for shares in steps for share in shares for i in share]:
-        row = pairs[index]
-        features = {"prompt_input_ids": row["prompt"], "prompt_attention_mask": [1] * len(row["prompt"])}
+        pair = pairs[index]
+        prompt = pair["prompt"]
+        row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
         for side in ("chosen", "rejected"):
-            features[f"{side}_input_ids"] = row["prompt"] + row[side]
-            features[f"{side}_attention_mask"] = [1] * len(features[f"{side}_input_ids"])
-            features[f"{side}_labels"] = [-100] * len(row["prompt"]) + row[side]
-        rows.append(features)
+            row[f"{side}_input_ids"] = prompt + pair[side]
+            row[f"{side}_attention_mask"] = [1] * len(prompt + pair[side])
+            row[f"{side}_labels"] = [-100] * len(prompt) + pair[side]
+        rows.append(row)
     options = CPOConfig(
         output_dir=config.output_dir,
         loss_type="simpo",
@@ -159,16 +168,20 @@ def trl(config) -> None:
         use_cpu=True,
     )
     trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(resolve_model(config.model), dtype=torch.float32),
+        model=plain_model(config),
         args=options,
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[Timer(config, rank)],
     )
     trainer.train()
 
 
-if __name__ == "__main__":
+def main() -> None:
     {"textbook": textbook, "trl": trl}[sys.argv[1]](parse_args(sys.argv[2:]))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_command(main)

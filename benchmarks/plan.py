@@ -1,15 +1,17 @@
 """Predict a recipe's memory and time on GPUs before paying for them.
 
     python benchmarks/plan.py recipes/llama-3-8b-instruct.yaml --gpus 8 --gpu a100
-    python benchmarks/plan.py recipes/llama-3-8b-instruct.yaml --gpus 64 --replicas 8 --activation_checkpointing true
+    python benchmarks/plan.py recipes/llama-3-8b-instruct.yaml --gpus 64 --replicas 8
 
-Flags that are not listed by --help are train.py's. Needs the model's config only, no weights and no GPU.
+Flags that --help does not list are those of train.py. Only the model's config is needed: no weights
+and no GPU.
 
-What is counted exactly: the parameters on each rank (the model is sharded over as many simulated ranks), the floating-point
-operations, the bytes that the forward keeps for the backward (transformers' code runs on tensors without data), and the
-collectives and their bytes. What is assumed: the GPUs' datasheets, EFFICIENCY, LINK_EFFICIENCY and HOP below; that FSDP's
-transfers hide behind computation where they are shorter; and pairs with the lengths of LENGTHS. No prediction has been held
-against a GPU yet.
+Counted exactly: the parameters on each rank (the model is sharded over as many simulated ranks),
+the floating-point operations, the bytes that the forward pass keeps for the backward pass
+(transformers' code runs on tensors without data), and the number and bytes of the collectives.
+Assumed: the figures of the GPUs' datasheets; EFFICIENCY, LINK_EFFICIENCY and HOP below; that FSDP's
+transfers hide behind the computation wherever they are shorter than it; and pairs with the lengths
+in LENGTHS. No prediction has been compared with a run on GPUs yet.
 """
 
 import argparse
@@ -26,207 +28,249 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data import InputError, MicroBatch, pack, split, truncate
-from model import LOGITS_BYTES, PackedModel, blocks, build_model, resolve_model, shard
+from data import InputError, pack, spread_pairs, truncate
+from demo.smollm2 import resolve_model
+from model import LOGITS_BYTES, PackedModel, blocks, build_model, shard
+from runtime import run_command
 from train import Config, parse_args
 
-# Means of the tokens of prompt, chosen and rejected, and the standard deviations of their logarithms (log-normal). The means of
-# hh are those of Anthropic's harmless-base under SmolLM2's tokenizer; the others are round numbers.
-LENGTHS = {"hh": ((125, 40, 50), (0.8, 0.9, 0.9)), "ultrafeedback": ((150, 300, 250), (1.0, 0.7, 0.7))}
+# Mean tokens of prompt, chosen and rejected, and the standard deviations of the logarithms of the
+# tokens (log-normal). The means of hh are those of Anthropic's harmless-base under SmolLM2's
+# tokenizer; all other values are round numbers.
+LENGTHS = {
+    "hh": ((125, 40, 50), (0.8, 0.9, 0.9)),
+    "ultrafeedback": ((150, 300, 250), (1.0, 0.7, 0.7)),
+}
+STEPS = 64  # a prediction is the mean over so many steps with pairs of sampled lengths
 
 
 @dataclass
 class GPU:
-    """Dense bfloat16 operations/s, bytes of memory, bytes/s of memory, bytes/s in one direction of NVLink (per GPU) and of
-    the network (per node of eight GPUs): vendors' datasheets, and the network of their reference systems."""
+    """The vendor's datasheet, and the network of the vendor's reference system."""
 
-    flops: float
-    memory: float
-    memory_speed: float
-    nvlink: float
-    network: float
+    flops: float  # dense bfloat16 operations/s
+    memory: float  # bytes
+    memory_speed: float  # bytes/s
+    nvlink: float  # bytes/s in one direction, of each GPU
+    network: float  # bytes/s in one direction, of each node of eight GPUs
 
 
 GPUS = {
-    "a100": GPU(312e12, 80e9, 2.0e12, 300e9, 8 * 25e9),
-    "h100": GPU(989e12, 80e9, 3.35e12, 450e9, 8 * 50e9),
+    "a100": GPU(312e12, 80e9, memory_speed=2.0e12, nvlink=300e9, network=8 * 25e9),
+    "h100": GPU(989e12, 80e9, memory_speed=3.35e12, nvlink=450e9, network=8 * 50e9),
 }
 EFFICIENCY = 0.45  # assumed share of a GPU's peak that forward and backward reach in bfloat16
 LINK_EFFICIENCY = 0.75  # assumed share of a link's speed that collectives reach
-HOP = 3e-6  # assumed seconds that each further rank adds to a ring collective
+HOP = 3e-6  # assumed seconds that each additional rank adds to a ring collective
 
 
 def sample_lengths(name: str, count: int, seed: int = 0) -> np.ndarray:
-    """(count, 3) tokens of prompt, chosen and rejected, distributed as LENGTHS[name], at least 2 and at most 2,048."""
+    """(count, 3) tokens of prompt, chosen and rejected, distributed as in LENGTHS[name], limited to
+    between 2 and 2,048."""
     means, spreads = (np.array(values) for values in LENGTHS[name])
-    normal = np.random.default_rng(seed).normal(np.log(means) - spreads**2 / 2, spreads, size=(count, 3))
-    return np.exp(normal).round().clip(2, 2048).astype(int)
+    generator = np.random.default_rng(seed)
+    logarithms = generator.normal(np.log(means) - spreads**2 / 2, spreads, size=(count, 3))
+    return np.exp(logarithms).round().clip(2, 2048).astype(int)
 
 
 def flops(model: PackedModel, segments: list) -> tuple[float, float]:
-    """Floating-point operations of forward and backward of pairs with (prompt, chosen, rejected) tokens, as if each distinct
-    token were computed once: (in the blocks, in the head). Two for each multiply-add; the backward is twice the forward."""
+    """Floating-point operations of the forward and backward passes over pairs with `segments`
+    (prompt, chosen, rejected) tokens, counted as if each distinct token were computed once: (in the
+    blocks, in the head). A multiply-add counts as two; the backward pass takes twice the forward's.
+    """
     config = model.model.config.get_text_config()
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     weights = sum(p.numel() for block in blocks(model) for p in block.parameters() if p.ndim == 2)
     p, c, r = np.array(segments, dtype=float).T
-    attended = (p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2  # (query, key) pairs of each preference pair
+    attended = (p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2  # (query, key) pairs
     body = 6 * weights * (p + c + r) + 12 * width * len(blocks(model)) * attended
     return body.sum(), (6 * model.model.get_output_embeddings().weight.numel() * (c + r)).sum()
 
 
-def kept_bytes(config, batch: MicroBatch, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
-    """Bytes that the forward of a micro-batch keeps for the backward: (in each block, outside the blocks)."""
-    totals, values = [], config.to_dict()
-    if "layer_types" in values:
-        values["layer_types"] = None  # one for each layer, which fits no other number of layers: transformers makes them anew
-    for layers in (1, 2):
-        config = type(config).from_dict(values | {"num_hidden_layers": layers})
-        kept = {}
-        with FakeTensorMode() as mode:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="packed")
-            parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-            tensors = (batch.input_ids, batch.position_ids, batch.predictors, batch.targets, batch.lengths)
-            fake = MicroBatch(*(mode.from_tensor(tensor) for tensor in tensors), batch.segments)
+def kept_bytes(config, segments: list, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
+    """Bytes that the forward pass keeps for the backward pass in a micro-batch of pairs with
+    `segments` (prompt, chosen, rejected) tokens: (in each block, outside the blocks)."""
 
-            def keep(tensor, kept=kept, parameters=parameters):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in parameters:
-                    kept[storage._cdata] = (storage.nbytes(), tensor)
-                return tensor
+    def count(layers: int) -> int:
+        values = config.to_dict() | {"num_hidden_layers": layers}
+        values.pop("layer_types", None)  # one for each layer; transformers fills them in again
+        storages = {}
 
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = (storage.nbytes(), tensor)
+            return tensor
+
+        with FakeTensorMode():
+            model = AutoModelForCausalLM.from_config(
+                type(config).from_dict(values), dtype=dtype, attn_implementation="packed"
+            )
+            batch = pack([([0] * p, [0] * c, [0] * r) for p, c, r in segments])
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                PackedModel(model)(fake)
-        totals.append(sum(size for size, _ in kept.values()))
-    one, two = totals
+                PackedModel(model)(batch)
+        for parameter in model.parameters():
+            storages.pop(parameter.untyped_storage()._cdata, None)
+        return sum(size for size, _ in storages.values())
+
+    one, two = count(layers=1), count(layers=2)
     return two - one, 2 * one - two
 
 
 def fsdp_traffic(layers: int, inside: int, whole: int) -> tuple[int, int, int, int]:
-    """What FSDP2 moves in a forward and backward in bfloat16: (gathers, gathered bytes, reductions, reduced bytes), in sizes of
-    the whole tensors, for `layers` blocks with `inside` of the model's `whole` parameters.
+    """What FSDP2 moves in a forward and a backward pass in bfloat16: (gathers, gathered bytes,
+    reductions, reduced bytes), with the sizes of the whole tensors. The model has `whole`
+    parameters, `inside` of them in its `layers` blocks.
 
-    Blocks are gathered for the forward and again for the backward, what is in no block once; all gradients are reduced in
-    float32.
+    Blocks are gathered for the forward pass and again for the backward pass, everything else once;
+    all gradients are reduced in float32.
     """
     return 2 * layers + 1, 2 * (whole + inside), layers + 1, 4 * whole
 
 
 def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) -> dict:
-    """The prediction for one recipe on a model of transformers' `config`: figures by name, bytes, seconds and operations.
+    """The prediction for a recipe on a model of transformers' `config`: figures by name, in bytes,
+    seconds and operations.
 
-    pairs: in an epoch. Raises InputError if the batch cannot be spread over the GPUs.
+    lengths: a name in LENGTHS; pairs: how many an epoch has. Raises InputError if the batch cannot
+    be spread over the GPUs.
     """
-    segments = []
-    for p, c, r in sample_lengths(lengths, 64 * recipe.batch_size):
-        cut = truncate([0] * p, [0] * c, [0] * r, recipe.max_length, recipe.max_prompt_length)
-        segments.append(tuple(map(len, cut)))
-    steps = [segments[i : i + recipe.batch_size] for i in range(0, len(segments), recipe.batch_size)]
-
-    with torch.device("meta"):
-        model, sharded = build_model(config), build_model(config)
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
-        shard(sharded, "cpu", torch.bfloat16, recipe.replicas)
-        local = sum(p.to_local().numel() for p in sharded.parameters())
+        with torch.device("meta"):
+            model = build_model(config)
+        shard(model, "cpu", torch.bfloat16, recipe.replicas)
+        local = sum(p.to_local().numel() for p in model.parameters())
     finally:
         dist.destroy_process_group()
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
-    shards, layers, block, whole = gpus // recipe.replicas, len(sizes), max(sizes), sum(p.numel() for p in model.parameters())
-    root = whole - sum(sizes)
-    gathers, gathered, reductions, reduced = fsdp_traffic(layers, sum(sizes), whole)
-
-    # Time: computation of the slowest rank in each micro-batch against the transfers of a micro-batch.
+    block_sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+    layers, inside, block = len(block_sizes), sum(block_sizes), max(block_sizes)
+    whole = sum(p.numel() for p in model.parameters())
+    root = whole - inside  # parameters that are in no block
+    shards = gpus // recipe.replicas
     vocabulary = config.get_text_config().vocab_size
-    compute, micro_batches, largest = [], [], 0
-    for step in steps:
-        shares = split([sum(pair) for pair in step], gpus, recipe.micro_batch_tokens)
-        micro_batches.append(len(shares))
-        for micro_batch in shares:
-            ranks = [[step[i] for i in share] for share in micro_batch]
-            costliest = max(ranks, key=lambda share: sum(map(sum, share)))
-            if sum(map(sum, costliest)) > largest:
-                largest, widest = sum(map(sum, costliest)), costliest
-            body, head = flops(model, costliest)
-            # A second forward is a third more: of the blocks under activation checkpointing, of the head but for a chunk.
-            chunks = -(-4 * vocabulary * sum(c + r for _, c, r in costliest) // LOGITS_BYTES["cuda"])
-            body, head = body * (4 / 3 if recipe.activation_checkpointing else 1), head * (1 + (1 - 1 / chunks) / 3)
-            compute.append((body + head) / gpu.flops / EFFICIENCY)
-    # A ring over several nodes enters and leaves each of them once and has the node's whole network.
+
+    # The slowest rank of each micro-batch: the segments of its pairs.
+    segments = []
+    for p, c, r in sample_lengths(lengths, STEPS * recipe.batch_size):
+        cut = truncate([0] * p, [0] * c, [0] * r, recipe.max_length, recipe.max_prompt_length)
+        segments.append(tuple(map(len, cut)))
+    pair_tokens = [sum(segment) for segment in segments]
+    slowest = []
+    for start in range(0, len(segments), recipe.batch_size):
+        step = range(start, start + recipe.batch_size)
+        for shares in spread_pairs(step, pair_tokens, gpus, recipe.micro_batch_tokens):
+            share = max(shares, key=lambda indices: sum(pair_tokens[i] for i in indices))
+            slowest.append([segments[i] for i in share])
+    largest = max(slowest, key=lambda rank: sum(map(sum, rank)))
+    largest_tokens = sum(map(sum, largest))
+    response_tokens = sum(c + r for _, c, r in largest)
+    micro_batches = len(slowest) / STEPS
+
+    # Time: in each micro-batch, the longer of the slowest rank's computation and the transfers.
+    compute = []
+    for rank in slowest:
+        body, head = flops(model, rank)
+        # A second forward pass adds a third: in the blocks under activation checkpointing, in the
+        # head for all chunks except one.
+        chunks = -(-4 * vocabulary * sum(c + r for _, c, r in rank) // LOGITS_BYTES["cuda"])
+        body *= 4 / 3 if recipe.activation_checkpointing else 1
+        head *= 1 + (1 - 1 / chunks) / 3
+        compute.append((body + head) / gpu.flops / EFFICIENCY)
+    # A ring over several nodes enters and leaves each node once and has the node's whole network.
+    gathers, gathered, reductions, reduced = fsdp_traffic(layers, inside, whole)
     link = LINK_EFFICIENCY * (gpu.nvlink if shards <= 8 else min(gpu.nvlink, gpu.network))
     transfer = (shards - 1) * ((gathered + reduced) / shards / link + (gathers + reductions) * HOP)
     if recipe.replicas > 1:
-        # Between replicas every GPU has its share of the node's network.
+        # Between replicas, every GPU has its share of the node's network. The all-reduce of each
+        # shard is a reduction and a gather.
         across = LINK_EFFICIENCY * (gpu.network / 8 if gpus > 8 else gpu.nvlink)
-        # An all-reduce of each shard: a reduction and a gather.
-        transfer += 2 * (recipe.replicas - 1) * (reduced / shards / recipe.replicas / across + reductions * HOP)
-    forward_backward = sum(max(seconds, transfer) for seconds in compute) / len(steps)
-    adam = 32 * local / gpu.memory_speed  # reads and writes of float32 parameters, gradients and moments, and the norm
+        one_way = reduced / shards / recipe.replicas / across + reductions * HOP
+        transfer += 2 * (recipe.replicas - 1) * one_way
+    # Reads and writes of parameters, gradients and moments in float32, by AdamW and for the norm.
+    adam = 32 * local / gpu.memory_speed
+    step_seconds = sum(max(seconds, transfer) for seconds in compute) / STEPS + adam
 
-    # Memory of a GPU, at the costliest micro-batch.
-    batch = pack([([0] * p, [0] * c, [0] * r) for p, c, r in widest])
-    per_block, outside = kept_bytes(model.model.config, batch)  # without dropout
-    inputs = 2 * config.get_text_config().hidden_size * largest  # of one block, bfloat16
-    activations = layers * inputs + per_block if recipe.activation_checkpointing else layers * per_block
-    scored = int(batch.lengths.sum())
+    # Memory of a GPU in the largest micro-batch.
+    per_block, outside = kept_bytes(model.model.config, largest)  # this config is without dropout
+    activations = layers * per_block
+    if recipe.activation_checkpointing:  # the inputs of all blocks, in bfloat16, and one block
+        activations = layers * 2 * config.get_text_config().hidden_size * largest_tokens + per_block
     memory = {
         "parameters": 4 * local,
         "gradients": 4 * local,
         "Adam": 8 * local,
-        # Two blocks (one is fetched ahead) and what is in no block, with its gradient, in bfloat16; the reduction's input
-        # and output, float32.
+        # Two blocks (one is fetched ahead) and everything outside the blocks, with the latter's
+        # gradient, in bfloat16; input and output of a reduction in float32.
         "gathered": 2 * 2 * block + 2 * 2 * root + 4 * max(root, block) * (1 + 1 / shards),
         "activations": activations + outside,
-        # A chunk's logits in float32, and in bfloat16 as they come from the head or as their gradient goes back to it.
-        "logits": min(LOGITS_BYTES["cuda"], 4 * scored * vocabulary) * 1.5,
+        # A chunk's logits in float32, and in bfloat16 as the head gives them or as their gradient
+        # goes back to it.
+        "logits": min(LOGITS_BYTES["cuda"], 4 * response_tokens * vocabulary) * 1.5,
     }
-    seconds = forward_backward + adam
     return {
-        "micro_batches": float(np.mean(micro_batches)),
-        "tokens": largest,
+        "micro_batches": micro_batches,
+        "largest_tokens": largest_tokens,
         "memory": memory,
-        "compute": sum(compute) / len(steps),
-        "transfer": transfer * float(np.mean(micro_batches)),
+        "compute": sum(compute) / STEPS,
+        "transfer": transfer * micro_batches,
         "adam": adam,
-        "step": seconds,
-        "epoch": seconds * (pairs // recipe.batch_size),
-        "model_flops": sum(sum(flops(model, step)) for step in steps) / len(steps) / gpus / gpu.flops / seconds,
-        "fits": sum(memory.values()) < 0.92 * gpu.memory,  # the CUDA context, nccl's buffers and fragmentation take the rest
-        "bound": "computation" if sum(compute) > transfer * sum(micro_batches) else "transfers",
+        "step": step_seconds,
+        "epoch": step_seconds * (pairs // recipe.batch_size),
+        "model_flops": sum(flops(model, segments)) / STEPS / gpus / gpu.flops / step_seconds,
+        # The CUDA context, nccl's buffers and fragmentation take the remaining 8 %.
+        "fits": sum(memory.values()) < 0.92 * gpu.memory,
+        "bound": "computation" if sum(compute) > transfer * len(slowest) else "transfers",
     }
 
 
 def row(result: dict) -> str:
-    """The prediction in one line, as the tables of docs/plan.md have it."""
-    memory, seconds = sum(result["memory"].values()) / 1e9, [result[name] for name in ("compute", "transfer", "step")]
-    cells = [f"{memory:.0f}", *(f"{value:.2f}" for value in seconds), f"{result['epoch'] / 60:.1f}"]
-    return " | ".join([*cells, f"{result['model_flops']:.0%}", result["bound"]])
+    """The prediction in one line, as in the table of docs/plan.md."""
+    cells = [f"{sum(result['memory'].values()) / 1e9:.0f}"]
+    cells += [f"{result[name]:.2f}" for name in ("compute", "transfer", "step")]
+    cells += [f"{result['epoch'] / 60:.1f}", f"{result['model_flops']:.0%}", result["bound"]]
+    return " | ".join(cells)
+
+
+REPORT = """\
+together      {total:8.1f} GB of {capacity:.0f}: {fits_or_not}
+a step: {micro_batches:.1f} micro-batches, the largest of {largest_tokens} tokens a GPU
+computation   {compute:8.2f} s
+transfers     {transfer:8.2f} s, hidden behind computation where that is longer
+optimizer     {adam:8.3f} s
+together      {step:8.2f} s, bound by {bound}; {model_flops:.0%} of the peak
+an epoch      {hours:8.2f} h"""
 
 
 def report(result: dict, gpu: GPU) -> str:
     """The prediction in full."""
-    lines = [f"{name:<14}{size / 1e9:8.1f} GB" for name, size in result["memory"].items()]
-    total = sum(result["memory"].values()) / 1e9
-    lines.append(f"{'together':<14}{total:8.1f} GB of {gpu.memory / 1e9:.0f}: {'fits' if result['fits'] else 'DOES NOT FIT'}")
-    lines.append(f"a step: {result['micro_batches']:.1f} micro-batches, the largest of {result['tokens']} tokens a GPU")
-    lines.append(f"computation   {result['compute']:8.2f} s")
-    lines.append(f"transfers     {result['transfer']:8.2f} s, hidden behind computation where that is longer")
-    lines.append(f"optimizer     {result['adam']:8.3f} s")
-    lines.append(f"together      {result['step']:8.2f} s, bound by {result['bound']}; {result['model_flops']:.0%} of the peak")
-    lines.append(f"an epoch      {result['epoch'] / 3600:8.2f} h")
-    return "\n".join(lines)
+    memory = [f"{name:<14}{size / 1e9:8.1f} GB\n" for name, size in result["memory"].items()]
+    return "".join(memory) + REPORT.format(
+        **result,
+        total=sum(result["memory"].values()) / 1e9,
+        capacity=gpu.memory / 1e9,
+        fits_or_not="fits" if result["fits"] else "DOES NOT FIT",
+        hours=result["epoch"] / 3600,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="80 GB each, eight a node")
-    parser.add_argument("--lengths", choices=LENGTHS, default="ultrafeedback", help="of the pairs, before truncation")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="80 GB each, eight in a node")
+    parser.add_argument(
+        "--lengths",
+        choices=LENGTHS,
+        default="ultrafeedback",
+        help="the pairs' lengths, before truncation",
+    )
     parser.add_argument("--pairs", type=int, default=60_000, help="pairs in an epoch")
     parser.add_argument("--row", action="store_true", help="print one line of docs/plan.md's table")
-    args, rest = parser.parse_known_args()
-    recipe = parse_args([args.recipe, *rest])
+    args, train_flags = parser.parse_known_args()
+    recipe = parse_args([args.recipe, *train_flags])
     try:
         config = AutoConfig.from_pretrained(resolve_model(recipe.model))
     except (OSError, ValueError) as error:
@@ -236,7 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -1,19 +1,24 @@
 """Measure train.py against the textbook step and against TRL, side by side.
 
-    python benchmarks/throughput.py                                   # HH lengths, the demo's model, 8 pairs a step
+    python benchmarks/throughput.py                 # HH lengths, the demo's model, 8 pairs a step
     python benchmarks/throughput.py --data ultrafeedback --model random-32k random-256k --pairs 2
     python benchmarks/throughput.py --data my_pairs.jsonl --arms simper textbook --repeats 3
-    python benchmarks/throughput.py --pairs 32 --arms simper simper,ranks=2 simper,activation_checkpointing=true
+    python benchmarks/throughput.py --pairs 32 --arms simper simper,ranks=2 simper,compile=true
 
-Every measurement is a process of its own: `python train.py` itself, and benchmarks/baselines.py for the others, on the same
-pairs with the same weights and optimizer. They take turns, each repetition with another seed and so with other pairs. The
-first step of a process counts only for the time to get there; losses, log-probs and gradient norms of all steps must agree.
-Prints a Markdown table per workload; --log keeps every step.
+Every measurement is a separate process: `python train.py` itself, or benchmarks/baselines.py, on
+the same pairs with the same weights and optimizer. The processes run one after another, in an order
+that rotates; each repetition has another seed and therefore other pairs. The first step of a
+process counts only for the time until its end. Losses, log-probs and gradient norms of all steps
+must agree. Prints a Markdown table for each workload; --log keeps every step.
 
-arms: simper, textbook or trl, each with flags of train.py, and ranks, added after commas; the ratios are to the first arm.
+arms: simper, textbook or trl, followed by flags of train.py, or by ranks, after commas. The ratios
+are to the first arm.
 
-data: hh or ultrafeedback (random words, with the lengths of Anthropic's HH and of UltraFeedback), or any --train_data.
-model: demo, random-32k, random-128k, random-256k (8 random layers of width 512 under a vocabulary of that size), or a folder.
+data: hh or ultrafeedback (random words, with the lengths of Anthropic's HH or of UltraFeedback), or
+anything that --train_data accepts.
+
+model: demo, a folder, or random-32k, random-128k or random-256k (8 random layers of width 512 with
+a vocabulary of that size).
 """
 
 import argparse
@@ -41,48 +46,65 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 
 from benchmarks.plan import LENGTHS, flops, sample_lengths
 from data import load_pairs, load_tokenizer, step_indices
-from model import build_model, resolve_model
+from demo.smollm2 import resolve_model
+from model import build_model
+from runtime import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each is one token of the demo's tokenizer, too.
-WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one"
-WORDS = (WORDS + " you were her all she there would their we him been has when who will more no if out so said what").split()
+# Each of these is one token of the demo's tokenizer, too.
+WORDS = """the of and to in is that for it as was with be by on not he his but at are this have from
+or had an they which one you were her all she there would their we him been has when who will more
+no if out so said what""".split()
 ARMS = {
     "simper": [str(ROOT / "train.py")],
     "textbook": [str(ROOT / "benchmarks" / "baselines.py"), "textbook"],
     "trl": [str(ROOT / "benchmarks" / "baselines.py"), "trl"],
 }
+# The figures of a process, and with how many digits they are printed.
+FIGURES = {"pairs/s": 2, "distinct tokens/s": 0, "share of matmul": 2, "peak GB": 2}
+FIGURES |= {"s to first step": 1}
 
 
 def make_pairs(name: str, folder: Path, count: int) -> str:
-    """Write `count` pairs of random words with the lengths of `name` and return the file."""
+    """Write `count` pairs of random words with lengths from LENGTHS[name] and return the file."""
     rng = np.random.default_rng(0)
     path = folder / f"{name}-{count}.jsonl"
     with open(path, "w") as file:
-        for row in sample_lengths(name, count):
-            texts = (" ".join(rng.choice(WORDS, size=size)) for size in row)
+        for lengths in sample_lengths(name, count):
+            texts = (" ".join(rng.choice(WORDS, size=length)) for length in lengths)
             print(json.dumps(dict(zip(("prompt", "chosen", "rejected"), texts))), file=file)
     return str(path)
 
 
 def make_model(name: str, folder: Path) -> str:
-    """Write the random model `name`, with a tokenizer of WORDS, to a folder and return it; "demo" and folders stay."""
+    """Write the random model `name`, with a tokenizer of WORDS, and return its folder; for "demo"
+    or a folder, return the folder."""
     if not name.startswith("random-"):
         return resolve_model(name)
-    vocabulary = int(name.removeprefix("random-").removesuffix("k")) * 1000
     path = folder / name
     torch.manual_seed(0)
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
-    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=4096, **shape)
+    config = LlamaConfig(
+        vocab_size=int(name.removeprefix("random-").removesuffix("k")) * 1000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).save_pretrained(path)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>").save_pretrained(path)
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(path)
     return str(path)
 
 
 def matmul_speed() -> float:
-    """Floating-point operations per second of a float32 matrix product of size 2048³ on all cores: the best of ten."""
+    """Floating-point operations per second of a float32 matrix product of size 2048³ on all cores:
+    the best of ten."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     best = 0.0
     for _ in range(10):
@@ -93,132 +115,181 @@ def matmul_speed() -> float:
 
 
 def measure(arm: str, flags: dict, output: Path) -> dict:
-    """Run one process (with ranks=N in the arm: torchrun and as many): {"start": seconds to the end of the first step,
-    "steps": its lines of metrics.jsonl}."""
+    """Run one process, or with ranks=N in the arm torchrun with N processes: {"start": seconds to
+    the end of the first step, "steps": the lines of its metrics.jsonl}."""
     name, *settings = arm.split(",")
-    flags = flags | dict(setting.split("=") for setting in settings)
-    launch, ranks = [sys.executable], int(flags.pop("ranks", 1))
+    flags = flags | dict(setting.split("=") for setting in settings) | {"output_dir": output}
+    ranks = int(flags.pop("ranks", 1))
+    command = [sys.executable]
     if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+    command += [*ARMS[name], *(f"--{flag}={value}" for flag, value in flags.items())]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
-    lines = output / "metrics.jsonl"
+    metrics, log = output / "metrics.jsonl", Path(f"{output}.log")
     began, start = time.perf_counter(), None
-    with open(f"{output}.log", "w") as log:
-        process = subprocess.Popen(
-            [*launch, *ARMS[name], *(f"--{key}={value}" for key, value in flags.items()), f"--output_dir={output}"],
-            stdout=log,
-            stderr=log,
-            env=environment,
-        )
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         while process.poll() is None:
-            if start is None and lines.exists() and lines.stat().st_size:
+            if start is None and metrics.exists() and metrics.stat().st_size:
                 start = time.perf_counter() - began
             time.sleep(0.02)
     if process.returncode:
-        raise RuntimeError(f"{arm} failed:\n{Path(f'{output}.log').read_text()[-3000:]}")
-    return {"start": start, "steps": [json.loads(line) for line in lines.read_text().splitlines()]}
+        raise RuntimeError(f"{arm} failed:\n{log.read_text()[-3000:]}")
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return {"start": start, "steps": steps}
 
 
-def check(results: dict[str, dict]) -> None:
-    """Raise ValueError unless all arms computed what the first did: in each step the same loss, log-probs and gradient; in
-    TRL, whose objective is another, the log-probs of the first two steps, before which no weight has moved."""
-    (first, reference), *others = results.items()
-    for arm, other in others:
-        trl = "trl" in (arm.split(",")[0], first.split(",")[0])
-        names = ("logps/chosen",) if trl else ("loss", "grad_norm", "logps/chosen", "logps/rejected")
-        steps = list(zip(reference["steps"], other["steps"]))[: 2 if trl else None]
-        for name, (mine, theirs) in itertools.product(names, steps):
-            if not abs(mine[name] - theirs[name]) <= 1e-3 * max(abs(mine[name]), 0.01):
-                raise ValueError(f"step {mine['step']}: {name} is {mine[name]} in {first} and {theirs[name]} in {arm}")
+def check_agreement(results: dict[str, dict]) -> None:
+    """Raise ValueError unless all arms computed the same as the first: the loss, log-probs and
+    gradient norm of each step. Of TRL, whose objective is a different one, only the log-probs of
+    the first two steps are compared, before which no weight has changed."""
+    (first, expected), *compared = results.items()
+    for arm, result in compared:
+        names, steps = ("loss", "grad_norm", "logps/chosen", "logps/rejected"), None
+        if "trl" in (arm.split(",")[0], first.split(",")[0]):
+            names, steps = ("logps/chosen",), 2
+        lines = list(zip(expected["steps"], result["steps"]))[:steps]
+        for name, (a, b) in itertools.product(names, lines):
+            if not abs(a[name] - b[name]) <= 1e-3 * max(abs(a[name]), 0.01):
+                figures = f"{a[name]} in {first} and {b[name]} in {arm}"
+                raise ValueError(f"step {a['step']}: {name} is {figures}")
+
+
+def summarize(result: dict, step_lengths: list, model, matmul: float) -> dict[str, float]:
+    """FIGURES of one process, medians over its timed steps.
+
+    result: of measure; step_lengths: for each timed step, the (prompt, chosen, rejected) tokens of
+    its pairs; model: a PackedModel, with or without data; matmul: of matmul_speed.
+    """
+    speeds = [step["pairs_per_second"] for step in result["steps"][1:]]
+    tokens_per_second, operations_per_second = [], []
+    for speed, lengths in zip(speeds, step_lengths):
+        tokens_per_second.append(speed * sum(map(sum, lengths)) / len(lengths))
+        operations_per_second.append(speed * sum(flops(model, lengths)) / len(lengths))
+    return {
+        "pairs/s": statistics.median(speeds),
+        "distinct tokens/s": statistics.median(tokens_per_second),
+        "share of matmul": statistics.median(operations_per_second) / matmul,
+        "peak GB": max(step["peak_memory_gb"] for step in result["steps"]),
+        "s to first step": result["start"],
+    }
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    """Median (least–largest)."""
+    median, least, largest = statistics.median(values), min(values), max(values)
+    return f"{median:.{digits}f} ({least:.{digits}f}–{largest:.{digits}f})"
+
+
+def run(data: str, model: str, batch_size: int, arms: list[str], args, folder: Path) -> None:
+    """Measure one workload and print its table."""
+    source = str(Path(data).resolve())
+    if data in LENGTHS:
+        source = make_pairs(data, folder, max(400, 4 * batch_size))
+    source_model = make_model(model, folder)
+    limits = {"max_length": args.max_length, "max_prompt_length": args.max_length // 2}
+    flags = {"model": source_model, "train_data": source, "eval_data": "", **limits}
+    # Unless an arm has another value, a rank has one micro-batch: one forward and one backward pass
+    # are compared.
+    flags |= {"batch_size": batch_size, "max_steps": args.steps, "micro_batch_tokens": 10**6}
+    flags |= {"wandb": "off", "save_every": 0}
+    pairs, _ = load_pairs(source, load_tokenizer(source_model), **limits)
+    with torch.device("meta"):
+        empty_model = build_model(AutoConfig.from_pretrained(source_model))
+    figures = {arm: [] for arm in arms}  # of each repetition
+    padded = []  # operations of the textbook's batch divided by those of the distinct tokens
+    for seed in range(args.repeats):
+        matmul, results, turn = matmul_speed(), {}, seed % len(arms)
+        for arm in arms[turn:] + arms[:turn]:
+            output = Path(tempfile.mkdtemp(dir=folder)) / "run"
+            results[arm] = measure(arm, flags | {"seed": seed}, output)
+            matmul = max(matmul, matmul_speed())
+        check_agreement({arm: results[arm] for arm in arms})  # in the given order
+        batches = [step_indices(len(pairs), batch_size, seed, step) for step in range(args.steps)]
+        step_lengths = [pairs[indices]["lengths"] for indices in batches[1:]]
+        for lengths in step_lengths:
+            longest = max(p + max(c, r) for p, c, r in lengths)
+            operations = flops(empty_model, [(0, longest, 0)] * 2 * batch_size)
+            padded.append(sum(operations) / sum(flops(empty_model, lengths)))
+        for arm in arms:
+            figures[arm].append(summarize(results[arm], step_lengths, empty_model, matmul))
+            if args.log:
+                line = {"data": data, "model": model, "pairs": batch_size, "seed": seed, "arm": arm}
+                with open(args.log, "a") as file:
+                    print(json.dumps(line | {"matmul": matmul, **results[arm]}), file=file)
+    prompt, chosen, rejected = np.array(pairs["lengths"]).mean(axis=0)
+    print(
+        f"**{data}, {model}, {batch_size} pairs a step**: \n"
+        f"mean tokens {prompt:.0f} + {chosen:.0f} + {rejected:.0f}; {args.repeats} repeats, "
+        "median (min–max);\n"
+        f"the padded batch has {spread(padded)} times the operations of the distinct tokens\n"
+    )
+    basis = figures[arms[0]]
+    ratios = [f"speed of {arms[0]}", f"memory of {arms[0]}"]
+    print(f"| | {' | '.join([*FIGURES, *ratios])} |")
+    print("|---" * (1 + len(FIGURES) + len(ratios)) + "|")
+    for arm in arms:
+        cells = [spread([f[name] for f in figures[arm]], FIGURES[name]) for name in FIGURES]
+        for name in ("pairs/s", "peak GB"):
+            cells.append(spread([a[name] / b[name] for a, b in zip(basis, figures[arm])]) + " ×")
+        print(f"| {arm} | {' | '.join(cells)} |")
+    print(flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", nargs="+", default=["hh"])
     parser.add_argument("--model", nargs="+", default=["demo"])
-    parser.add_argument("--pairs", nargs="+", type=int, default=[8], help="pairs a step, all in one micro-batch per rank")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="NAME[,FLAG=VALUE ...]; NAME is simper, textbook or trl")
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        type=int,
+        default=[8],
+        help="pairs in a step, in one micro-batch per rank",
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=list(ARMS),
+        help="NAME[,FLAG=VALUE ...]; NAME is simper, textbook or trl",
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="steps of each process; the first is not timed")
-    parser.add_argument("--max_length", type=int, default=512, help="of prompt + response; the prompt's limit is half of it")
-    parser.add_argument("--log", default="", help="file to which every measurement is added as a line of JSON")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="steps of each process; the first is not timed"
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        default=512,
+        help="as for train.py; max_prompt_length is half of it",
+    )
+    parser.add_argument(
+        "--log", default="", help="file to which every measurement is added as a line of JSON"
+    )
     args = parser.parse_args()
-    arms = args.arms
-    for arm in arms:
+    for arm in args.arms:
         if not re.fullmatch(rf"({'|'.join(ARMS)})(,\w+=[^,=]+)*", arm):
             parser.error(f"arm {arm} is not one of {', '.join(ARMS)}, with FLAG=VALUE after commas")
+    arms = args.arms
     if importlib.util.find_spec("trl"):
         versions = f"TRL {importlib.metadata.version('trl')}"
     else:
         versions = "TRL is not installed (pip install -r benchmarks/requirements.txt) and left out"
         arms = [arm for arm in arms if arm.split(",")[0] != "trl"]
     if not arms or len(set(arms)) < len(arms):
-        parser.error(f"nothing to compare, or the same arm twice: {versions}; {', '.join(args.arms)}")
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, float32; ")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {versions}\n")
+        compared = ", ".join(args.arms)
+        parser.error(f"nothing to compare, or the same arm twice: {versions}; {compared}")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, float32; \n"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {versions}\n"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        for workload in itertools.product(args.data, args.model, args.pairs):
-            run(*workload, arms, args, Path(folder))
-
-
-def run(data: str, model: str, pairs: int, arms: list[str], args, folder: Path) -> None:
-    """Measure one workload and print its table."""
-    source = make_pairs(data, folder, max(400, 4 * pairs)) if data in LENGTHS else str(Path(data).resolve())
-    name = make_model(model, folder)
-    limits = {"max_length": args.max_length, "max_prompt_length": args.max_length // 2}
-    # Unless an arm says otherwise, a rank has one micro-batch: what is compared is one forward and one backward.
-    flags = {"model": name, "train_data": source, "batch_size": pairs, "max_steps": args.steps, "micro_batch_tokens": 10**6}
-    flags |= {"wandb": "off", "eval_data": "", "save_every": 0, **limits}
-    rows = load_pairs(source, load_tokenizer(name), *limits.values())[0]
-    with torch.device("meta"):
-        shape = build_model(AutoConfig.from_pretrained(name))
-    padded = []  # operations of the textbook's batch over those of the distinct tokens, of each step
-    figures = {arm: {"speed": [], "tokens": [], "share": [], "memory": [], "start": []} for arm in arms}
-    for repeat in range(args.repeats):
-        peak, results = matmul_speed(), {}
-        for arm in arms[repeat % len(arms) :] + arms[: repeat % len(arms)]:
-            results[arm] = measure(arm, flags | {"seed": repeat}, Path(tempfile.mkdtemp(dir=folder)) / "run")
-            peak = max(peak, matmul_speed())
-        results = {arm: results[arm] for arm in arms}  # whichever ran first, the first arm is what the others are held to
-        check(results)
-        for step in range(1, args.steps):
-            segments = rows[step_indices(len(rows), pairs, repeat, step)]["lengths"]
-            longest = max(p + max(c, r) for p, c, r in segments)
-            padded.append(sum(flops(shape, [(0, longest, 0)] * 2 * pairs)) / sum(flops(shape, segments)))
-        for arm, result in results.items():
-            if args.log:
-                with open(args.log, "a") as file:
-                    setting = {"data": data, "model": model, "pairs": pairs, "seed": repeat, "arm": arm}
-                    print(json.dumps(setting | {"matmul": peak, **result}), file=file)
-            figures[arm]["start"].append(result["start"])
-            figures[arm]["memory"].append(max(step["peak_memory_gb"] for step in result["steps"]))
-            speeds, tokens, shares = [], [], []
-            for step in result["steps"][1:]:
-                segments = rows[step_indices(len(rows), pairs, repeat, step["step"] - 1)]["lengths"]
-                speeds.append(step["pairs_per_second"])
-                tokens.append(sum(map(sum, segments)) / pairs * speeds[-1])
-                shares.append(sum(flops(shape, segments)) / pairs * speeds[-1] / peak)
-            for key, values in (("speed", speeds), ("tokens", tokens), ("share", shares)):
-                figures[arm][key].append(statistics.median(values))
-    means = np.array(rows["lengths"]).mean(axis=0)
-    print(f"**{data}, {model}, {pairs} pairs a step**: ")
-    print(f"mean tokens {means[0]:.0f} + {means[1]:.0f} + {means[2]:.0f}; {args.repeats} repeats, median (min–max);")
-    print(f"the padded batch has {spread(padded)} times the operations of the distinct tokens\n")
-    ratios = f"speed of {arms[0]} | memory of {arms[0]}"
-    print(f"| | pairs/s | distinct tokens/s | share of matmul | peak GB | s to first step | {ratios} |")
-    print("|---|---|---|---|---|---|---|---|")
-    for arm, values in figures.items():
-        faster = [a / b for a, b in zip(figures[arms[0]]["speed"], values["speed"])]
-        leaner = [a / b for a, b in zip(figures[arms[0]]["memory"], values["memory"])]
-        cells = [spread(values["speed"]), spread(values["tokens"], 0), spread(values["share"]), spread(values["memory"])]
-        cells += [spread(values["start"], 1), spread(faster) + " ×", spread(leaner) + " ×"]
-        print(f"| {arm} | " + " | ".join(cells) + " |")
-    print(flush=True)
+        for data, model, batch_size in itertools.product(args.data, args.model, args.pairs):
+            run(data, model, batch_size, arms, args, Path(folder))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,4 +1,5 @@
-"""The counts that benchmarks/ reports, against torch's own counters and values worked out by hand."""
+"""The counts that benchmarks/ reports, against torch's own counters and values worked out by
+hand."""
 
 import json
 import re
@@ -19,7 +20,7 @@ from transformers import AutoConfig
 
 from benchmarks.plan import GPUS, flops, fsdp_traffic, kept_bytes, plan, sample_lengths
 from benchmarks.plan import main as plan_main
-from benchmarks.throughput import check
+from benchmarks.throughput import check_agreement
 from benchmarks.throughput import main as throughput_main
 from data import InputError, pack
 from model import PackedModel, blocks, build_model, shard
@@ -31,15 +32,18 @@ SEGMENTS = [(7, 5, 9), (4, 8, 3)]
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3"])
 def test_flops_are_those_that_torch_counts(name):
-    """The plain model on every token once: torch counts its matrix products; attention and the head are checked by hand."""
+    """The plain model on every token once: torch counts its matrix products; the operations of
+    attention and of the head are worked out by hand."""
     model = make_model(name)
     ids = torch.randint(320, (1, 24))
     with FlopCounterMode(display=False) as counter:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         hidden.sum().backward()
     counted = counter.get_flop_counts()["Global"]
-    products = sum(count for op, count in counted.items() if "mm" in str(op) and "bmm" not in str(op))
-    # Without a response that attends to anything, all that is left of the blocks is their weights: subtract attention.
+    products = sum(
+        count for op, count in counted.items() if "mm" in str(op) and "bmm" not in str(op)
+    )
+    # What is left of the blocks without attention is the products with their weights.
     body, head = flops(PackedModel(model), [(24, 0, 0)])
     width = 4 * 8  # heads × head size
     assert body - 12 * width * 2 * (24 * 25 / 2) == products
@@ -48,17 +52,19 @@ def test_flops_are_those_that_torch_counts(name):
 
 
 def test_attention_operations_of_a_pair():
-    """By hand: which tokens see which, for a prompt of 2, a chosen response of 2 and a rejected one of 1."""
-    seen = 1 + 2 + 3 + 4 + 3  # prompt: itself; chosen: prompt and chosen so far; rejected: prompt and itself
+    """By hand: the tokens that each token attends to, for a prompt of 2, a chosen response of 2 and
+    a rejected one of 1."""
+    # Prompt: itself. Chosen: the prompt and the response so far. Rejected: the prompt and itself.
+    attended = 1 + 2 + 3 + 4 + 3
     model = PackedModel(make_model("llama"))
-    none = flops(model, [(1, 0, 0)])[0] - 12 * 32 * 2  # one token's weights
-    assert flops(model, [(2, 2, 1)])[0] == 5 * none + 12 * 32 * 2 * seen
+    weights = flops(model, [(1, 0, 0)])[0] - 12 * 32 * 2  # of one token, without attention
+    assert flops(model, [(2, 2, 1)])[0] == 5 * weights + 12 * 32 * 2 * attended
 
 
 def test_kept_bytes_are_those_of_the_real_forward():
     batch = pack([([1] * p, [2] * c, [3] * r) for p, c, r in SEGMENTS])
     config = make_config("llama")
-    per_block, outside = kept_bytes(config, batch, torch.float32)
+    per_block, outside = kept_bytes(config, SEGMENTS, torch.float32)
     model, kept = build_model(config), {}
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
 
@@ -93,33 +99,38 @@ def test_traffic_is_what_fsdp_moves():
     try:
         model = build_model(make_config("llama"))
         inside = sum(p.numel() for block in blocks(model) for p in block.parameters())
-        expected = fsdp_traffic(len(blocks(model)), inside, sum(p.numel() for p in model.parameters()))
+        whole = sum(p.numel() for p in model.parameters())
+        gathers, gathered, reductions, reduced = fsdp_traffic(len(blocks(model)), inside, whole)
         shard(model, "cpu", torch.bfloat16)
-        with Collectives() as seen:
+        with Collectives() as recorded:
             model(pack([([1] * p, [2] * c, [3] * r) for p, c, r in SEGMENTS])).sum().backward()
-        assert (len(seen.gathers), sum(seen.gathers), len(seen.reductions), sum(seen.reductions)) == expected
+        assert (len(recorded.gathers), sum(recorded.gathers)) == (gathers, gathered)
+        assert (len(recorded.reductions), sum(recorded.reductions)) == (reductions, reduced)
     finally:
         dist.destroy_process_group()
 
 
 def test_throughput_measures_the_same_computation(model_folder, tmp_path):
-    """The whole benchmark on a tiny model: train.py's steps against the textbook's. It stops if a figure differs."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--model", str(model_folder), "--pairs", "4"]
-    command += ["--data", write_pairs(tmp_path / "pairs.jsonl", 20), "--max_length", "96", "--repeats", "1"]
-    command += ["--arms", "simper", "textbook", "simper,ranks=2,micro_batch_tokens=150", "--log", str(tmp_path / "log.jsonl")]
+    """The whole benchmark on a tiny model: train.py's steps and the textbook's. It stops if a
+    figure differs."""
+    data, log = write_pairs(tmp_path / "pairs.jsonl", 20), tmp_path / "log.jsonl"
+    command = [sys.executable, ROOT / "benchmarks" / "throughput.py", "--model", model_folder]
+    command += ["--data", data, "--pairs", "4", "--max_length", "96", "--repeats", "1"]
+    command += ["--arms", "simper", "textbook", "simper,ranks=2,micro_batch_tokens=150"]
+    command += ["--log", log]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"^\| textbook \| \d", done.stdout, re.MULTILINE)
-    simper, textbook, ranks = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    simper, textbook, ranks = map(json.loads, log.read_text().splitlines())
     assert len(simper["steps"]) == len(textbook["steps"]) == len(ranks["steps"]) == 3
     assert simper["steps"][2]["loss"] == pytest.approx(textbook["steps"][2]["loss"], rel=1e-4)
     textbook["steps"][2]["grad_norm"] *= 1.01
     with pytest.raises(ValueError, match="step 3: grad_norm"):
-        check({"simper": simper, "textbook": textbook})
+        check_agreement({"simper": simper, "textbook": textbook})
 
 
 @pytest.mark.parametrize("arm", ["simpo", "simper,compile", "simper ,ranks=2"])
-def test_throughput_refuses_an_arm_that_it_does_not_know(arm, monkeypatch, capsys):
+def test_throughput_refuses_an_unknown_arm(arm, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["throughput.py", "--arms", "simper", arm])
     with pytest.raises(SystemExit):
         throughput_main()
@@ -133,14 +144,18 @@ def llama3(**changes):
 
 def test_plan_of_an_8b_model():
     config, parameters = llama3()
-    result = plan(Config(batch_size=128, activation_checkpointing=True), config, 8, GPUS["a100"], "ultrafeedback", 60_000)
+    workload = {"gpus": 8, "gpu": GPUS["a100"], "lengths": "ultrafeedback", "pairs": 60_000}
+    result = plan(Config(batch_size=128, activation_checkpointing=True), config, **workload)
     memory = result["memory"]
-    assert memory["parameters"] == memory["gradients"] == memory["Adam"] / 2 == pytest.approx(4 * parameters / 8, rel=1e-3)
+    assert memory["parameters"] == pytest.approx(4 * parameters / 8, rel=1e-3)
+    assert memory["parameters"] == memory["gradients"] == memory["Adam"] / 2
     assert result["fits"] and result["bound"] == "computation"
-    assert 0.2 < result["model_flops"] < 0.45  # checkpointing takes a quarter of what EFFICIENCY allows, and balance some
+    # At most EFFICIENCY, less a quarter for checkpointing, less the waiting for the slowest rank.
+    assert 0.2 < result["model_flops"] < 0.45
     assert result["epoch"] == result["step"] * 468
-    longer = plan(Config(batch_size=128), config, 8, GPUS["a100"], "ultrafeedback", 60_000)
-    assert longer["memory"]["activations"] > 5 * memory["activations"] and longer["compute"] < result["compute"]
+    without = plan(Config(batch_size=128), config, **workload)
+    assert without["memory"]["activations"] > 5 * memory["activations"]
+    assert without["compute"] < result["compute"]
 
 
 def test_plan_of_one_gpu_has_no_transfers_and_does_not_fit():
@@ -149,22 +164,27 @@ def test_plan_of_one_gpu_has_no_transfers_and_does_not_fit():
 
 
 def test_plan_refuses_more_gpus_than_pairs():
+    config, _ = llama3(num_hidden_layers=1)
     with pytest.raises(InputError, match="128 pairs cannot be spread over 512 ranks"):
-        plan(Config(batch_size=128), llama3(num_hidden_layers=1)[0], 512, GPUS["h100"], "ultrafeedback", 60_000)
+        plan(Config(batch_size=128), config, 512, GPUS["h100"], "ultrafeedback", 60_000)
 
 
 def test_sampled_lengths_have_the_stated_means():
     assert sample_lengths("hh", 100_000).mean(axis=0) == pytest.approx([125, 40, 50], rel=0.02)
 
 
-ROWS = re.findall(r"^\| ([\w.-]+) \| `(.*?)` \| (.*) \|$", (ROOT / "docs" / "plan.md").read_text(), re.MULTILINE)
+PLAN_PAGE = (ROOT / "docs" / "plan.md").read_text()
+ROWS = re.findall(r"^\| ([\w.-]+) \| `(.*?)` \| (.*) \|$", PLAN_PAGE, re.MULTILINE)
 
 
-@pytest.mark.parametrize("recipe, flags, cells", ROWS, ids=lambda value: value if " | " not in value else "")
+@pytest.mark.parametrize(
+    "recipe, flags, cells", ROWS, ids=lambda value: value if " | " not in value else ""
+)
 def test_plan_of_the_docs(recipe, flags, cells, tmp_path, capsys, monkeypatch):
-    kind, values, _ = MODELS[parse_args([str(ROOT / "recipes" / f"{recipe}.yaml")]).model]
+    path = str(ROOT / "recipes" / f"{recipe}.yaml")
+    kind, values, _ = MODELS[parse_args([path]).model]
     AutoConfig.for_model(kind, **values).save_pretrained(tmp_path)
-    arguments = [str(ROOT / "recipes" / f"{recipe}.yaml"), *flags.split(), "--model", str(tmp_path), "--row"]
+    arguments = [path, *flags.split(), "--model", str(tmp_path), "--row"]
     arguments += ["--lengths", "hh", "--pairs", "160000"] if recipe == "pythia-2.8b-hh" else []
     monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
     plan_main()
@@ -172,4 +192,5 @@ def test_plan_of_the_docs(recipe, flags, cells, tmp_path, capsys, monkeypatch):
 
 
 def test_the_docs_plan_every_recipe():
-    assert {recipe for recipe, _, _ in ROWS} == {path.stem for path in RECIPES} - {"demo"} and len(ROWS) == 15
+    assert {recipe for recipe, _, _ in ROWS} == {path.stem for path in RECIPES} - {"demo"}
+    assert len(ROWS) == 15

@@ -15,16 +15,21 @@ from train import parse_args
 RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.yaml"))
 
 # The published architectures, and their numbers of parameters by their model cards or papers.
-LLAMA3 = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-LLAMA3 |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500000.0}
-MISTRAL = LLAMA3 | {"vocab_size": 32000, "max_position_embeddings": 32768, "rope_theta": 1e4, "sliding_window": 4096}
-PYTHIA = {"vocab_size": 50304, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
-PYTHIA |= {"num_attention_heads": 32, "rotary_pct": 0.25, "max_position_embeddings": 2048}
-SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+LLAMA3 = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+LLAMA3 |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA3 |= {"max_position_embeddings": 8192, "rope_theta": 500000.0}
+MISTRAL = LLAMA3 | {"vocab_size": 32000, "max_position_embeddings": 32768, "rope_theta": 1e4}
+MISTRAL |= {"sliding_window": 4096}
+PYTHIA = {"vocab_size": 50304, "hidden_size": 2560, "intermediate_size": 10240}
+PYTHIA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "rotary_pct": 0.25}
+PYTHIA |= {"max_position_embeddings": 2048}
+SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536}
+SMOLLM2 |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+SMOLLM2 |= {"max_position_embeddings": 8192, "tie_word_embeddings": True}
+FULL_ATTENTION = MISTRAL | {"sliding_window": None}
 MODELS = {
     "alignment-handbook/zephyr-7b-sft-full": ("mistral", MISTRAL, 7_241_732_096),
-    "mistralai/Mistral-7B-Instruct-v0.2": ("mistral", MISTRAL | {"sliding_window": None}, 7_241_732_096),
+    "mistralai/Mistral-7B-Instruct-v0.2": ("mistral", FULL_ATTENTION, 7_241_732_096),
     "princeton-nlp/Llama-3-Base-8B-SFT": ("llama", LLAMA3, 8_030_261_248),
     "meta-llama/Meta-Llama-3-8B-Instruct": ("llama", LLAMA3, 8_030_261_248),
     "lomahony/eleuther-pythia2.8b-hh-sft": ("gpt_neox", PYTHIA, 2_775_208_960),
@@ -45,7 +50,8 @@ def test_the_five_setups_of_the_paper():
     for name, values in PAPER.items():
         config = parse_args([str(Path(__file__).parent.parent / "recipes" / f"{name}.yaml")])
         assert (config.learning_rate, config.max_length, config.max_prompt_length) == values
-        assert (config.batch_size, config.num_epochs, config.warmup_ratio, config.max_grad_norm) == (128, 1, 0.1, 1.0)
+        assert config.batch_size == 128 and config.num_epochs == 1
+        assert config.warmup_ratio == 0.1 and config.max_grad_norm == 1.0
         assert config.seed == 42 and config.output_dir == f"runs/{name}"
 
 
@@ -54,7 +60,8 @@ def test_recipe_shards_over_eight_ranks(path, capsys):
     config = parse_args([str(path)])
     kind, values, parameters = MODELS[config.model]
     assert config.max_length <= values["max_position_embeddings"]
-    # The longest pair possible, a prompt with two responses of max_length together with it, fits a micro-batch.
+    # The longest possible pair, in which the prompt has max_length tokens together with either
+    # response, fits into a micro-batch.
     assert 2 * config.max_length <= config.micro_batch_tokens
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
@@ -68,8 +75,8 @@ def test_recipe_shards_over_eight_ranks(path, capsys):
     finally:
         dist.destroy_process_group()
     assert parameters / 8 <= local < 1.01 * parameters / 8
-    sizes = ", ".join(
-        f"{name} {count * 4 * local / 1e9:.2f} GB" for name, count in (("parameters", 1), ("gradients", 1), ("Adam", 2))
-    )
+    gb = 4 * local / 1e9
+    sizes = f"parameters {gb:.2f} GB, gradients {gb:.2f} GB, Adam {2 * gb:.2f} GB"
+    billions = f"{parameters / 1e9:.2f} B parameters"
     with capsys.disabled():
-        print(f"\n{path.stem}, {parameters / 1e9:.2f} B parameters, each of 8 ranks, float32: {sizes}")
+        print(f"\n{path.stem}, {billions}, each of 8 ranks, float32: {sizes}")
