@@ -1,5 +1,7 @@
-"""The README is true: its flags exist, its files are there, and its patches apply and train."""
+"""The README is true: its flags exist, its files are there, its code is the code, its patches apply
+and train."""
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -10,76 +12,140 @@ import pytest
 from conftest import make_model, make_tokenizer
 from test_train import read_metrics, write_pairs
 
+from data import load_pairs
 from train import LOSSES, Config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PATCHES = re.findall(r"\*\*(.*?)\*\*[^\n]*\n.*?```diff\n(.*?)```", README.split("## How to fork it")[1], flags=re.DOTALL)
+FORK = README.split("## How to fork it")[1].split("\n## ")[0]
+PATCHES = re.findall(r"\*\*(.*?)\*\*.*?```diff\n@@ (\w+\.py) @@\n(.*?)```", FORK, flags=re.DOTALL)
 
 
 def test_flags_exist():
     for command in re.findall(r"train\.py [^`]*?(?=`|\n\n|\Z)", README.replace("\\\n", " ")):
         for line in command.splitlines()[:1]:
             assert {*re.findall(r"--(\w+)", line)} <= {*Config.__dataclass_fields__, "help"}, line
+    others = {"simper_loss", "loss_function", "save_to_disk", "gamma_beta_ratio", *LOSSES}
     for flag in re.findall(r"`(?:--)?(\w+_\w+)`", README):
-        assert flag in Config.__dataclass_fields__ or flag in (
-            "simper_loss",
-            "save_to_disk",
-            "from_pretrained",
-            "gamma_beta_ratio",
-            "alpaca_eval",
-            "OPENAI_API_KEY",
-            "generate_only",
-            "judge_base_url",
-            "judge_model",
-            *LOSSES,
-        )
+        assert flag in Config.__dataclass_fields__ or flag in others, flag
 
 
-def test_flags_of_the_other_commands_exist():
-    found = re.findall(r"python (?:-m )?((?:eval|benchmarks)[./]\w+)(?:\.py)?([^\n#`]*)", README.replace("\\\n", " "))
-    assert len(found) > 8
-    for module, rest in found:
-        source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
-        for flag in re.findall(r"--(\w+)", rest):
-            assert f'"--{flag}"' in source or flag == "help", (module, flag)
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+def test_flags_of_the_other_commands_exist(page, capsys, monkeypatch):
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    commands = re.findall(r"python (?:-m )?((?:eval|benchmarks)[./]\w+)(?:\.py)?([^\n#`|]*)", text)
+    assert len(commands) > 7
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    for module, rest in commands:
+        with pytest.raises(SystemExit):
+            importlib.import_module(module.replace("/", ".")).main()
+        known = {*re.findall(r"--(\w+)", capsys.readouterr().out)}
+        known |= {*Config.__dataclass_fields__} if "plan" in module else set()  # it takes them, too
+        assert {*re.findall(r"--(\w+)", rest)} <= known, (module, rest)
 
 
-def test_files_exist():
-    for name in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+def test_files_exist(page):
+    text = (ROOT / page).read_text()
+    for name in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert ((ROOT / page).parent / name).exists(), name
 
 
-def test_there_are_three_patches():
-    assert [name for name, _ in PATCHES] == ["Another loss.", "Another normalization.", "Other data."]
+def test_the_loss_and_the_step_are_those_of_the_code():
+    quoted = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert "return rejected - chosen" in quoted[0] and ".backward()" in quoted[1]
+    for code, file in zip(quoted, ("loss.py", "train.py"), strict=True):
+        assert code in (ROOT / file).read_text()
 
 
-@pytest.mark.parametrize("name, patch", PATCHES, ids=lambda value: value if "\n" not in value else "")
-def test_patch_applies_and_trains(name, patch, tmp_path):
-    for file in ("train.py", "data.py", "loss.py", "model.py"):
+def test_it_is_short():
+    assert len(README.splitlines()) <= 220
+
+
+@pytest.fixture
+def patched(tmp_path):
+    """A copy of the code, to which `apply` applies a patch of the README by its name."""
+    for file in ("train.py", "data.py", "loss.py", "model.py", "runtime.py"):
         shutil.copy(ROOT / file, tmp_path)
-    # A patch for reading has no line numbers: put in those of the place that it names, which must be the only one.
-    file = patch.split("\n", 1)[0].removeprefix("--- a/")
-    body = patch.split("@@\n", 1)[1]
-    old = "".join(line[1:] for line in body.splitlines(keepends=True) if line[0] in " -")
-    new = "".join(line[1:] for line in body.splitlines(keepends=True) if line[0] in " +")
-    text = (tmp_path / file).read_text()
-    assert text.count(old) == 1
-    (tmp_path / file).write_text(text.replace(old, new))
+    shutil.copytree(ROOT / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("*.jsonl"))
     make_model("llama").save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    data = write_pairs(tmp_path / "pairs.jsonl", 8)
-    if name == "Other data.":
-        content = Path(data).read_text()
-        for column, other in (("prompt", "question"), ("chosen", "better"), ("rejected", "worse")):
-            content = content.replace(f'"{column}"', f'"{other}"')
-        Path(data).write_text(content)
-    (tmp_path / "recipe.yaml").write_text("batch_size: 4\nmax_length: 96\nmax_prompt_length: 60\nmicro_batch_tokens: 600\n")
-    flags = ["--model", "model", "--train_data", data, "--output_dir", "run", "--wandb", "off", "--learning_rate", "1e-3"]
-    if name == "Another loss.":
-        flags += ["--loss", "hinge", "--loss_args", "margin=0.6"]
-    done = subprocess.run([sys.executable, "train.py", "recipe.yaml", *flags], cwd=tmp_path, capture_output=True, text=True)
+
+    def apply(name: str) -> None:
+        ((file, body),) = [(file, body) for title, file, body in PATCHES if title == name]
+        lines = body.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+        text = (tmp_path / file).read_text()
+        # A patch for reading has no line numbers: the place that it names must be the only one.
+        assert text.count(old) == 1
+        (tmp_path / file).write_text(text.replace(old, new))
+
+    return apply
+
+
+def train(folder: Path, *flags: str) -> list[dict]:
+    """Two steps of 4 pairs by the code in `folder`."""
+    command = [sys.executable, "train.py", "recipe.yaml", "--model", "model", "--output_dir", "run"]
+    command += ["--train_data", "pairs.jsonl", "--wandb", "off", "--learning_rate", "1e-3", *flags]
+    recipe = "batch_size: 4\nmax_length: 96\nmax_prompt_length: 60\nmicro_batch_tokens: 600\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
-    assert len(losses) == 2
-    assert (losses[0] > 0.4) == (name == "Another loss.")  # the margin, in an untrained model
+    return read_metrics(folder / "run")
+
+
+def test_the_patches_are_all_tested():
+    names = [name for name, _, _ in PATCHES]
+    assert names == ["Another loss", "Another normalization", "Another row format"] + [
+        "Another metric",
+        "The assistant's header scored",
+    ]
+
+
+def test_patch_another_loss(patched, tmp_path):
+    patched("Another loss")
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+    first, second = train(tmp_path, "--loss", "hinge", "--loss_args", "margin=0.6")
+    margin = first["inverse_perplexity/margin"]
+    assert first["loss"] == pytest.approx(0.6 - margin, abs=1e-6)  # below 0.6 in an untrained model
+
+
+def test_patch_another_normalization(patched, tmp_path):
+    patched("Another normalization")
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+    first, second = train(tmp_path)
+    # exp(sum / √n) is far below exp(sum / n), which the metrics still report.
+    assert 0 < abs(first["loss"]) < 0.5 * abs(first["inverse_perplexity/margin"])
+
+
+def test_patch_another_row_format(patched, tmp_path):
+    patched("Another row format")
+    content = Path(write_pairs(tmp_path / "pairs.jsonl", 8)).read_text()
+    for column, other in (("prompt", "question"), ("chosen", "better"), ("rejected", "worse")):
+        content = content.replace(f'"{column}"', f'"{other}"')
+    (tmp_path / "pairs.jsonl").write_text(content)
+    first, second = train(tmp_path)
+    assert first["loss"] == pytest.approx(-first["inverse_perplexity/margin"], abs=1e-6)
+
+
+def test_patch_another_metric(patched, tmp_path):
+    patched("Another metric")
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+    lines = train(tmp_path, "--eval_data", "pairs.jsonl")
+    assert ["accuracy/sum" in line for line in lines] == [False, True, True, False]
+    assert all(0 <= line["eval/accuracy/sum"] <= 1 for line in (lines[0], lines[-1]))
+    pairs, _ = load_pairs(str(tmp_path / "pairs.jsonl"), make_tokenizer(), 96, 60)
+    shorter = [c < r for _, c, r in pairs["lengths"]]  # in an untrained model, the likelier ones
+    assert lines[0]["eval/accuracy/sum"] == pytest.approx(sum(shorter) / 8, abs=0.26)
+
+
+def test_patch_the_header_scored(patched, tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+    without = train(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    patched("The assistant's header scored")
+    header = len(make_tokenizer()("<|im_start|>assistant\n", add_special_tokens=False).input_ids)
+    for line, scored in zip(without, train(tmp_path), strict=True):
+        for side in ("chosen", "rejected"):
+            longer = scored[f"length/{side}"] - line[f"length/{side}"]
+            assert longer == pytest.approx(header)
