@@ -29,6 +29,8 @@ class InputError(ValueError):
     """The user's input is at fault: the message says what is wrong, where, and what to do."""
 
 
+# 26 July 2024, which is Llama-3.1's own default.
+DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024"}
 DROPPED = ("empty", "identical", "different prompts", "end of turn inside")
 COLUMNS = ("prompt", "chosen", "rejected")
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -59,6 +61,8 @@ def load_rows(source: str) -> datasets.Dataset:
                 choice = f"write {path}:SPLIT with one of the splits {', '.join(splits)}"
                 raise InputError(f"it has no split '{name}': {choice}")
             rows = splits[name].with_format(None)
+            # datasets names a folder's rows by how they were made, not by what they are.
+            rows._fingerprint = files_digest([file["filename"] for file in rows.cache_files])
         elif Path(source).is_file() or uncompressed(source).suffix in FILE_TYPES:
             rows = load_file(source)
         else:
@@ -74,6 +78,15 @@ def load_rows(source: str) -> datasets.Dataset:
 
 def uncompressed(path: str) -> Path:
     return Path(path.lower().removesuffix(".gz"))
+
+
+def files_digest(paths: list) -> str:
+    """SHA-256 over the contents of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def load_file(path: str) -> datasets.Dataset:
@@ -144,7 +157,8 @@ def parse_row(row: dict) -> tuple[list | str, str, str] | None:
                 return prompt, *answers
             if not context and is_conversation(prompt) and prompt[-1]["role"] != "assistant":
                 return as_messages(prompt), *answers
-    if any(row.get(column) in ("", []) for column in COLUMNS):
+    values = [row.get(column) for column in COLUMNS]
+    if any(v == [] or isinstance(v, str) and not v.strip() for v in values):
         return [], "", ""
     kinds = {column: type(value).__name__ for column, value in row.items()}
     raise InputError(f"in none of the accepted formats; its columns are {kinds}.\n{FORMATS}")
@@ -187,6 +201,18 @@ def load_tokenizer(name: str):
         raise InputError(f"no tokenizer can be loaded from {name}: {error}") from error
 
 
+def render(tokenizer, messages: list[dict], **options) -> str:
+    """The conversation by the chat template. One that writes today's date writes DATE: the tokens
+    of another day would be those of another run."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        dated = "".join(f" | replace('{key}', '{value}')" for key, value in DATE.items())
+        template = f"{{%- macro strftime_now(f) -%}}{{{{ f{dated} }}}}{{%- endmacro -%}}{template}"
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, **options
+    )
+
+
 def prompt_text(tokenizer, prompt: list | str, header: bool = True) -> str:
     """The prompt as the model sees it at inference: the chat template, ending with the assistant's
     header (or, without `header`, before it).
@@ -194,8 +220,7 @@ def prompt_text(tokenizer, prompt: list | str, header: bool = True) -> str:
     Without a chat template, text stays as it is and messages become a dialogue in HH's form.
     """
     if tokenizer.chat_template:
-        options = {"tokenize": False, "add_generation_prompt": header}
-        return tokenizer.apply_chat_template(as_messages(prompt), **options)
+        return render(tokenizer, as_messages(prompt), add_generation_prompt=header)
     if isinstance(prompt, str):
         return prompt
     names = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
@@ -216,7 +241,7 @@ def end_of_turn(tokenizer) -> tuple[int, str]:
         messages = [{"role": "user", "content": "question"}]
         messages += [{"role": "assistant", "content": "ANSWER"}]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = render(tokenizer, messages)
         except Exception as error:
             raise InputError(f"the chat template fails on a short dialogue: {error}") from error
         tail = text.rpartition("ANSWER")[2]
@@ -262,7 +287,7 @@ def tokenize_pair(tokenizer, prompt: list | str, answers: list[str], end: tuple[
             if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
                 answer = answer.strip()  # as as_messages does with the dialogue's earlier turns
             messages = [*as_messages(prompt), {"role": "assistant", "content": answer}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = render(tokenizer, messages)
             if not text.startswith(start) or not text.endswith(tail):
                 raise InputError(
                     "the chat template does not render this conversation as the prompt followed by "
@@ -396,6 +421,12 @@ def longest_sequence(pairs: datasets.Dataset) -> int:
     return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
 
 
+def highest_token(pairs: datasets.Dataset) -> int:
+    """The largest token id in the pairs of load_pairs."""
+    tables = pairs.with_format("arrow").iter(batch_size=10_000)
+    return max(int(flat_column(table, name).max()) for table in tables for name in COLUMNS)
+
+
 def fingerprint(pairs: datasets.Dataset) -> str:
     """SHA-256 over the token ids of all pairs in order: equal if and only if two runs train on the
     same tokens."""
@@ -489,6 +520,13 @@ class MicroBatch:
         lengths      [[2, 1]]         (pairs, 2) int64; response tokens of chosen and rejected
         segments     [(2, 2, 1)]      tokens of prompt, chosen and rejected of each pair, as Python
                                       integers
+        keys         [0, 1, 2, 3, 0, 1, 4]
+                                      (K,) int64; for attention, the positions of each pair's prompt
+                                      and chosen, then of its prompt (again) and rejected tokens
+        key_starts   [0, 4, 7]        (2 pairs + 1,) int32; where each of these sequences begins in
+                                      keys, and the end
+        query_starts [0, 4, 5]        the same for its queries: the tokens in their order, no prompt
+                                      twice
         reference    ()               or, for a loss with a reference model, one tensor: its summed
                                       log-probs of chosen and rejected, (pairs, 2) float32
     """
@@ -499,6 +537,9 @@ class MicroBatch:
     targets: torch.Tensor
     lengths: torch.Tensor
     segments: list[tuple[int, int, int]]
+    keys: torch.Tensor
+    key_starts: torch.Tensor
+    query_starts: torch.Tensor
     reference: tuple[torch.Tensor, ...] = ()
 
     def to(self, device) -> "MicroBatch":
@@ -512,6 +553,7 @@ class MicroBatch:
 def pack(pairs: list[tuple[list[int], list[int], list[int]]]) -> MicroBatch:
     """Lay out pairs (prompt ids, chosen ids, rejected ids) as one MicroBatch: see its example."""
     input_ids, position_ids, predictors, targets, segments = [], [], [], [], []
+    keys, key_starts, query_starts = [], [0], [0]
     for prompt, chosen, rejected in pairs:
         p, c, r, start = len(prompt), len(chosen), len(rejected), len(input_ids)
         input_ids += [*prompt, *chosen, *rejected]
@@ -520,6 +562,10 @@ def pack(pairs: list[tuple[list[int], list[int], list[int]]]) -> MicroBatch:
         predictors += [start + p - 1, *range(start + p + c, start + p + c + r - 1)]
         targets += [*chosen, *rejected]
         segments.append((p, c, r))
+        keys += [*range(start, start + p + c), *range(start, start + p)]
+        keys += range(start + p + c, start + p + c + r)
+        key_starts += [len(keys) - p - r, len(keys)]
+        query_starts += [start + p + c, start + p + c + r]
     return MicroBatch(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
@@ -527,6 +573,9 @@ def pack(pairs: list[tuple[list[int], list[int], list[int]]]) -> MicroBatch:
         targets=torch.tensor(targets),
         lengths=torch.tensor([[c, r] for _, c, r in segments]),
         segments=segments,
+        keys=torch.tensor(keys),
+        key_starts=torch.tensor(key_starts, dtype=torch.int32),
+        query_starts=torch.tensor(query_starts, dtype=torch.int32),
     )
 
 

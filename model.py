@@ -18,15 +18,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp_state_dict
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset
-from huggingface_hub import snapshot_download
+from filelock import FileLock
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import CACHE_DIR, InputError, MicroBatch, end_of_turn, fingerprint, pack, pack_rows
@@ -34,7 +39,8 @@ from loss import sum_logps
 
 # The language-model head runs on as many response tokens at once as keep one float32 logits buffer
 # below this size.
-LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
+LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
+FILE_BYTES = 2**30  # of an exported file at most
 
 
 # ---- The packed forward --------------------------------------------------------------------------
@@ -175,6 +181,8 @@ def packed_attention(
         reason = ", ".join(extra) or "no segments arrived"
         raise InputError(f"packed attention cannot do what this model's does: {reason}")
     options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    if query.is_cuda and varlen_works(query.dtype, query.shape[-1]):
+        return varlen_attention(query, key, value, sliding_window, micro_batch, options), None
 
     def attend(q, k, v):
         """Causal attention of the last n of m tokens to all m: (1, heads, n, d)."""
@@ -187,18 +195,44 @@ def packed_attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, **options)
 
     outputs = []
-    sizes = [p + c + r for p, c, r in micro_batch.segments]
-    of_pairs = zip(*(x.split(sizes, dim=2) for x in (query, key, value)))
-    for (p, c, _), pair in zip(micro_batch.segments, of_pairs):
-        outputs.append(attend(*(x[:, :, : p + c] for x in pair)))
-        q, k, v = pair
-        k, v = (torch.cat((x[:, :, :p], x[:, :, p + c :]), dim=2) for x in (k, v))
-        if q.is_cuda:  # the prompt's queries run again: attention is fast there without a mask only
-            q = torch.cat((q[:, :, :p], q[:, :, p + c :]), dim=2)
-            outputs.append(attend(q, k, v)[:, :, p:])
-        else:
-            outputs.append(attend(q[:, :, p + c :], k, v))
+    sizes = [size for p, c, r in micro_batch.segments for size in (p + c, r)]
+    parts = list(zip(*(x.split(sizes, dim=2) for x in (query, key, value))))
+    for (p, _, _), first, rejected in zip(micro_batch.segments, parts[::2], parts[1::2]):
+        q, k, v = first  # of prompt and chosen
+        outputs.append(attend(q, k, v))
+        k, v = (torch.cat((x[:, :, :p], y), dim=2) for x, y in zip((k, v), rejected[1:]))
+        outputs.append(attend(rejected[0], k, v))
     return torch.cat([out.transpose(1, 2) for out in outputs], dim=1), None
+
+
+def varlen_attention(query, key, value, sliding_window, micro_batch: MicroBatch, options: dict):
+    """packed_attention in one kernel call, for GPUs: as many sequences of queries as of keys, in
+    each of which the last query sees all keys."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
+    longest = max(p + max(c, r) for p, c, r in micro_batch.segments)
+    return varlen_attn(
+        q,
+        k.index_select(0, micro_batch.keys),
+        v.index_select(0, micro_batch.keys),
+        micro_batch.query_starts,
+        micro_batch.key_starts,
+        max_q=longest,
+        max_k=longest,
+        window_size=((sliding_window or 0) - 1, 0),  # −1: no limit; 0: nothing that comes later
+        **options,
+    )[None]
+
+
+@functools.cache
+def varlen_works(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether this GPU's FlashAttention takes sequences of different lengths in one call."""
+    x = torch.zeros(1, 1, head_dim, dtype=dtype, device="cuda")
+    starts = torch.tensor([0, 1], dtype=torch.int32, device="cuda")
+    try:
+        varlen_attn(x, x, x, starts, starts, 1, 1, window_size=(-1, 0))
+    except (RuntimeError, NotImplementedError):  # an older card, float32, or heads of another size
+        return False
+    return True
 
 
 # Under torch.compile, blocks are compiled around this function. The lengths differ in every
@@ -210,12 +244,16 @@ AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
 # ---- Loading and sharding ------------------------------------------------------------------------
 
 
-def check_positions(name: str, max_length: int) -> None:
-    """Raise InputError if the model has fewer than max_length positions."""
+def check_limits(name: str, max_length: int, highest_token: int) -> None:
+    """Raise InputError if the model has fewer than max_length positions, or no embedding for a
+    token of the data."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     positions = getattr(config, "max_position_embeddings", max_length)
     if max_length > positions:
         raise InputError(f"max_length={max_length} exceeds the model's {positions} positions")
+    if highest_token >= config.vocab_size:
+        problem = f"the tokenizer gives token {highest_token}, the model has {config.vocab_size}"
+        raise InputError(f"{name}: {problem}: they do not belong together")
 
 
 def build_model(config) -> PackedModel:
@@ -297,24 +335,9 @@ def load_model(
         # A single process in float32 has nothing to shard or cast, and FSDP would copy every weight
         # and gradient.
         shard(model, device, dtype, replicas)
-    whole, problem = None, [None]
-    if dist.get_rank() == 0:
-        try:
-            whole = read_weights(name)
-        except Exception as error:
-            problem = [f"{name}: the weights cannot be used: {error}"]
-    dist.broadcast_object_list(problem, src=0)  # so that no rank waits for weights that do not come
-    if problem[0]:
-        raise InputError(problem[0])
     model.to_empty(device=device)
     model.model.tie_weights()  # to_empty may have given tied weights a tensor each
-    state = {f"model.{key}": value for key, value in whole.state_dict().items()} if whole else {}
-    options = dcp_state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dcp_state_dict.set_model_state_dict(model, state, options=options)
-    for key, buffer in model.named_buffers():  # rotary frequencies and the like
-        if whole:
-            buffer.copy_(whole.get_buffer(key.removeprefix("model.")))
-        dist.broadcast(buffer, src=0)
+    load_weights(model, weights_folder(name))
     model.train()
     self_check(model, device, longest, tolerance=1e-3 if dtype == torch.float32 else 0.05)
     for block in blocks(model) if compile else ():
@@ -325,35 +348,92 @@ def load_model(
     return model
 
 
-def read_weights(name: str):
-    """The model with all its weights in CPU memory, in float32: a lower precision would round its
-    buffers, too. Raises InputError if weights are missing or do not fit the config."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise InputError(f"missing or of the wrong shape: {info}")
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = model.config.get_text_config().tie_word_embeddings
-    if tied and head.weight is not embedding.weight:
-        raise InputError("the config ties the head to the embeddings, but the file holds both")
-    return model
+@torch.no_grad()
+def load_weights(model: PackedModel, folder: str) -> None:
+    """Read a folder of weights_folder into the model, every rank only its own shards, and set what
+    no file holds, such as rotary frequencies. Collective.
+
+    Raises InputError if the config ties weights that differ in the file.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # so that transformers only sets the buffers
+    model.model.initialize_weights()
+    read = functools.partial(dcp.HuggingFaceStorageReader, folder)
+    state = stored_tensors(model.model)
+    dcp.load(state, storage_reader=read())
+    for name in read().read_metadata().state_dict_metadata:
+        if name in model.model.state_dict() and name not in state:
+            parameter = model.model.get_parameter(name)  # tied to another one, and in the file, too
+            other = {name: torch.empty_like(parameter)}
+            dcp.load(other, storage_reader=read())
+            differs = (other[name] != parameter).any()
+            if differs.full_tensor() if isinstance(differs, DTensor) else differs:
+                raise InputError(
+                    f"{folder}: the config ties {name}, but the file holds another one"
+                )
 
 
-def weights_fingerprint(name: str) -> str:
-    """SHA-256 over the weight files of a folder or hub id, which are fetched if need be. Raises
-    InputError if it has none."""
+def stored_tensors(model) -> dict[str, torch.Tensor]:
+    """The tensors of a transformers model that its files hold, by name; tied ones once."""
+    names = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in names}
+    return dict(model.named_parameters()) | buffers
+
+
+def weights_folder(name: str) -> str:
+    """A folder that holds the weights of a folder or hub id as safetensors with the model's own
+    names: the folder itself (a hub id's is fetched) or, where its files are of another kind or name
+    their tensors otherwise, a copy in the cache that is converted once. Any number of processes may
+    call this at a time; they wait at a file lock and not in a collective.
+
+    Raises InputError if weights are missing or do not fit the config.
+    """
+    folder = fetch_weights(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    shapes = {key: tensor.shape for key, tensor in stored_tensors(model).items()}
+    stored = {}
+    if any(Path(folder).glob("*.safetensors")):
+        stored = dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    if all(key in stored and stored[key].size == shape for key, shape in shapes.items()):
+        return folder
+    converted = CACHE_DIR / "weights" / weights_fingerprint(name)
+    converted.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{converted}.lock"):
+        if not converted.exists():
+            try:
+                whole, info = AutoModelForCausalLM.from_pretrained(
+                    name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                )
+            except Exception as error:
+                raise InputError(f"{name}: the weights cannot be used: {error}") from error
+            if info["missing_keys"] or info["mismatched_keys"]:
+                raise InputError(f"{name}: weights are missing or of the wrong shape: {info}")
+            scratch = converted.with_name(f"{uuid.uuid4().hex}.part")
+            scratch.mkdir()
+            tensors = {key: value.contiguous() for key, value in stored_tensors(whole).items()}
+            save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+            os.rename(scratch, converted)
+    return str(converted)
+
+
+def fetch_weights(name: str) -> str:
+    """The folder with the weight files of a folder or hub id; those of a hub id are fetched, in one
+    format only. Raises InputError if there are none."""
     for kind in ("*.safetensors", "*.bin"):
         folder = name
         if not Path(name).is_dir():
             folder = snapshot_download(name, allow_patterns=kind, ignore_patterns="*/*")
-        files = sorted(Path(folder).glob(kind))
-        if files:
-            break
-    else:
-        raise InputError(f"{name}: no weights (.safetensors or .bin) are there")
-    digest = hashlib.sha256()
-    for path in files:
+        if any(Path(folder).glob(kind)):
+            return folder
+    raise InputError(f"{name}: no weights (.safetensors or .bin) are there")
+
+
+def weights_fingerprint(name: str) -> str:
+    """SHA-256 over the weight files of a folder or hub id."""
+    folder, digest = Path(fetch_weights(name)), hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         digest.update(file_digest(path, path.stat().st_size, path.stat().st_mtime_ns))
     return digest.hexdigest()
 
@@ -369,50 +449,99 @@ def file_digest(path: Path, size: int, time: int) -> bytes:
 def self_check(model: PackedModel, device: str, longest: int, tolerance: float) -> None:
     """Compare the packed forward with the model's own on random tokens: two short pairs and one of
     `longest` tokens, which shows sliding windows and rotary embeddings that change with the length.
-    Collective.
+    And compare packed_attention in every layer with one masked attention in float32. Collective.
 
     Raises InputError if a log-prob differs by more than `tolerance`, or by more than five times
     what the model's own forward differs between its attention implementation and the eager one (in
-    bfloat16, rounding alone can do that), or if its logits are not what its head gives. Such are
-    recurrent models, and models that scale or cap their logits.
+    bfloat16, rounding alone can do that); if its logits are not what its head gives, as in models
+    that scale or cap them; or if attention or its gradient is wrong by more than a tenth.
     """
     generator = torch.Generator().manual_seed(0)
-    shapes = [
-        (7, 5, 9),
-        (4, 8, 3),
-        (max(2, longest - 8), 8, 6),
-    ]  # tokens of prompt, chosen, rejected
     words = model.model.get_input_embeddings().weight.shape[0]
-    pairs = [torch.randint(words, (sum(n),), generator=generator).split(n) for n in shapes]
+
+    def random_pairs(*sizes: tuple[int, int, int]) -> list[tuple[list[int], ...]]:
+        """Pairs of random tokens, of these numbers of tokens in prompt, chosen and rejected."""
+        rows = [torch.randint(words, (sum(n),), generator=generator).split(n) for n in sizes]
+        return [tuple(ids.tolist() for ids in row) for row in rows]
+
+    pairs = random_pairs((7, 5, 9), (4, 8, 3), (max(2, longest - 8), 8, 6))
 
     def plain_logps(attention: str | None = None) -> torch.Tensor:
         logps = []
         for prompt, *responses in pairs:
             for response in responses:
-                ids = torch.cat((prompt, response)).to(device)
+                ids = torch.tensor(prompt + response, device=device)
                 logps.append(model.plain_logps(ids, attention)[len(prompt) - 1 :])
         return torch.cat(logps)
 
     name = type(model.model).__name__
     try:
-        packed = model(pack([tuple(ids.tolist() for ids in pair) for pair in pairs]).to(device))
-        plain = plain_logps()
+        packed, plain = model(pack(pairs).to(device)), plain_logps()
         difference = (packed - plain).abs().max()
         exceeds = (~(difference <= tolerance)).int()  # also if it is NaN
         dist.all_reduce(exceeds, op=dist.ReduceOp.MAX)  # what follows is collective
         if exceeds.item():
             tolerance = max(tolerance, 5 * (plain_logps("eager") - plain).abs().max().item())
-        head = model.head_difference(torch.cat(pairs[0]).to(device)).item()
+        head = model.head_difference(torch.tensor(sum(pairs[0], []), device=device)).item()
+        model.model.set_attn_implementation("checked")
+        ATTENTION_ERRORS.clear()
+        model(pack(random_pairs((7, 5, 9), (100, 60, 40))).to(device))
+        model.model.set_attn_implementation("packed")
+        attention = torch.stack(ATTENTION_ERRORS).max().item()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise InputError(f"{name} cannot be trained packed: {error!r}") from error
     model.reshard()
-    if not (difference.item() <= tolerance and head <= 1e-3):
+    if not (difference.item() <= tolerance and head <= 1e-3 and attention <= 0.1):
         raise InputError(
             f"{name} cannot be trained packed: its log-probs differ from the model's own forward "
             f"by up to {difference.item():.2g} (accepted: {tolerance:.2g}), its logits from its "
-            f"head's by {head:.1%}. Recurrent models, and models that scale or cap their logits "
-            "after the head, are not supported."
+            f"head's by {head:.1%}, its attention from a masked one by {attention:.1%}. Recurrent "
+            "models, and models that scale or cap their logits after the head, are not supported."
         )
+
+
+ATTENTION_ERRORS = []  # of checked_attention: () tensors
+
+
+def checked_attention(module, query, key, value, mask, scaling=None, sliding_window=None, **kwargs):
+    """packed_attention, which adds to ATTENTION_ERRORS its and its gradients' largest difference
+    from masked_attention in float32, relative to the largest value, with the layer's window and
+    with one of 5 tokens."""
+    batch = kwargs["micro_batch"]
+    direction = torch.randn_like(query).transpose(1, 2)
+    for window in (sliding_window, 5):
+        results = []
+        for attend, dtype in ((packed_attention, query.dtype), (masked_attention, torch.float32)):
+            inputs = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+            with torch.enable_grad():
+                out, _ = attend(module, *inputs, None, scaling, window, micro_batch=batch)
+                results.append((out, *torch.autograd.grad(out, inputs, direction.to(dtype))))
+        for ours, exact in zip(*results):
+            ATTENTION_ERRORS.append((ours - exact).abs().max() / exact.abs().max())
+    return packed_attention(module, query, key, value, mask, scaling, sliding_window, **kwargs)
+
+
+def masked_attention(module, query, key, value, mask, scaling, window, micro_batch):
+    """What packed_attention computes, by one dense mask over the whole row. Arguments and result
+    are packed_attention's."""
+    position = micro_batch.position_ids
+    lengths = torch.tensor(micro_batch.segments, device=query.device).flatten()
+    part = torch.arange(len(lengths), device=query.device)
+    part = part.repeat_interleave(lengths, output_size=len(position))
+    pair, part = part // 3, part % 3  # part: 0 for the prompt, 1 for chosen, 2 for rejected
+    visible = (pair[:, None] == pair) & ((part == 0) | (part[:, None] == part))
+    distance = position[:, None] - position
+    visible &= (distance >= 0) & (distance < (window or len(position)))
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("checked", checked_attention)
 
 
 # ---- Log-probs of whole data sets ----------------------------------------------------------------
@@ -441,30 +570,27 @@ def reference_logps(
     Rank 0 keeps them beside the tokenized pairs: for the same tokens, weights and dtype they are
     read from there.
     """
-    file, sums = None, None
+    found, file = [None], None
     if dist.get_rank() == 0:
-        code = inspect.getsource(
-            sys.modules[__name__]
-        )  # a fork that edits this file never meets stale log-probs
-        key = (
+        code = inspect.getsource(sys.modules[__name__])  # of a fork, too, which may have edited it
+        what = (
             fingerprint(pairs),
             weights_fingerprint(name),
             code,
-            str(dtype),
+            dtype,
             transformers.__version__,
         )
-        file = (
-            CACHE_DIR / "reference" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npy"
-        )
-        if file.exists():
-            sums = torch.from_numpy(np.load(file))
-    found = [sums]
+        key = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
+        file = CACHE_DIR / "reference" / f"{key}.npy"
+        try:
+            found = [torch.from_numpy(np.load(file))]
+        except (OSError, ValueError, EOFError):  # not there, or cut off
+            file.parent.mkdir(parents=True, exist_ok=True)
     dist.broadcast_object_list(found, src=0)
-    sums = found[0]
+    (sums,) = found
     if sums is None:
         sums = response_logps(model, pairs, micro_batches).cpu()
         if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
             scratch = file.with_name(f"{uuid.uuid4().hex}.npy")
             np.save(scratch, sums.numpy())
             os.replace(scratch, file)
@@ -479,19 +605,32 @@ def export(model: PackedModel, name: str, tokenizer, folder: Path, dtype: torch.
     Hugging Face format, with the weights in `dtype`. `name` is where the model was loaded from.
     Collective; the folder appears whole.
     """
-    options = dcp_state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp_state_dict.get_model_state_dict(model, options=options)  # empty on ranks above 0
+    scratch = folder.with_name(folder.name + ".part")
+    tensors = stored_tensors(model.model)
+    with torch.device("meta"):
+        shapes = {key: torch.empty(tensor.shape, dtype=dtype) for key, tensor in tensors.items()}
+    files = split_torch_state_dict_into_shards(shapes, max_shard_size=FILE_BYTES)
     if dist.get_rank() == 0:
-        # Tied weights stay one tensor.
-        converted = {value.data_ptr(): value.to(dtype) for value in state.values()}
-        state = {k.removeprefix("model."): converted[v.data_ptr()] for k, v in state.items()}
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        whole.generation_config = GenerationConfig()
-        scratch = folder.with_name(folder.name + ".part")
         shutil.rmtree(scratch, ignore_errors=True)
-        whole.save_pretrained(scratch, state_dict=state)
+        scratch.mkdir(parents=True)
+    weight_map = {}
+    for file, names in files.filename_to_tensors.items():
+        whole = {}
+        for key in names:  # one tensor at a time is whole, and one file in rank 0's memory
+            tensor = tensors[key].detach().to(dtype)
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            whole |= {key: tensor.cpu().contiguous()} if dist.get_rank() == 0 else {}
+        if dist.get_rank() == 0:
+            whole = revert_weight_conversion(model.model, whole)  # to the names of published files
+            save_file(whole, scratch / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(whole, file)
+    if dist.get_rank() == 0:
+        if files.is_sharded:
+            index = {"metadata": files.metadata, "weight_map": weight_map}
+            (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config.architectures, config.dtype = [type(model.model).__name__], dtype
+        config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         # As text: transformers refuses to save some of the generation configs that it loads.
         generation = json.dumps(generation_config(name, config, tokenizer), indent=2)

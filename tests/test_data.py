@@ -4,6 +4,7 @@ data.py."""
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -532,6 +533,31 @@ def test_the_cache_is_used_but_never_stale(write, monkeypatch):
     write([TEXT | {"chosen": "plux"}])  # the same file name, the same size
     with pytest.raises(RuntimeError, match="tokenizes"):
         load(source)
+
+
+def test_a_folder_is_known_by_its_content(tmp_path):
+    """datasets names rows by how they were made: what that reads may have changed."""
+    for answer in ("plus", "two"):
+        rows = datasets.Dataset.from_list([TEXT | {"chosen": answer}])
+        rows._fingerprint = "the same"
+        rows.save_to_disk(tmp_path / "folder")
+        _, chosen, _ = load(str(tmp_path / "folder"))[0]
+        assert chosen.replace("·", "") == f"{answer}<|im_end|>"
+        shutil.rmtree(tmp_path / "folder")
+
+
+def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(write):
+    dated = make_tokenizer("{{ strftime_now('%d %b %Y') }}\n" + CHATML)
+    prompt, _, _ = load(write([TEXT]), dated)[0]
+    assert prompt.replace("·", "").startswith("26 Jul 2024\n<|im_start|>user")
+
+
+def test_blank_text_is_empty_text(write):
+    rows = [
+        TEXT | {column: blank} for column in ("prompt", "chosen") for blank in ("", " ", "\n\t")
+    ]
+    _, report = load_pairs(write([TEXT, *rows]), CHAT, 200, 100)
+    assert "6 of 7 rows dropped (6 empty, " in report
 
 
 def test_fingerprint_is_of_the_tokens_and_their_order(write):

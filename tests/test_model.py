@@ -1,6 +1,7 @@
 """The packed, sharded model against plain transformers forwards of an independent model with the
 same weights."""
 
+import copy
 import functools
 import json
 import resource
@@ -164,6 +165,84 @@ def test_pairs_and_responses_do_not_see_each_other(name):
     changed = with_pair(prompt, chosen[:2], [*rejected[:-1], 7])  # nor do tokens see later ones
     assert_near(changed[6:8], logps[6:8], 1e-6)
     assert_near(changed[8:19], logps[11:22], 1e-6)
+
+
+def plain_varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, window_size, scale, enable_gqa):
+    """What torch documents of varlen_attn with FlashAttention, in plain torch: every sequence of
+    queries attends to its sequence of keys; the last query is level with the last key."""
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    outputs = []
+    for n in range(len(q_starts) - 1):
+        queries, keys, values = (
+            x[starts[n] : starts[n + 1]].transpose(0, 1)
+            for x, starts in ((q, q_starts), (k, k_starts), (v, k_starts))
+        )
+        assert queries.shape[1] <= max_q and keys.shape[1] <= max_k
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (keys, values))
+        row = torch.arange(queries.shape[1])[:, None] + keys.shape[1] - queries.shape[1]
+        column = torch.arange(keys.shape[1])
+        left, right = window_size
+        visible = column <= row + right
+        visible &= (column >= row - left) if left >= 0 else True
+        scores = (queries @ keys.mT * (scale or q.shape[-1] ** -0.5)).masked_fill(
+            ~visible, -torch.inf
+        )
+        outputs.append((scores.softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 100])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_one_kernel_call_is_the_packed_attention(heads, window, monkeypatch):
+    """The layout for GPUs, in float64: against the loop over pairs and against one dense mask."""
+    monkeypatch.setattr(model_module, "varlen_attn", plain_varlen_attn)
+    batch, (many, few) = pack(PAIRS), heads
+    torch.manual_seed(0)
+    shapes = [(1, n, len(batch.input_ids), 8) for n in (many, few, few)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    direction = torch.randn(1, len(batch.input_ids), many, 8, dtype=torch.float64)
+    options = {"scale": 0.3, "enable_gqa": many != few}
+    results = [
+        model_module.varlen_attention(*inputs, window, batch, options),
+        model_module.packed_attention(None, *inputs, None, 0.3, window, batch)[0],
+        model_module.masked_attention(None, *inputs, None, 0.3, window, batch)[0],
+    ]
+    results = [(out, *torch.autograd.grad(out, inputs, direction)) for out in results]
+    for ours, exact in zip(results[0] + results[1], results[2] + results[2]):
+        assert ours.shape == exact.shape and (ours - exact).abs().max() < 1e-13
+
+
+def top_left(module, query, key, value, mask, scaling, window, micro_batch, **_):
+    """Attention whose rejected responses are aligned with the prompt's first tokens."""
+    shifted = copy.copy(micro_batch)
+    start = sum(micro_batch.segments[0][:2])
+    shifted.position_ids = micro_batch.position_ids.clone()
+    shifted.position_ids[start : sum(micro_batch.segments[0])] -= micro_batch.segments[0][0]
+    return model_module.masked_attention(module, query, key, value, mask, scaling, window, shifted)
+
+
+def no_window(module, query, key, value, mask, scaling, window, micro_batch, **_):
+    return model_module.masked_attention(
+        module, query, key, value, mask, scaling, None, micro_batch
+    )
+
+
+def sees_the_chosen_response(module, query, key, value, mask, scaling, window, micro_batch, **_):
+    joined = copy.copy(micro_batch)
+    joined.segments = [(p + c, r, 0) for p, c, r in micro_batch.segments]
+    return model_module.masked_attention(module, query, key, value, mask, scaling, window, joined)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [top_left, no_window, sees_the_chosen_response])
+def test_wrong_attention_is_refused(wrong, dtype, group, model_folder, monkeypatch):
+    load_model(str(model_folder), "cpu", dtype)
+    right = max(error.item() for error in model_module.ATTENTION_ERRORS)
+    assert right < (1e-5 if dtype == torch.float32 else 0.03)
+    monkeypatch.setattr(model_module, "packed_attention", wrong)
+    with pytest.raises(InputError, match="its attention from a masked one"):
+        load_model(str(model_folder), "cpu", dtype)
+    assert max(error.item() for error in model_module.ATTENTION_ERRORS) > 0.3
 
 
 # What a forward does depends on how long the sequence is, here from 20 or 32 tokens on.
@@ -360,7 +439,7 @@ def test_compiled_blocks_are_compiled_once(checkpointing, group, tmp_path, monke
 
 
 def test_replicas_that_do_not_divide_the_ranks_are_an_error(group, model_folder, monkeypatch):
-    monkeypatch.setattr(model_module, "read_weights", None)  # found before the weights are read
+    monkeypatch.setattr(model_module, "load_weights", None)  # found before the weights are read
     with pytest.raises(InputError, match="replicas=2 does not divide the number of ranks, 1"):
         load_model(str(model_folder), "cpu", torch.float32, replicas=2)
 
@@ -378,6 +457,60 @@ def test_wrong_weights_are_an_error(fault, group, tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError):
         load_model(str(tmp_path), "cpu", torch.float32)
+
+
+MOE = TINY | {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+MOE |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("kind", ["prefix", "bin", "experts", "head twice"])
+def test_files_that_name_their_tensors_otherwise(kind, group, tmp_path):
+    """They are converted once, and exported with the names that they had (a prefix apart)."""
+    name = {"prefix": "gpt2", "bin": "llama", "head twice": "llama-tied"}.get(kind)
+    reference = make_reference(name) if name else make_other("qwen2_moe", MOE)
+    reference.save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    state = load_file(file)
+    if kind == "prefix":  # as the hub's GPT-2
+        state = {key.removeprefix("transformer."): value for key, value in state.items()}
+    elif kind == "bin":
+        torch.save(state, tmp_path / "source" / "pytorch_model.bin")
+        file.unlink()
+    elif kind == "experts":
+        assert any("experts.3.up_proj" in key for key in state)
+    else:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    if kind in ("prefix", "head twice"):
+        save_file(state, file, metadata={"format": "pt"})
+    for _ in range(2):  # the second time, what was converted is there
+        model = load_model(str(tmp_path / "source"), "cpu", torch.float32)
+        for key, parameter in reference.named_parameters():
+            assert torch.equal(model.model.get_parameter(key), parameter)
+    source = str(tmp_path / "source")
+    export(model, source, make_tokenizer(), tmp_path / "final", torch.float32)
+    exported = load_file(tmp_path / "final" / "model.safetensors")
+    prefix = "transformer." if kind == "prefix" else ""
+    expected = {
+        prefix + key: value
+        for key, value in state.items()
+        if (kind, key) != ("head twice", "lm_head.weight")
+    }
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[key], value) for key, value in expected.items())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+
+
+def test_a_large_export_is_split_into_files(group, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_module, "FILE_BYTES", 50_000)
+    model = load_model(str(model_folder), "cpu", torch.float32)
+    export(model, str(model_folder), make_tokenizer(), tmp_path / "final", torch.float32)
+    files = sorted(path.name for path in (tmp_path / "final").glob("*.safetensors"))
+    index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
+    assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)
+    for key, parameter in model.model.named_parameters():
+        assert torch.equal(again.get_parameter(key), parameter)
 
 
 WRONG = {  # models that packing gets wrong, and why
@@ -528,10 +661,9 @@ def work(rank: int, folder) -> None:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    if rank == 1:
-        model_module.read_weights = None  # only rank 0 may read them
     with pytest.raises(InputError, match="replicas"):
         load_model(source, "cpu", torch.float32, 3)
+    AutoModelForCausalLM.from_pretrained = None  # no rank reads the whole model
     for replicas in (1, 2):
         model = load_model(source, "cpu", torch.float32, replicas)
         rows = [parameter.to_local().shape[0] for parameter in model.parameters()]
