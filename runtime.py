@@ -4,6 +4,7 @@ processes, the log, the checkpoints."""
 import argparse
 import ctypes
 import difflib
+import fcntl
 import functools
 import inspect
 import json
@@ -14,10 +15,11 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import datasets
@@ -37,18 +39,24 @@ FREE_TO_CHANGE = {"output_dir", "micro_batch_tokens", "activation_checkpointing"
 FREE_TO_CHANGE |= {"replicas", "wandb", "resume", "eval_data", "eval_every", "save_every"}
 FREE_TO_CHANGE |= {"keep_checkpoints", "log_every"}
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there if and only if the driver is loaded
+FILE_BYTES = 2**30  # of all ranks' shards that begin in one file of a checkpoint
+
 
 # ---- The command line ----------------------------------------------------------------------------
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's main; an InputError ends it with one line, printed by rank 0, in place of a
-    traceback."""
+    """Run a script's main; an InputError ends it with one line in place of a traceback."""
     try:
         main()
     except InputError as error:
-        # Every rank meets the same error; one of them reports it.
-        sys.exit(f"error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0:
+            sys.exit(f"error: {error}")
+        # As a rule all ranks meet the same error: rank 0 reports it, and torchrun ends the others.
+        time.sleep(5)
+        sys.exit(f"error on rank {rank}: {error}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,31 +174,56 @@ def start_process() -> tuple[int, int, torch.device]:
     if rank > 0:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+    processes, place = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", 0)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if processes > torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise InputError(f"{processes} processes for {count} GPUs: lower --nproc_per_node")
+        device = torch.device("cuda", int(place))
         torch.cuda.set_device(device)
+        # On H100s SDPA would prefer cuDNN's attention, which plans anew for every length: up to
+        # half a second a call.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return rank, ranks, device
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    refuse_unusable_gpus()
+    if rank == 0:
+        print(f"no GPU: {ranks} process(es) on the CPU", flush=True)
     if processes > 1:  # torchrun gives each of them one thread; they can share all cores
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // processes))
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and ranks == 1 else None
     if hasattr(libc, "mallopt"):
         # glibc hands large freed buffers back to the kernel, and a sixth of every step went into
-        # getting them again.
+        # getting them again. (Between the buffers of a sharded model, memory would lie unused.)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: none of them is mapped on its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     return rank, ranks, torch.device("cpu")
 
 
+def refuse_unusable_gpus() -> None:
+    """Raise InputError if this machine has NVIDIA GPUs that torch cannot use, unless they are
+    hidden by CUDA_VISIBLE_DEVICES: the run would silently take the CPU."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not NVIDIA_DRIVER.exists():
+        return
+    version = NVIDIA_DRIVER.read_text().split("\n")[0]
+    build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
+    raise InputError(
+        f"this machine has NVIDIA GPUs that torch cannot use. Its driver: {version}; torch "
+        f"{torch.__version__} {build}. Update the driver, or install a torch built for its CUDA "
+        "(`nvidia-smi` shows it). To train on the CPU, set CUDA_VISIBLE_DEVICES to an empty string."
+    )
+
+
 def start_group(device: torch.device) -> None:
     """The process group of torchrun's ranks, or of this process alone."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    options = {"backend": "gloo", "timeout": timedelta(minutes=30)}
+    if device.type == "cuda":
+        options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    if "RANK" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
 
 
 def watch_sigterm() -> threading.Event:
@@ -225,23 +258,41 @@ SHOWN = ("accuracy", "inverse_perplexity/chosen", "inverse_perplexity/rejected",
 
 
 class Logger:
-    """Writes metrics to metrics.jsonl and, if wanted, to wandb. On ranks above 0 it does nothing;
-    it never waits for other ranks."""
+    """Writes config.yaml, metrics.jsonl and, if wanted, to wandb. On ranks above 0 it does nothing;
+    it never waits for other ranks.
 
-    def __init__(self, config, start: int):
+    state: of find_checkpoint. Raises InputError if another run writes to output_dir.
+    """
+
+    def __init__(self, config, state: dict):
         self.on = dist.get_rank() == 0
         if not self.on:
             return
-        self.path = Path(config.output_dir) / "metrics.jsonl"
-        # What an interrupted run logged after the checkpoint is about to happen again.
-        kept = [line for line in self.read() if line["step"] <= start]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        output = Path(config.output_dir)
+        output.resolve().mkdir(parents=True, exist_ok=True)  # where a link points to
+        self.lock = os.open(output, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{output}: another run is writing to it") from None
+        except OSError:
+            pass  # a file system without locks
+        modules = (torch, transformers, datasets)
+        versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
+        head = f"# {versions}\n# {dist.get_world_size()} ranks; "
+        head += f"SHA-256 of the training tokens: {state['data_sha256']}\n"
+        values = yaml.safe_dump(asdict(config), sort_keys=False)
+        write_whole(output / "config.yaml", head + values)
+        self.path = output / "metrics.jsonl"
+        # Lines of another run, and what this one logged after the checkpoint, which is about to
+        # happen again, go.
+        kept = [line for line in read_lines(self.path) if line["step"] <= state["step"]]
+        kept = kept if state["in_output_dir"] else []
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        # The evaluations that can be compared: those of the same held-out pairs.
+        same = state["heldout_unchanged"]
+        self.evaluations = [line for line in kept if "eval/loss" in line and same]
         self.wandb = start_wandb(config)
-
-    def read(self) -> list[dict]:
-        """The lines written so far."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines]
 
     def write(self, metrics: dict) -> None:
         """Log one line; `metrics` has the key "step"."""
@@ -252,6 +303,7 @@ class Logger:
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
         if "eval/loss" in metrics:
+            self.evaluations.append(metrics)
             accuracy, chosen, rejected = (metrics[f"eval/{name}"] for name in SHOWN[:3])
             tqdm.write(
                 f"held-out pairs after step {metrics['step']}: accuracy {accuracy:.3f}, "
@@ -260,20 +312,49 @@ class Logger:
             )
 
     def close(self) -> str:
-        """End the log. Returns the held-out metrics before and after training as a table, or "" on
-        other ranks and without evaluation."""
+        """End the log. Returns the first and the last held-out metrics as a table, or "" on other
+        ranks and without evaluation."""
         if not self.on:
             return ""
         if self.wandb:
             self.wandb.finish()
-        evaluations = [line for line in self.read() if "eval/loss" in line]
-        if not evaluations:
+        os.close(self.lock)
+        if not self.evaluations:
             return ""
-        rows = [f"\n{'held-out pairs':<30}{'before':>9}  → {'after':>8}\n"]
+        first, last = self.evaluations[0], self.evaluations[-1]
+        before = f"step {first['step']}" if first["step"] else "before"
+        rows = [f"\n{'held-out pairs':<30}{before:>9}  → {'after':>8}\n"]
         for name in SHOWN:
-            before, after = (line[f"eval/{name}"] for line in (evaluations[0], evaluations[-1]))
-            rows.append(f"{name:<30}{before:>9.4f}  → {after:>8.4f}\n")
+            rows.append(
+                f"{name:<30}{first[f'eval/{name}']:>9.4f}  → {last[f'eval/{name}']:>8.4f}\n"
+            )
         return "".join(rows)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file, as far as it is whole: a line may have been cut off."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole, old or new, whenever the machine stops."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text)
+    sync(scratch)
+    os.replace(scratch, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def start_wandb(config):
@@ -283,49 +364,81 @@ def start_wandb(config):
         return None
     import wandb
 
-    logged_in = config.wandb != "offline" and wandb.login(prompt=False)
+    try:
+        logged_in = config.wandb != "offline" and wandb.login(prompt=False)
+    except Exception:  # a server that cannot be reached, a key that it does not take
+        logged_in = False
     if config.wandb == "online" and not logged_in:
         raise InputError("wandb=online, but nobody is logged in: run `wandb login`")
     if config.wandb == "auto" and not logged_in:
         return None
     output = Path(config.output_dir)
-    id_file = output / "wandb_run_id"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex)
-    return wandb.init(
+    if not (output / "wandb_run_id").exists():
+        write_whole(output / "wandb_run_id", uuid.uuid4().hex)
+    start = functools.partial(
+        wandb.init,
         project="simper",
         name=output.name,
-        id=id_file.read_text(),
+        id=(output / "wandb_run_id").read_text(),
         resume="allow",
-        mode="offline" if config.wandb == "offline" else "online",
         dir=output,
         config=asdict(config),
     )
+    try:
+        return start(mode="offline" if config.wandb == "offline" else "online")
+    except Exception as error:  # never a reason to lose a run
+        tqdm.write(f"wandb is offline: {error}. Later: `wandb sync`.", file=sys.stderr)
+        return start(mode="offline")
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
-def prepare_output(config, data_sha256: str) -> tuple[Path | None, dict]:
-    """Make output_dir and write config.yaml; find the checkpoint to resume from, if any, and its
-    trainer.json.
+def find_checkpoint(config, data_sha256: str, heldout_sha256: str) -> tuple[Path | None, dict]:
+    """The checkpoint to resume from, if any, and the state to start with: that of its trainer.json,
+    or a new one. With resume=never, an existing output_dir is set aside. Collective.
 
-    Raises InputError if that checkpoint is of a run with other data or other settings. Collective.
+    Raises InputError if that checkpoint is of a run with other data or other settings, and if not
+    all ranks have the same data and settings.
     """
+    mine = asdict(config) | {"training tokens": data_sha256, "held-out tokens": heldout_sha256}
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    for rank, other in enumerate(ranks):
+        names = [name for name in mine if other[name] != ranks[0][name]]
+        if names:
+            problem = f"rank {rank} and rank 0 do not have the same {', '.join(names)}"
+            raise InputError(f"{problem}: every machine needs the same files and flags")
+    found = [None, None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[:2] = choose_checkpoint(config, data_sha256, heldout_sha256)
+        except InputError as error:
+            found[2] = str(error)
+    dist.broadcast_object_list(
+        found, src=0
+    )  # a shared file system may show the ranks different things
+    checkpoint, state, problem = found
+    if problem:
+        raise InputError(problem)
+    return checkpoint, state
+
+
+def choose_checkpoint(config, data_sha256: str, heldout_sha256: str) -> tuple[Path | None, dict]:
+    """find_checkpoint, on rank 0."""
     output = Path(config.output_dir)
-    if dist.get_rank() == 0 and config.resume == "never" and output.exists():
-        os.rename(output, f"{output}.{datetime.now():%Y%m%d-%H%M%S}")  # set aside: nothing is lost
-    dist.barrier()
-    if config.resume in ("auto", "never"):
-        newest_first = sorted_checkpoints(output)[::-1]
-        checkpoint = next((folder for folder in newest_first if is_whole(folder)), None)
-    else:
+    if config.resume == "never" and output.exists():  # set aside: nothing is lost
+        folder = output.resolve()  # a link stays where it is
+        os.rename(folder, f"{folder}.{datetime.now():%Y%m%d-%H%M%S}")
+    checkpoint = next(filter(is_whole, checkpoints(output)), None)
+    if config.resume not in ("auto", "never"):
         checkpoint = Path(config.resume)
         if not is_whole(checkpoint):
             raise InputError(f"resume={checkpoint}: no whole checkpoint is there")
     state = {"step": 0, "evaluated": False, "config": asdict(config), "data_sha256": data_sha256}
+    state["heldout_sha256"] = heldout_sha256
     if checkpoint:
-        state = json.loads((checkpoint / "trainer.json").read_text())
+        state |= json.loads((checkpoint / "trainer.json").read_text())
         changed = [
             f"{name} was {state['config'].get(name)}, is {value}"
             for name, value in asdict(config).items()
@@ -338,28 +451,25 @@ def prepare_output(config, data_sha256: str) -> tuple[Path | None, dict]:
                 f"{checkpoint} is of another run: {'; '.join(changed)}. "
                 "Use --resume never or another --output_dir."
             )
-    if dist.get_rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        modules = (torch, transformers, datasets)
-        versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
-        head = f"# {versions}\n# {dist.get_world_size()} ranks; "
-        head += f"SHA-256 of the training tokens: {data_sha256}\n"
-        (output / "config.yaml").write_text(head + yaml.safe_dump(asdict(config), sort_keys=False))
-    dist.barrier()
-    return checkpoint, state
+    own = (output / "checkpoints").resolve()
+    state["in_output_dir"] = bool(checkpoint) and checkpoint.resolve().parent == own
+    state["heldout_unchanged"] = state["heldout_sha256"] == heldout_sha256
+    return checkpoint, state | {"heldout_sha256": heldout_sha256}
 
 
-def sorted_checkpoints(output: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, oldest first."""
-    folders = (output / "checkpoints").glob("step_*")
-    return sorted(folders, key=lambda folder: folder.stat().st_mtime)
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, the one with the most steps first."""
+    numbers = [path.name.removeprefix("step_") for path in output.glob("checkpoints/step_*")]
+    steps = sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+    return [output / "checkpoints" / f"step_{step}" for step in steps]
 
 
 def is_whole(folder: Path) -> bool:
     """Whether every file of a checkpoint is there, of the size that it was saved with."""
-    if not (folder / "trainer.json").is_file():
+    try:
+        sizes = json.loads((folder / "trainer.json").read_text())["sizes"]
+    except (OSError, ValueError, KeyError):  # not there, or cut off
         return False
-    sizes = json.loads((folder / "trainer.json").read_text())["sizes"]
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     return all(files.get(name) == size for name, size in sizes.items())
 
@@ -384,25 +494,36 @@ def save_checkpoint(model, optimizer, config, state: dict) -> None:
 
     The folder gets its name when all ranks have written, so that it is whole or not there.
     """
-    output = Path(config.output_dir)
+    output, began = Path(config.output_dir), time.perf_counter()
     folder = output / "checkpoints" / f"step_{state['step']}"
     scratch = folder.with_name(folder.name + ".part")
     if dist.get_rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     dist.barrier()
-    writer = dcp.HuggingFaceStorageWriter(str(scratch), save_distributed=True)
-    dcp.save(checkpoint_tensors(model, optimizer), storage_writer=writer)
+    tensors = checkpoint_tensors(model, optimizer)
+    # The writer holds a whole file in memory, and a rank's tensors would all go into one.
+    file_numbers, size = {}, 0
+    for name, tensor in tensors.items():
+        file_numbers[name] = 1 + size // FILE_BYTES
+        size += tensor.numel() * tensor.element_size()
+    writer = dcp.HuggingFaceStorageWriter(str(scratch), file_numbers, save_distributed=True)
+    dcp.save(tensors, storage_writer=writer)
     dist.barrier()
     if dist.get_rank() == 0:
         sizes = {file.name: file.stat().st_size for file in scratch.iterdir()}
         state = state | {"config": asdict(config), "sizes": sizes}
-        (scratch / "trainer.json").write_text(json.dumps(state, indent=1))
+        write_whole(scratch / "trainer.json", json.dumps(state, indent=1))
+        for path in (*scratch.iterdir(), scratch):
+            sync(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(scratch, folder)
+        sync(folder.parent)  # before an older one goes
         if config.keep_checkpoints:
-            for old in sorted_checkpoints(output)[: -config.keep_checkpoints]:
+            for old in checkpoints(output)[config.keep_checkpoints :]:
                 shutil.rmtree(old)
+        size, seconds = sum(sizes.values()) / 1e9, time.perf_counter() - began
+        tqdm.write(f"wrote {folder}: {size:.1f} GB in {seconds:.0f} s", file=sys.stderr)
     dist.barrier()
 
 

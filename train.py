@@ -29,6 +29,7 @@ from data import (
     InputError,
     MicroBatch,
     fingerprint,
+    highest_token,
     load_pairs,
     load_tokenizer,
     longest_sequence,
@@ -39,7 +40,7 @@ from data import (
 )
 from demo.smollm2 import resolve_model
 from loss import LOSSES, simper_loss, sum_logps
-from model import check_positions, export, load_model, reference_logps
+from model import check_limits, export, load_model, reference_logps
 
 
 def option(default, help: str):
@@ -91,27 +92,28 @@ def train(config: Config) -> None:
     if config.loss != "simper" or config.loss_args:
         loss_function = runtime.choose_loss(config.loss, config.loss_args)
     source = resolve_model(config.model)
-    check_positions(source, config.max_length)
     tokenizer = load_tokenizer(source)
     limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     pairs, report = load_pairs(config.train_data, tokenizer, **limits)
     print_once(f"training: {report}")
     pair_tokens = pair_lengths(pairs).sum(axis=1)  # distinct tokens of each pair
     schedule = make_schedule(config, pair_tokens, ranks)
-    heldout, heldout_schedule, longest = None, [], longest_sequence(pairs)
+    heldout, heldout_schedule, data_sets = None, [], [pairs]
     if config.eval_data:
         heldout, report = load_pairs(config.eval_data, tokenizer, **limits)
         print_once(f"held out: {report}")
         heldout_schedule = whole_pass(config, pair_lengths(heldout).sum(axis=1), ranks)
-        longest = max(longest, longest_sequence(heldout))
+        data_sets.append(heldout)
+    check_limits(source, config.max_length, max(map(highest_token, data_sets)))
     steps_per_epoch, left_out = divmod(len(pairs), config.batch_size)
     print_once(f"{len(schedule)} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch")
     print_once(f"pairs of an epoch that do not fill a batch and are left out: {left_out}")
 
     # ---- Model and optimizer
     runtime.start_group(device)
-    checkpoint, state = runtime.prepare_output(config, fingerprint(pairs))
-    log = runtime.Logger(config, state["step"])
+    heldout_sha256 = fingerprint(heldout) if heldout else ""
+    checkpoint, state = runtime.find_checkpoint(config, fingerprint(pairs), heldout_sha256)
+    log = runtime.Logger(config, state)
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
     model = load_model(
@@ -121,7 +123,7 @@ def train(config: Config) -> None:
         replicas=config.replicas,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
-        longest=longest,
+        longest=max(map(longest_sequence, data_sets)),
     )
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True
@@ -137,23 +139,33 @@ def train(config: Config) -> None:
     heldout_shares = [shares[rank] for shares in heldout_schedule]
     heldout_batches = [pack_rows(heldout, share, heldout_reference) for share in heldout_shares]
     if checkpoint:
-        print_once(f"resuming from {checkpoint}")
+        began = time.perf_counter()
         runtime.load_checkpoint(checkpoint, model, optimizer, state["step"])
+        print_once(f"resuming from {checkpoint}, read in {time.perf_counter() - began:.0f} s")
 
     # ---- Training
+    def pack_step(step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step (counted from 1), on CPU; none after the last."""
+        micro_batches = schedule[step - 1] if step <= last else []
+        return [pack_rows(pairs, shares[rank], reference) for shares in micro_batches]
+
     start, last = state["step"], len(schedule)
     evaluate_at = {0, last, *range(0, last, config.eval_every or last)} if heldout else set()
-    if start in evaluate_at and not state["evaluated"]:
+    changed = start > 0 and heldout and not state["heldout_unchanged"]
+    if changed or (start in evaluate_at and not state["evaluated"]):
         log.write({"step": start} | evaluate(model, loss_function, heldout_batches, device))
     sigterm, stop = runtime.watch_sigterm(), False
     progress = tqdm(desc="SimPER", total=last, initial=start, unit="step", disable=rank > 0)
     metrics_since_log, tokens_since_log, seconds_since_log, logged = [], 0, 0.0, start
-    for step, micro_batches in enumerate(schedule[start:], start + 1):
+    batches = pack_step(start + 1)
+    for step in range(start + 1, last + 1):
         began = time.perf_counter()
         optimizer.param_groups[0]["lr"] = learning_rate(step - 1, last, config)
         finite = torch.ones((), dtype=torch.bool, device=device)
-        for shares in micro_batches:  # [rank] -> indices of pairs
-            batch = pack_rows(pairs, shares[rank], reference).to(device)
+        for number, batch in enumerate(batches, 1):
+            if config.replicas > 1:  # replicas exchange the gradient of the whole step, once
+                model.set_requires_all_reduce(number == len(batches))
+            batch = batch.to(device)
             logps = model(batch)  # (R,) float32: the log-prob of every response token
             logps.retain_grad()  # for the metrics
             losses = loss_function(logps, batch.lengths, *batch.reference)  # (pairs,)
@@ -164,10 +176,11 @@ def train(config: Config) -> None:
             finite &= losses.isfinite().all()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        batches = pack_step(step + 1)  # before the host waits for the GPU
         memory = runtime.peak_memory(device)
         maxima = runtime.max_over_ranks(device, norm, ~finite, sigterm.is_set(), memory)
         norm, not_finite, stop, memory = maxima
-        indices = [i for shares in micro_batches for share in shares for i in share]
+        indices = [i for shares in schedule[step - 1] for share in shares for i in share]
         if not_finite or not math.isfinite(norm):
             places = [f"{pairs[i]['source']} row {pairs[i]['row']}" for i in indices]
             problem = f"step {step}: loss or gradient (norm {norm}) is not finite. Its pairs: "
@@ -191,7 +204,7 @@ def train(config: Config) -> None:
         evaluated = step in evaluate_at and not stop
         if evaluated:
             log.write({"step": step} | evaluate(model, loss_function, heldout_batches, device))
-        if stop or (step < last and config.save_every and step % config.save_every == 0):
+        if stop or (config.save_every and (step == last or step % config.save_every == 0)):
             reached = state | {"step": step, "evaluated": evaluated}
             runtime.save_checkpoint(model, optimizer, config, reached)
         progress.update()
@@ -203,7 +216,8 @@ def train(config: Config) -> None:
         export(model, source, tokenizer, output / "final", dtype)
     table = log.close()
     if stop:
-        print_once(f"stopped by SIGTERM after step {step}: the same command continues from there")
+        command = "the same command" if config.resume == "auto" else "with --resume auto, it"
+        print_once(f"stopped by SIGTERM after step {step}: {command} continues from there")
     else:
         print_once(f"{table}The trained model is in {output / 'final'}")
     dist.destroy_process_group()
@@ -258,6 +272,9 @@ def rehearse(model, optimizer, pairs: Dataset, pair_tokens, schedule: list, devi
 
     largest = max((shares for micro_batches in schedule for shares in micro_batches), key=cost)
     runtime.checkpoint_tensors(model, optimizer)  # creates Adam's state
+    if max(map(len, schedule)) > 1:  # there are gradients of earlier micro-batches
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
     try:
         # The loss itself takes next to nothing.
         model(pack_rows(pairs, largest[dist.get_rank()]).to(device)).sum().backward()

@@ -23,6 +23,7 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
 import model
+import runtime
 import train
 from data import InputError, load_pairs, step_indices
 from train import Config, parse_args
@@ -71,7 +72,11 @@ def base(tmp_path_factory, model_folder) -> dict:
 
 def run(values: dict, output: Path) -> list[dict]:
     """Train in this process, alone; return the lines of metrics.jsonl."""
-    train.train(Config(**values | {"output_dir": str(output)}))
+    try:
+        train.train(Config(**values | {"output_dir": str(output)}))
+    finally:
+        if torch.distributed.is_initialized():  # it has failed
+            torch.distributed.destroy_process_group()
     return read_metrics(output)
 
 
@@ -176,6 +181,10 @@ def three_runs(base, tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
             folder / "ranks",
             run_ranks(values | {"micro_batch_tokens": 250}, folder / "ranks"),
         ),
+        "replicas": (
+            folder / "replicas",
+            run_ranks(values | {"micro_batch_tokens": 250, "replicas": 2}, folder / "replicas"),
+        ),
     }
 
 
@@ -190,14 +199,14 @@ def test_gradient_equals_plain_float64_forwards(base, three_runs):
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("other", ["split", "ranks"])
+@pytest.mark.parametrize("other", ["split", "ranks", "replicas"])
 def test_gradient_is_the_same_for_any_split(three_runs, other):
     assert (
         relative_difference(gradients(three_runs[other][0]), gradients(three_runs["one"][0])) < 1e-6
     )
 
 
-@pytest.mark.parametrize("other", ["split", "ranks"])
+@pytest.mark.parametrize("other", ["split", "ranks", "replicas"])
 def test_metrics_are_the_same_for_any_split(three_runs, other):
     ours, theirs = (timeless(three_runs[name][1]) for name in ("one", other))
     assert [line["step"] for line in ours] == [0, 1, 2, 3, 3]  # evaluated before and after
@@ -306,8 +315,10 @@ def test_another_number_of_ranks_resumes(base, three_runs, tmp_path, started, re
     output = tmp_path / "run"
     shutil.copytree(folder, output)
     shutil.rmtree(output / "final")
-    shutil.rmtree(output / "checkpoints" / "step_2")
-    (output / "checkpoints" / "step_3.part").mkdir()  # an interrupted save is not a checkpoint
+    for step in (2, 3):
+        shutil.rmtree(output / "checkpoints" / f"step_{step}")
+    # An interrupted save is not a checkpoint, however much of it was written.
+    shutil.copytree(output / "checkpoints" / "step_1", output / "checkpoints" / "step_3.part")
     resumed = resume(base | {"max_steps": 3, "save_every": 0}, output)  # finds step_1 by itself
     assert [line["step"] for line in resumed] == [
         0,
@@ -325,6 +336,7 @@ def test_damaged_checkpoint_is_passed_over(base, three_runs, tmp_path, capsys):
     output = tmp_path / "run"
     shutil.copytree(three_runs["one"][0], output)
     shutil.rmtree(output / "final")
+    shutil.rmtree(output / "checkpoints" / "step_3")
     shard = next((output / "checkpoints" / "step_2").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     run(base | {"max_steps": 3, "save_every": 0}, output)
@@ -371,7 +383,6 @@ def test_resume_of_another_run_is_refused(base, three_runs, tmp_path, change, me
     checkpoint = str(three_runs["one"][0] / "checkpoints" / "step_2")
     with pytest.raises(InputError, match=message):
         run(base | {"max_steps": 3, "resume": checkpoint} | change, tmp_path / "run")
-    torch.distributed.destroy_process_group()
 
 
 def test_resume_with_other_data_is_refused(base, three_runs, tmp_path):
@@ -383,7 +394,6 @@ def test_resume_with_other_data_is_refused(base, three_runs, tmp_path):
         Path(base["train_data"]).write_text(changed)
         with pytest.raises(InputError, match="the training tokens differ"):
             run(base | {"max_steps": 3}, tmp_path / "run")
-        torch.distributed.destroy_process_group()
     finally:
         Path(base["train_data"]).write_text(original)
 
@@ -391,7 +401,6 @@ def test_resume_with_other_data_is_refused(base, three_runs, tmp_path):
 def test_resume_from_nothing_is_an_error(base, tmp_path):
     with pytest.raises(InputError, match="no whole checkpoint"):
         run(base | {"resume": str(tmp_path / "nowhere")}, tmp_path / "run")
-    torch.distributed.destroy_process_group()
 
 
 def test_resume_never_sets_the_old_run_aside(base, tmp_path):
@@ -399,6 +408,139 @@ def test_resume_never_sets_the_old_run_aside(base, tmp_path):
     run(base | {"max_steps": 1, "resume": "never"}, tmp_path / "run")
     (old,) = (path for path in tmp_path.iterdir() if path.name.startswith("run."))
     assert (old / "final" / "model.safetensors").exists() and (tmp_path / "run" / "final").exists()
+
+
+# ---- Faults --------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fails_at_the_export_continues_from_its_end(base, tmp_path):
+    values = base | {"max_steps": 3, "save_every": 2}
+    code = "import sys, train\ndef full(*_): raise OSError('No space left on device')\n"
+    code += "train.export = full\ntrain.train(train.parse_args(sys.argv[1:]))"
+    flags = command(values, tmp_path / "run", 1)
+    flags = flags[flags.index(str(ROOT / "train.py")) + 1 :]
+    process = [sys.executable, "-c", code, *flags]
+    failed = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+    assert "No space left on device" in failed.stderr
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
+    assert run(values, tmp_path / "run") == lines  # no step is taken again
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_the_table_is_of_this_run(base, tmp_path, capsys):
+    """Lines of another run without a checkpoint, also cut-off ones, are not taken for its own."""
+    output = tmp_path / "run"
+    output.mkdir()
+    line = {"step": 0} | {f"eval/{name}": 0.123 for name in runtime.SHOWN}
+    (output / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 0, "eval')
+    lines = run(base | {"max_steps": 1}, output)
+    assert [line["step"] for line in lines] == [0, 1, 1]
+    assert f"{lines[0]['eval/loss']:.4f}" in capsys.readouterr().out
+
+
+def test_other_held_out_pairs_have_a_before_of_their_own(base, three_runs, tmp_path, capsys):
+    shutil.copytree(three_runs["one"][0], tmp_path / "run")
+    for name in ("final", "checkpoints/step_3"):
+        shutil.rmtree(tmp_path / "run" / name)
+    other = write_pairs(tmp_path / "other.jsonl", 9, seed=7)
+    lines = run(base | {"max_steps": 3, "eval_data": other}, tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 3]
+    table = capsys.readouterr().out
+    assert re.search(
+        rf"held-out pairs +step 2 .*\naccuracy +{lines[3]['eval/accuracy']:.4f} ", table
+    )
+
+
+def test_torn_files_block_no_restart(base, three_runs, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(three_runs["one"][0], output)
+    shutil.rmtree(output / "final")
+    (output / "checkpoints" / "step_3" / "trainer.json").write_text("")
+    (output / "checkpoints" / "step_2" / "trainer.json").write_text('{"step": 2, "siz')
+    text = (output / "metrics.jsonl").read_text()
+    (output / "metrics.jsonl").write_text(text[:-20])
+    lines = run(base | {"max_steps": 3, "save_every": 1}, output)  # from step 1
+    assert timeless(lines) == timeless(three_runs["one"][1])
+
+
+def test_the_newest_checkpoint_has_the_most_steps(base, three_runs, tmp_path, capsys):
+    shutil.copytree(three_runs["one"][0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    os.utime(tmp_path / "run" / "checkpoints" / "step_1")  # as a plain copy may order them
+    run(base | {"max_steps": 3}, tmp_path / "run")
+    assert f"resuming from {tmp_path / 'run' / 'checkpoints' / 'step_3'}" in capsys.readouterr().out
+
+
+def test_two_runs_in_one_folder(base, tmp_path):
+    """The second is refused before it changes a file."""
+    values = base | {"max_steps": 300, "eval_every": 0, "save_every": 0}
+    first = subprocess.Popen(
+        command(values, tmp_path / "run", 1), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        config = (tmp_path / "run" / "config.yaml").read_text()
+        with pytest.raises(InputError, match="another run is writing to it"):
+            run(values | {"max_steps": 1}, tmp_path / "run")
+        assert (tmp_path / "run" / "config.yaml").read_text() == config
+    finally:
+        first.kill()
+        first.wait()
+
+
+def different_data(rank: int, folder: Path) -> None:
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    config = Config(model="m", train_data="d", output_dir=str(folder / "run"))
+    with pytest.raises(InputError, match="rank 1 and rank 0 do not have the same training tokens"):
+        runtime.find_checkpoint(config, f"hash {rank}", "")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_with_different_data_are_refused(tmp_path):
+    torch.multiprocessing.spawn(different_data, (tmp_path,), nprocs=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_linked_output_dir_stays_where_it_points_to(base, tmp_path):
+    (tmp_path / "scratch" / "run").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "scratch" / "run")
+    run(base | {"max_steps": 1}, tmp_path / "run")
+    run(base | {"max_steps": 1, "resume": "never"}, tmp_path / "run")
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "scratch" / "run" / "final").exists()
+    assert len([path for path in (tmp_path / "scratch").iterdir()]) == 2  # the old one set aside
+
+
+def test_a_tokenizer_of_another_model_is_refused(base, tmp_path):
+    make_model("llama", vocab_size=200).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        InputError, match=r"gives token \d\d\d, the model has 200: they do not belong"
+    ):
+        run(base | {"model": str(tmp_path / "model")}, tmp_path / "run")
+
+
+@pytest.mark.parametrize("fails", ["login", "init"])
+def test_wandb_never_stops_a_run(base, tmp_path, monkeypatch, fails):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    start = wandb.init
+
+    def unreachable(*args, mode="online", **kwargs):
+        if mode == "online":
+            raise wandb.errors.CommError("the server cannot be reached")
+        return start(*args, mode=mode, **kwargs)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setattr(wandb, "login", unreachable if fails == "login" else lambda **_: True)
+    assert len(run(base | {"max_steps": 1, "wandb": "auto"}, tmp_path / "run")) == 3
+    offline = list((tmp_path / "run").glob("wandb/offline-run-*"))
+    assert len(offline) == (fails == "init")
 
 
 # ---- Exactness: whole trajectories against the textbook's step -----------------------------------
@@ -675,6 +817,7 @@ def test_log_every_reports_means_of_all_its_steps(base, three_runs, tmp_path):
 
 def test_gradients_are_clipped(base, tmp_path):
     values = base | {"max_steps": 2, "save_every": 1, "max_grad_norm": 1e-3}
+    values["keep_checkpoints"] = 0
     lines = run(values, tmp_path / "run")
     assert lines[1]["grad_norm"] > 1e-2  # what is reported is the norm before clipping
     norm = sum(tensor.square().sum() for tensor in gradients(tmp_path / "run").values()).sqrt()
@@ -709,7 +852,6 @@ def test_too_little_memory_says_what_to_lower(base, tmp_path, monkeypatch, fail)
     monkeypatch.setattr(train, "pack_rows", lambda *args: fail())
     with pytest.raises(RuntimeError) as caught:
         run(base | {"eval_data": ""}, tmp_path / "run")
-    torch.distributed.destroy_process_group()
     (note,) = caught.value.__notes__
     assert re.search(
         r"largest micro-batch, \d+ tokens on a rank, .* "
@@ -742,7 +884,6 @@ def test_nonfinite_gradient_stops_before_the_optimizer_moves(base, model_folder,
     }
     with pytest.raises(FloatingPointError, match=rf"step 1: .* row {rows[3]}\b"):
         run(values, tmp_path / "run")
-    torch.distributed.destroy_process_group()
     assert (
         not (tmp_path / "run" / "checkpoints").exists()
         and not (tmp_path / "run" / "final").exists()
@@ -869,6 +1010,47 @@ def test_wandb_never_asks(base, tmp_path, monkeypatch):
     assert not (tmp_path / "auto" / "wandb").exists()
     with pytest.raises(InputError, match="nobody is logged in"):
         run(base | {"max_steps": 1, "wandb": "online"}, tmp_path / "online")
-    torch.distributed.destroy_process_group()
     run(base | {"max_steps": 1, "wandb": "offline"}, tmp_path / "offline")
     assert list((tmp_path / "offline" / "wandb").glob("offline-run-*"))
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error(base, tmp_path, monkeypatch):
+    """Unless it is hidden on purpose: the run would take the CPU without a word."""
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01\n")
+    monkeypatch.setattr(runtime, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for build, said in ((None, "is a CPU build"), ("13.0", "is built for CUDA 13.0")):
+        monkeypatch.setattr(torch.version, "cuda", build)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        with pytest.raises(
+            InputError, match=f"470.82.01; torch {torch.__version__} {said}".replace("+", ".")
+        ):
+            run(base, tmp_path / "run")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert len(run(base | {"max_steps": 1}, tmp_path / "run")) == 3
+
+
+def test_more_processes_than_gpus_is_an_error(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(InputError, match="8 processes for 4 GPUs: lower --nproc_per_node"):
+        runtime.start_process()
+
+
+def test_a_run_without_a_gpu_says_so_first(base, tmp_path, capsys):
+    run(base | {"max_steps": 1}, tmp_path / "run")
+    assert capsys.readouterr().out.startswith("no GPU: 1 process(es) on the CPU\n")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_error_that_only_one_rank_meets_is_printed_by_it(rank):
+    code = "import runtime, data\ndef main(): raise data.InputError('too small')\n"
+    command = [sys.executable, "-c", code + "runtime.run_command(main)"]
+    environment = os.environ | {"RANK": rank}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    said = "error: too small" if rank == "0" else "error on rank 1: too small"
+    assert (done.returncode, done.stderr.strip()) == (1, said)
