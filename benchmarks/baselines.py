@@ -53,7 +53,9 @@ def prepare(config: Config):
 
 
 def plain_model(config: Config):
-    return AutoModelForCausalLM.from_pretrained(resolve_model(config.model), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(
+        resolve_model(config.model), dtype=torch.float32, trust_remote_code=False
+    )
 
 
 def padded_logps(model, rows: dict) -> torch.Tensor:

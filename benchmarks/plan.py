@@ -26,11 +26,11 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from data import InputError, pack, spread_pairs, truncate
 from demo.smollm2 import resolve_model
-from model import LOGITS_BYTES, PackedModel, blocks, build_model, shard
+from model import LOGITS_BYTES, PackedModel, blocks, build_model, shard, varlen_attention
 from runtime import run_command
 from train import Config, parse_args
 
@@ -48,6 +48,7 @@ STEPS = 64  # a prediction is the mean over so many steps with pairs of sampled 
 class GPU:
     """The vendor's datasheet, and the network of the vendor's reference system."""
 
+    name: str
     flops: float  # dense bfloat16 operations/s
     memory: float  # bytes
     memory_speed: float  # bytes/s
@@ -56,12 +57,20 @@ class GPU:
 
 
 GPUS = {
-    "a100": GPU(312e12, 80e9, memory_speed=2.0e12, nvlink=300e9, network=8 * 25e9),
-    "h100": GPU(989e12, 80e9, memory_speed=3.35e12, nvlink=450e9, network=8 * 50e9),
+    "a100": GPU("a100", 312e12, 80e9, memory_speed=2.0e12, nvlink=300e9, network=8 * 25e9),
+    "h100": GPU("h100", 989e12, 80e9, memory_speed=3.35e12, nvlink=450e9, network=8 * 50e9),
 }
-EFFICIENCY = 0.45  # assumed share of a GPU's peak that forward and backward reach in bfloat16
+# The share of a GPU's peak that forward and backward reach in bfloat16, and what compiling adds:
+# torchtitan's published runs of Llama-3-8B (docs/plan.md) come out within 15 % with these.
+EFFICIENCY = {"a100": 0.50, "h100": 0.33}
+COMPILED = 1.15
 LINK_EFFICIENCY = 0.75  # assumed share of a link's speed that collectives reach
 HOP = 3e-6  # assumed seconds that each additional rank adds to a ring collective
+
+
+def speed(gpu: GPU, compiled: bool) -> float:
+    """The operations/s that forward and backward are expected to reach."""
+    return gpu.flops * EFFICIENCY[gpu.name] * (COMPILED if compiled else 1)
 
 
 def sample_lengths(name: str, count: int, seed: int = 0) -> np.ndarray:
@@ -88,7 +97,19 @@ def flops(model: PackedModel, segments: list) -> tuple[float, float]:
     return body.sum(), (6 * model.model.get_output_embeddings().weight.numel() * (c + r)).sum()
 
 
-def kept_bytes(config, segments: list, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
+def one_kernel(module, query, key, value, mask, scaling=None, sliding_window=None, **kwargs):
+    """packed_attention as on a GPU, on any device."""
+    options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    batch = kwargs["micro_batch"]
+    return varlen_attention(query, key, value, sliding_window, batch, options), None
+
+
+AttentionInterface.register("one_kernel", one_kernel)
+
+
+def kept_bytes(
+    config, segments: list, dtype: torch.dtype = torch.bfloat16, attention: str = "one_kernel"
+) -> tuple[int, int]:
     """Bytes that the forward pass keeps for the backward pass in a micro-batch of pairs with
     `segments` (prompt, chosen, rejected) tokens: (in each block, outside the blocks)."""
 
@@ -104,7 +125,7 @@ def kept_bytes(config, segments: list, dtype: torch.dtype = torch.bfloat16) -> t
 
         with FakeTensorMode():
             model = AutoModelForCausalLM.from_config(
-                type(config).from_dict(values), dtype=dtype, attn_implementation="packed"
+                type(config).from_dict(values), dtype=dtype, attn_implementation=attention
             )
             batch = pack([([0] * p, [0] * c, [0] * r) for p, c, r in segments])
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -147,6 +168,7 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
     layers, inside, block = len(block_sizes), sum(block_sizes), max(block_sizes)
     whole = sum(p.numel() for p in model.parameters())
     root = whole - inside  # parameters that are in no block
+    head_size = model.model.get_output_embeddings().weight.numel()
     shards = gpus // recipe.replicas
     vocabulary = config.get_text_config().vocab_size
 
@@ -176,7 +198,7 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
         chunks = -(-4 * vocabulary * sum(c + r for _, c, r in rank) // LOGITS_BYTES["cuda"])
         body *= 4 / 3 if recipe.activation_checkpointing else 1
         head *= 1 + (1 - 1 / chunks) / 3
-        compute.append((body + head) / gpu.flops / EFFICIENCY)
+        compute.append((body + head) / speed(gpu, recipe.compile))
     # A ring over several nodes enters and leaves each node once and has the node's whole network.
     gathers, gathered, reductions, reduced = fsdp_traffic(layers, inside, whole)
     link = LINK_EFFICIENCY * (gpu.nvlink if shards <= 8 else min(gpu.nvlink, gpu.network))
@@ -186,7 +208,7 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
         # shard is a reduction and a gather.
         across = LINK_EFFICIENCY * (gpu.network / 8 if gpus > 8 else gpu.nvlink)
         one_way = reduced / shards / recipe.replicas / across + reductions * HOP
-        transfer += 2 * (recipe.replicas - 1) * one_way
+        transfer += 2 * (recipe.replicas - 1) * one_way / micro_batches  # once a step
     # Reads and writes of parameters, gradients and moments in float32, by AdamW and for the norm.
     adam = 32 * local / gpu.memory_speed
     step_seconds = sum(max(seconds, transfer) for seconds in compute) / STEPS + adam
@@ -196,18 +218,20 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
     activations = layers * per_block
     if recipe.activation_checkpointing:  # the inputs of all blocks, in bfloat16, and one block
         activations = layers * 2 * config.get_text_config().hidden_size * largest_tokens + per_block
-    memory = {
-        "parameters": 4 * local,
-        "gradients": 4 * local,
-        "Adam": 8 * local,
-        # Two blocks (one is fetched ahead) and everything outside the blocks, with the latter's
-        # gradient, in bfloat16; input and output of a reduction in float32.
-        "gathered": 2 * 2 * block + 2 * 2 * root + 4 * max(root, block) * (1 + 1 / shards),
+    turn = {  # where the forward pass turns into the backward pass
+        "gradients": 4 * local if micro_batches > 1 else 0,  # of earlier micro-batches
+        # In bfloat16 two blocks (one is fetched ahead), what is outside them, the head's gradient.
+        "gathered": 2 * 2 * block + 2 * root + 2 * head_size,
         "activations": activations + outside,
         # A chunk's logits in float32, and in bfloat16 as the head gives them or as their gradient
         # goes back to it.
         "logits": min(LOGITS_BYTES["cuda"], 4 * response_tokens * vocabulary) * 1.5,
     }
+    # At the end of the backward pass: what is outside the blocks and its gradient in bfloat16, and
+    # input and output of its reduction in float32.
+    end = {"gradients": 4 * local, "gathered": 4 * root + 4 * root * (1 + 1 / shards)}
+    memory = {"parameters": 4 * local, "Adam": 8 * local}
+    memory |= max(turn, end, key=lambda part: sum(part.values()))
     return {
         "micro_batches": micro_batches,
         "largest_tokens": largest_tokens,
@@ -272,7 +296,8 @@ def main() -> None:
     args, train_flags = parser.parse_known_args()
     recipe = parse_args([args.recipe, *train_flags])
     try:
-        config = AutoConfig.from_pretrained(resolve_model(recipe.model))
+        folder = resolve_model(recipe.model)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"no config can be loaded from {recipe.model}: {error}") from error
     result = plan(recipe, config, args.gpus, GPUS[args.gpu], args.lengths, args.pairs)

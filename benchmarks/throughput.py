@@ -195,7 +195,7 @@ def run(data: str, model: str, batch_size: int, arms: list[str], args, folder: P
     flags |= {"wandb": "off", "save_every": 0}
     pairs, _ = load_pairs(source, load_tokenizer(source_model), **limits)
     with torch.device("meta"):
-        empty_model = build_model(AutoConfig.from_pretrained(source_model))
+        empty_model = build_model(AutoConfig.from_pretrained(source_model, trust_remote_code=False))
     figures = {arm: [] for arm in arms}  # of each repetition
     padded = []  # operations of the textbook's batch divided by those of the distinct tokens
     for seed in range(args.repeats):

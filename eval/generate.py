@@ -168,7 +168,8 @@ def load_engine(engine: str, folder: str, batch_size: int, seed: int):
     tokenizer = load_tokenizer(folder)
     if engine == "transformers":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        model = model.to(device).eval()
         return functools.partial(generate, model, tokenizer, batch_size=batch_size)
     try:
         from vllm import LLM
@@ -215,7 +216,7 @@ def answer(
     answers = read_answers(path, settings) if path else {}
     if len(answers) == len(prompts):
         return [answers[i] for i in range(len(prompts))]
-    context = context_length(AutoConfig.from_pretrained(folder))
+    context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     order = longest_first(prompt_ids(load_tokenizer(folder), prompts, context))
     run = load_engine(engine, folder, batch_size, seed)
     size = VLLM_BATCH if engine == "vllm" else batch_size

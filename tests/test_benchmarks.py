@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from benchmarks.plan import GPUS, flops, fsdp_traffic, kept_bytes, plan, sample_lengths
+from benchmarks import plan as plan_module
+from benchmarks.plan import GPUS, flops, fsdp_traffic, kept_bytes, plan, sample_lengths, speed
 from benchmarks.plan import main as plan_main
 from benchmarks.throughput import check_agreement
 from benchmarks.throughput import main as throughput_main
-from data import InputError, pack
+from data import InputError, pack, truncate
 from model import PackedModel, blocks, build_model, shard
-from train import Config, parse_args
+from train import Config, make_schedule, parse_args
 
 ROOT = Path(__file__).parent.parent
 SEGMENTS = [(7, 5, 9), (4, 8, 3)]
@@ -64,7 +66,7 @@ def test_attention_operations_of_a_pair():
 def test_kept_bytes_are_those_of_the_real_forward():
     batch = pack([([1] * p, [2] * c, [3] * r) for p, c, r in SEGMENTS])
     config = make_config("llama")
-    per_block, outside = kept_bytes(config, SEGMENTS, torch.float32)
+    per_block, outside = kept_bytes(config, SEGMENTS, torch.float32, attention="packed")
     model, kept = build_model(config), {}
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
 
@@ -174,6 +176,87 @@ def test_sampled_lengths_have_the_stated_means():
 
 
 PLAN_PAGE = (ROOT / "docs" / "plan.md").read_text()
+PUBLISHED = [
+    ("h100", False, 5762),
+    ("h100", True, 6667),
+    ("a100", False, 2904),
+    ("a100", False, 2973),
+]
+
+
+@pytest.mark.parametrize("gpu, compiled, tokens_per_second", PUBLISHED)
+def test_plan_agrees_with_torchtitan(gpu, compiled, tokens_per_second):
+    """Tokens/s a GPU of Llama-3-8B with sequences of 8,192: figures of pytorch/torchtitan, of its
+    benchmarks/llama3_h100_202412_torchtitan.md and docs/performance.md."""
+    with torch.device("meta"):
+        model = build_model(llama3()[0])
+    operations = sum(flops(model, [(0, 8192, 0)]))
+    assert 8192 * speed(GPUS[gpu], compiled) / operations == pytest.approx(
+        tokens_per_second, rel=0.15
+    )
+
+
+GPU_PAGE = (ROOT / "docs" / "gpu.md").read_text()
+MEASURED = re.findall(
+    r"^\| ([\w.-]+) \| (train.py.*?) \| [\d.]+ \| ([\d.]+) \|", GPU_PAGE, re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("recipe, arm, gigabytes", MEASURED)
+def test_plan_agrees_with_fake_cuda(recipe, arm, gigabytes, monkeypatch):
+    """Memory of a GPU, in the same step."""
+    monkeypatch.setattr(plan_module, "STEPS", 1)
+    flags = ["--activation_checkpointing", "true"] if "checkpointing" in arm else []
+    config = parse_args([str(ROOT / "recipes" / f"{recipe}.yaml"), *flags])
+    kind, values, _ = MODELS[config.model]
+    lengths = "hh" if recipe == "pythia-2.8b-hh" else "ultrafeedback"
+    shape = AutoConfig.for_model(kind, **values)
+    memory = plan(config, shape, 8, GPUS["a100"], lengths, 60_000)["memory"]
+    assert sum(memory.values()) / 1e9 == pytest.approx(float(gigabytes), rel=0.1)
+
+
+def test_every_recipe_has_its_row():
+    assert {recipe for recipe, _, _ in MEASURED} == {path.stem for path in RECIPES} - {"demo"}
+    assert len(MEASURED) == 10
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason="needs a CUDA build of torch")
+@pytest.mark.parametrize("arm", ["simper", "textbook"])
+def test_a_step_on_fake_cuda(arm, tmp_path):
+    """The operations of rank 0's pairs, worked out by hand, and the host's waits."""
+    make_config("llama").save_pretrained(tmp_path)
+    recipe = str(ROOT / "recipes" / "llama-3-8b-instruct.yaml")
+    command = [sys.executable, str(ROOT / "benchmarks" / "fake_gpu.py"), recipe, "--arm", arm]
+    command += ["--ranks", "4", "--model", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = re.search(r"([\d.e+-]+) Tflop, .*, (\d+) host waits", done.stdout)
+    config = parse_args([recipe])
+    rows = sample_lengths("ultrafeedback", 128).tolist()
+    pairs = [tuple(map(len, truncate(*([0] * n for n in row), 2048, 1800))) for row in rows]
+    weights, head, width, layers = (
+        2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48),
+        320 * 32,
+        32,
+        2,
+    )
+    if arm == "simper":
+        schedule = make_schedule(config, np.array(pairs).sum(axis=1), 4)
+        mine = [pairs[i] for shares in schedule[0] for i in shares[0]]
+        tokens, responses = sum(map(sum, mine)), sum(c + r for _, c, r in mine)
+        attended = sum((p + c) ** 2 + r * (p + r) for p, c, r in mine)
+        expected = 6 * (weights * tokens + head * responses)
+        expected += (1 + 2.5) * 4 * attended * width * layers
+    else:  # 2 pairs a forward, padded; the blocks' forward runs twice, but for its last product
+        batches = [pairs[i : i + 2] for i in range(0, 32, 2)]
+        longest = [max(p + max(c, r) for p, c, r in batch) for batch in batches]
+        again = weights - layers * 32 * 48
+        expected = sum(4 * n * (6 * weights + 2 * again + 6 * head) for n in longest)
+        expected += sum((2 + 2.5) * 4 * 4 * n * n * width * layers for n in longest)
+    assert float(figures[1]) * 1e12 == pytest.approx(expected, rel=1e-3)
+    assert int(figures[2]) == (2 if arm == "simper" else 0)
+
+
 ROWS = re.findall(r"^\| ([\w.-]+) \| `(.*?)` \| (.*) \|$", PLAN_PAGE, re.MULTILINE)
 
 

@@ -1,0 +1,411 @@
+"""One training step of a recipe at full size as rank 0 of N GPUs, without a GPU.
+
+    python benchmarks/fake_gpu.py recipes/llama-3-8b-instruct.yaml
+    python benchmarks/fake_gpu.py recipes/llama-3-8b-instruct.yaml --arm textbook
+    python benchmarks/fake_gpu.py recipes/llama-3-8b-instruct.yaml --ranks 64 --row
+
+train.train itself runs on fake CUDA tensors: shapes, dtypes, devices, operators, memory and the
+host's waits are real; kernels, values and times are not. Only the weights, the tokenizer, the data
+(random lengths, benchmarks/plan.py) and the export are replaced. `--arm textbook` is the step that
+SimPO's code, the authors' SimPER and TRL share, under the same FSDP2: chosen and rejected responses
+padded and concatenated, all logits, log_softmax, gather; with activation checkpointing and
+--textbook_pairs pairs a forward (the authors' two). Further flags are train.py's.
+
+Needs a CUDA build of torch (which `pip install torch` gives on Linux), and the model's config. It
+proves nothing about kernels: what they support, their speed and their values need a GPU.
+"""
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import os
+import sys
+import tempfile
+import traceback
+import types
+import weakref
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # noqa: F401 (collectives on fake tensors)
+import transformers.masking_utils
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed import device_mesh
+from torch.distributed._tools.common_utils import get_untyped_storages
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import model as model_module
+import runtime
+import train
+from benchmarks.plan import LENGTHS, sample_lengths
+from data import truncate
+from demo.smollm2 import resolve_model
+
+# ---- CUDA without a GPU --------------------------------------------------------------------------
+
+
+def allow_backward_without_gpu() -> object:
+    """Autograd asks CUDA's hooks whether device 0 has a context, which raises without a driver:
+    here the answer is no. Returns what must stay alive."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    get_hooks = ctypes.CDLL(str(library))["_ZN2at6detail12getCUDAHooksEv"]
+    get_hooks.restype = ctypes.c_void_p
+    hooks = ctypes.cast(get_hooks(), ctypes.POINTER(ctypes.c_void_p))
+    size = 128
+    table = (
+        ctypes.c_void_p * (size + 2)
+    )()  # a copy of the virtual table, with its two words before
+    ctypes.memmove(table, hooks[0] - 16, (size + 2) * 8)
+    answer = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(lambda *_: False)
+    # Two destructors, isBuilt, isAvailable, hasPrimaryContext (AcceleratorHooksInterface.h).
+    table[2 + 4] = ctypes.cast(answer, ctypes.c_void_p).value
+    hooks[0] = ctypes.addressof(table) + 16
+    return table, answer
+
+
+class Event:
+    def __init__(self, *args, **kwargs): ...
+    def record(self, *args):
+        return self
+
+    def wait(self, *args): ...
+    def query(self):
+        return True
+
+    def synchronize(self): ...
+
+
+class Stream:
+    stream_id, device_index, device_type = 0, 0, 1
+
+    def __init__(self, *args, **kwargs): ...
+    def wait_event(self, event): ...
+    def wait_stream(self, stream): ...
+    def record_event(self, event=None):
+        return event or Event()
+
+    def synchronize(self): ...
+
+
+STREAM = Stream()
+A100 = {"name": "NVIDIA A100", "major": 8, "minor": 0, "total_memory": 80 << 30}
+STAND_INS = {
+    "Stream": Stream,
+    "Event": Event,
+    "current_stream": lambda device=None: STREAM,
+    "stream": lambda stream: contextlib.nullcontext(stream),
+    "device_count": lambda: 8,
+    "current_device": lambda: 0,
+    "set_device": lambda device: None,
+    "get_device_capability": lambda device=None: (8, 0),
+    "get_device_properties": lambda device=None: types.SimpleNamespace(
+        multi_processor_count=108, **A100
+    ),
+    "max_memory_allocated": lambda device=None: 0,
+}
+SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
+def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
+    """The textbook's attention: what SDPA chooses on a GPU; on fake tensors it would take
+    another."""
+    if q.device.type != "cuda" or attn_mask is not None:
+        return SDPA(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+
+
+class Recorder(TorchDispatchMode):
+    """Counts, on fake CUDA tensors: live bytes and their peak, operators, floating-point
+    operations, and where the host waited for a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known, self.sizes = WeakIdKeyDictionary(), {}
+        self.attention_flops = 0  # of one call of varlen_attn, whose operator torch does not count
+        self.restart()
+
+    def restart(self) -> None:
+        """Count anew; what is allocated stays."""
+        self.operators, self.waits, self.flops, self.peak = 0, collections.Counter(), 0, self.live
+
+    def wait(self, name: str) -> None:
+        """Note the line of this repository or of a library that asked for a value."""
+        frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename]
+        frames = [f for f in frames if Path(f.filename) != Path(__file__)]
+        self.waits[f"{name} {Path(frames[-1].filename).name}:{frames[-1].lineno}"] += 1
+
+    def resize(self, key: int, size: int) -> None:
+        size = -(-size // 512) * 512  # as the allocator rounds
+        self.live += size - self.sizes.pop(key, 0)
+        if size:
+            self.sizes[key] = size
+        self.peak = max(self.peak, self.live)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type != "cuda" or isinstance(tensor, DTensor):
+            return
+        for storage in get_untyped_storages(tensor):
+            if storage not in self.known:
+                key = self.known[storage] = (len(self.known), id(storage))
+                self.resize(key, storage.size())
+                weakref.finalize(storage, self.resize, key, 0)
+
+    def __enter__(self):
+        self.real_resize = torch.UntypedStorage.resize_
+
+        def resize_(storage, size):  # FSDP frees what it has gathered so
+            self.real_resize(storage, size)
+            if storage in self.known:
+                self.resize(self.known[storage], storage.size())
+
+        torch.UntypedStorage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        torch.UntypedStorage.resize_ = self.real_resize
+        return super().__exit__(*args)
+
+    def __torch_dispatch__(self, function, types_, args=(), kwargs=None):
+        if any(t == DTensor for t in types_):
+            return NotImplemented
+        out = function(*args, **(kwargs or {}))
+        packet = getattr(function, "_overloadpacket", function)
+        name = getattr(packet, "__name__", str(packet))
+        if not PROPAGATING and name != "device":
+            self.operators += 1
+            if name == "_varlen_attn":  # torch does not know the lengths of fake sequences
+                self.flops += self.attention_flops
+            elif name == "_varlen_attn_backward":  # five products in place of two
+                self.flops += 2.5 * self.attention_flops
+            elif name == "addmm_":
+                self.flops += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+            elif packet in flop_registry:
+                self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            tree_map_only(torch.Tensor, self.add, out)
+        return out
+
+
+PROPAGATING = []  # DTensor works out shapes on whole tensors that it makes for the purpose
+
+
+@contextlib.contextmanager
+def fake_cuda(ranks: int):
+    """As rank 0 of `ranks` GPUs. Yields a Recorder."""
+    recorder = Recorder()
+
+    def item(tensor):
+        if tensor.device.type == "cuda":
+            recorder.wait("item")
+        return 0.0 if tensor.dtype.is_floating_point else 0
+
+    def tolist(tensor):
+        if tensor.device.type == "cuda":
+            recorder.wait("tolist")
+        kind = float if tensor.dtype.is_floating_point else int
+
+        def zeros(shape):
+            return [zeros(shape[1:]) for _ in range(shape[0])] if shape else kind(0)
+
+        values = zeros(tuple(tensor.shape))
+        if tensor.ndim == 1 and values:
+            values[-1] = kind(1)  # where it is a count, it is not 0
+        return values
+
+    def bool_(tensor):
+        # transformers' masking_utils asks whether the positions are those of one sequence: they
+        # are.
+        names = [frame.filename for frame in traceback.extract_stack(limit=6)]
+        return any("masking_utils" in name for name in names) or bool(item(tensor))
+
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def quietly(*args, **kwargs):
+        PROPAGATING.append(True)
+        try:
+            return propagate(*args, **kwargs)
+        finally:
+            PROPAGATING.pop()
+
+    make_mesh = device_mesh.init_device_mesh
+
+    def real_mesh(*args, **kwargs):  # its coordinates are real tensors
+        with unset_fake_temporarily():
+            return make_mesh(*args, **kwargs)
+
+    keep = allow_backward_without_gpu()
+    transformers.masking_utils.is_tracing = lambda *args: False  # fake tensors count as tracing
+    patches = [(torch.cuda, name, value) for name, value in STAND_INS.items()]
+    patches += [(FakeTensor, "item", item), (FakeTensor, "tolist", tolist)]
+    patches += [(FakeTensor, "__bool__", bool_), (FakeTensor, "__float__", item)]
+    patches += [(ShardingPropagator, "_propagate_tensor_meta_non_cached", quietly)]
+    patches += [(m, "init_device_mesh", real_mesh) for m in (device_mesh, model_module)]
+    patches += [(torch.nn.functional, "scaled_dot_product_attention", flash_attention)]
+    patches += [(dist, "broadcast_object_list", lambda *args, **kwargs: None)]
+    patches += [
+        (dist, "all_gather_object", lambda every, mine: every.__setitem__(slice(None), [mine]))
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.callback(setattr, owner, name, getattr(owner, name, None))
+            setattr(owner, name, value)
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+        stack.callback(dist.destroy_process_group)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(recorder)
+    del keep
+
+
+# ---- The two steps -------------------------------------------------------------------------------
+
+
+def sample_pairs(config: train.Config, lengths: str) -> list[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected of the pairs of one step, truncated as the recipe
+    says."""
+    limits = (config.max_length, config.max_prompt_length)
+    rows = sample_lengths(lengths, config.batch_size).tolist()
+    cut = [truncate([0] * p, [0] * c, [0] * r, *limits) for p, c, r in rows]
+    return [tuple(map(len, pair)) for pair in cut]
+
+
+def simper(config: train.Config, sizes: list[tuple[int, int, int]], ranks: int) -> Recorder:
+    """train.train with one step; counted from the end of the rehearsal."""
+    names = ("prompt", "chosen", "rejected")
+    rows = {name: [[5] * size[n] for size in sizes] for n, name in enumerate(names)}
+    rows |= {"lengths": [[*size] for size in sizes], "row": [*range(len(sizes))]}
+    pairs = datasets.Dataset.from_dict(rows | {"source": ["random"] * len(sizes)})
+    varlen, rehearse = model_module.varlen_attention, train.rehearse
+    with fake_cuda(ranks) as recorder:
+
+        def count_attention(query, key, value, window, batch, options):
+            products = sum((p + c) ** 2 + r * (p + r) for p, c, r in batch.segments)
+            recorder.attention_flops = 4 * products * query.shape[1] * query.shape[3]
+            return varlen(query, key, value, window, batch, options)
+
+        def rehearse_and_restart(*args):
+            rehearse(*args)
+            recorder.rehearsed = recorder.peak
+            recorder.restart()
+
+        device = torch.device("cuda", 0)
+        replaced = {
+            train: {
+                "resolve_model": lambda name: config.model,
+                "check_limits": lambda *args: None,
+                "load_tokenizer": lambda name: None,
+                "load_pairs": lambda *args, **kwargs: (pairs, "random pairs"),
+                "rehearse": rehearse_and_restart,
+                "export": lambda *args: None,
+            },
+            runtime: {
+                "start_process": lambda: (0, ranks, device),
+                "start_group": lambda device: None,
+            },
+            model_module: {
+                "load_weights": lambda *args: None,
+                "weights_folder": lambda name: name,
+                "varlen_works": lambda dtype, head_dim: dtype == torch.bfloat16,
+                "varlen_attention": count_attention,
+            },
+        }
+        destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+        for module, functions in replaced.items():
+            for name, function in functions.items():
+                setattr(module, name, function)
+        train.train(config)
+        dist.destroy_process_group = destroy
+    return recorder
+
+
+def textbook(
+    config: train.Config, sizes: list[tuple[int, int, int]], ranks: int, pairs_a_forward: int
+) -> Recorder:
+    """The second of two steps: gradients and Adam's state are in place, as in all later ones."""
+    model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+    mine = sizes[: len(sizes) // ranks]
+    with fake_cuda(ranks) as recorder:
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=torch.float32, attn_implementation="sdpa"
+            )
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        mesh = device_mesh.init_device_mesh("cuda", (ranks,))
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for module in (*model_module.blocks(types.SimpleNamespace(modules=model.modules)), model):
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for _ in range(2):
+            recorder.restart()
+            for start in range(0, len(mine), pairs_a_forward):
+                part = mine[start : start + pairs_a_forward]
+                longest = max(p + max(c, r) for p, c, r in part)
+                ids = torch.zeros(2 * len(part), longest, dtype=torch.long, device="cuda")
+                mask = torch.ones_like(ids)
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                logps = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+                chosen, rejected = logps.mean(dim=1).chunk(2)
+                (rejected.exp() - chosen.exp()).sum().backward()
+                del logits, logps, chosen, rejected
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return recorder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe")
+    parser.add_argument("--arm", choices=["simper", "textbook"], default="simper")
+    parser.add_argument("--ranks", type=int, default=8, help="GPUs in all")
+    parser.add_argument("--lengths", choices=LENGTHS, default="ultrafeedback")
+    parser.add_argument("--textbook_pairs", type=int, default=2, help="of the textbook, a forward")
+    parser.add_argument("--row", action="store_true", help="print one line of docs/gpu.md's table")
+    args, rest = parser.parse_known_args()
+    if not torch.version.cuda:
+        sys.exit("this needs a CUDA build of torch; a GPU is not needed")
+    output = tempfile.mkdtemp()
+    flags = ["--max_steps", "1", "--eval_data", "", "--save_every", "0", "--resume", "never"]
+    flags += ["--wandb", "off", "--output_dir", f"{output}/run", "--train_data", "random"]
+    config = train.parse_args([args.recipe, *rest, *flags])
+    folder = Path(resolve_model(config.model))
+    if not folder.is_dir():
+        AutoConfig.from_pretrained(config.model, trust_remote_code=False).save_pretrained(output)
+        config = dataclasses.replace(config, model=output)
+    sizes = sample_pairs(config, args.lengths)
+    if args.arm == "simper":
+        recorder = simper(config, sizes, args.ranks)
+    else:
+        recorder = textbook(config, sizes, args.ranks, args.textbook_pairs)
+    figures = [recorder.flops / 1e12, recorder.peak / 1e9, recorder.operators]
+    figures += [sum(recorder.waits.values())]
+    if args.row:
+        print("{:.0f} | {:.1f} | {:,} | {}".format(*figures))
+    else:
+        text = "{:.4g} Tflop, peak {:.2f} GB, {:,} operators, {} host waits"
+        print(f"{args.arm}, rank 0 of {args.ranks}: {text.format(*figures)} {dict(recorder.waits)}")
+        if args.arm == "simper":
+            print(f"the rehearsal peaks at {recorder.rehearsed / 1e9:.2f} GB")
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter's own end would ask for a device
+
+
+if __name__ == "__main__":
+    main()
