@@ -316,12 +316,12 @@ def load_model(
     compile: bool = False,
     longest: int = 32,
 ) -> PackedModel:
-    """Load a model from a folder or hub id and shard it. Only rank 0 reads the weights; the other
-    ranks get theirs from it. `device` is "cpu" or "cuda"; `longest` the most tokens of prompt +
-    response that will be used. Collective.
+    """Load a model from a folder or hub id and shard it; every rank reads its own shards only.
+    `device` is "cpu" or "cuda"; `longest` the most tokens of prompt + response that will be used.
+    Collective.
 
-    Raises InputError if weights are missing, or if the packed forward does not equal the model's
-    own (self_check).
+    Raises InputError if weights are missing, if the packed forward does not equal the model's own,
+    or if attention is wrong on this machine (self_check).
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     with torch.device("meta"):
@@ -364,13 +364,13 @@ def load_weights(model: PackedModel, folder: str) -> None:
     for name in read().read_metadata().state_dict_metadata:
         if name in model.model.state_dict() and name not in state:
             parameter = model.model.get_parameter(name)  # tied to another one, and in the file, too
-            other = {name: torch.empty_like(parameter)}
-            dcp.load(other, storage_reader=read())
-            differs = (other[name] != parameter).any()
-            if differs.full_tensor() if isinstance(differs, DTensor) else differs:
-                raise InputError(
-                    f"{folder}: the config ties {name}, but the file holds another one"
-                )
+            other = torch.empty_like(parameter)
+            dcp.load({name: other}, storage_reader=read())
+            mine, its = (t.to_local() if isinstance(t, DTensor) else t for t in (parameter, other))
+            differs = (mine != its).any().int()
+            dist.all_reduce(differs, op=dist.ReduceOp.MAX)
+            if differs.item():
+                raise InputError(f"{folder}: the config ties {name}, the file holds another one")
 
 
 def stored_tensors(model) -> dict[str, torch.Tensor]:
@@ -424,7 +424,12 @@ def fetch_weights(name: str) -> str:
     for kind in ("*.safetensors", "*.bin"):
         folder = name
         if not Path(name).is_dir():
-            folder = snapshot_download(name, allow_patterns=kind, ignore_patterns="*/*")
+            try:
+                # Mistral's "consolidated" files hold the same weights once more.
+                ignored = ["*/*", "consolidated*"]
+                folder = snapshot_download(name, allow_patterns=kind, ignore_patterns=ignored)
+            except Exception as error:  # not there, a licence not accepted, no network
+                raise InputError(f"{name}: the weights cannot be fetched: {error}") from error
         if any(Path(folder).glob(kind)):
             return folder
     raise InputError(f"{name}: no weights (.safetensors or .bin) are there")

@@ -40,7 +40,7 @@ from data import (
 )
 from demo.smollm2 import resolve_model
 from loss import LOSSES, simper_loss, sum_logps
-from model import check_limits, export, load_model, reference_logps
+from model import check_limits, export, load_model, reference_logps, weights_folder
 
 
 def option(default, help: str):
@@ -105,6 +105,7 @@ def train(config: Config) -> None:
         heldout_schedule = whole_pass(config, pair_lengths(heldout).sum(axis=1), ranks)
         data_sets.append(heldout)
     check_limits(source, config.max_length, max(map(highest_token, data_sets)))
+    weights_folder(source)  # is fetched now, while no rank waits for another
     steps_per_epoch, left_out = divmod(len(pairs), config.batch_size)
     print_once(f"{len(schedule)} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch")
     print_once(f"pairs of an epoch that do not fill a batch and are left out: {left_out}")

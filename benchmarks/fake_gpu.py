@@ -307,6 +307,7 @@ def simper(config: train.Config, sizes: list[tuple[int, int, int]], ranks: int) 
             train: {
                 "resolve_model": lambda name: config.model,
                 "check_limits": lambda *args: None,
+                "weights_folder": lambda name: name,
                 "load_tokenizer": lambda name: None,
                 "load_pairs": lambda *args, **kwargs: (pairs, "random pairs"),
                 "rehearse": rehearse_and_restart,

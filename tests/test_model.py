@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import resource
+import shutil
 from datetime import timedelta
 
 import pytest
@@ -664,6 +665,9 @@ def work(rank: int, folder) -> None:
     with pytest.raises(InputError, match="replicas"):
         load_model(source, "cpu", torch.float32, 3)
     AutoModelForCausalLM.from_pretrained = None  # no rank reads the whole model
+    load_model(str(folder / "head twice"), "cpu", torch.float32)
+    with pytest.raises(InputError, match="the config ties lm_head.weight, the file holds another"):
+        load_model(str(folder / "another head"), "cpu", torch.float32)
     for replicas in (1, 2):
         model = load_model(source, "cpu", torch.float32, replicas)
         rows = [parameter.to_local().shape[0] for parameter in model.parameters()]
@@ -687,6 +691,12 @@ def two_ranks(tmp_path_factory):
         make_reference("gemma3_text", vocab_size=321),
     )
     reference.save_pretrained(folder / "source")
+    for name in ("head twice", "another head"):
+        shutil.copytree(folder / "source", folder / name)
+        state = load_file(folder / name / "model.safetensors")
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        state["lm_head.weight"][-1, -1] += float(name == "another head")
+        save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
     torch.multiprocessing.spawn(work, (folder,), nprocs=2)
     return reference, folder, [torch.load(folder / f"rank{rank}") for rank in (0, 1)]
 
