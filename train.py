@@ -97,18 +97,19 @@ def train(config: Config) -> None:
     pairs, report = load_pairs(config.train_data, tokenizer, **limits)
     print_once(f"training: {report}")
     pair_tokens = pair_lengths(pairs).sum(axis=1)  # distinct tokens of each pair
-    schedule = make_schedule(config, pair_tokens, ranks)
+    schedule, budget = make_schedule(config, pair_tokens, ranks), config.micro_batch_tokens
     heldout, heldout_schedule, data_sets = None, [], [pairs]
     if config.eval_data:
         heldout, report = load_pairs(config.eval_data, tokenizer, **limits)
         print_once(f"held out: {report}")
-        heldout_schedule = whole_pass(config, pair_lengths(heldout).sum(axis=1), ranks)
+        heldout_tokens = pair_lengths(heldout).sum(axis=1)
+        heldout_schedule = spread_pairs(range(len(heldout)), heldout_tokens, ranks, budget)
         data_sets.append(heldout)
     check_limits(source, config.max_length, max(map(highest_token, data_sets)))
     weights_folder(source)  # is fetched now, while no rank waits for another
     steps_per_epoch, left_out = divmod(len(pairs), config.batch_size)
-    print_once(f"{len(schedule)} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch")
-    print_once(f"pairs of an epoch that do not fill a batch and are left out: {left_out}")
+    text = f"{len(schedule)} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch"
+    print_once(f"{text}; {left_out} pairs an epoch do not fill a batch and are left out")
 
     # ---- Model and optimizer
     runtime.start_group(device)
@@ -116,7 +117,7 @@ def train(config: Config) -> None:
     checkpoint, state = runtime.find_checkpoint(config, fingerprint(pairs), heldout_sha256)
     log = runtime.Logger(config, state)
     auto = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
+    dtype = getattr(torch, config.dtype.replace("auto", auto))
     model = load_model(
         source,
         device.type,
@@ -133,12 +134,12 @@ def train(config: Config) -> None:
     reference = heldout_reference = None
     if "reference" in inspect.signature(loss_function).parameters:
         # Before a checkpoint is loaded: the model still is the one that training starts from.
-        micro_batches = whole_pass(config, pair_tokens, ranks)
+        micro_batches = spread_pairs(range(len(pairs)), pair_tokens, ranks, budget)
         reference = reference_logps(model, source, pairs, micro_batches, dtype)
         if heldout:
             heldout_reference = reference_logps(model, source, heldout, heldout_schedule, dtype)
-    heldout_shares = [shares[rank] for shares in heldout_schedule]
-    heldout_batches = [pack_rows(heldout, share, heldout_reference) for share in heldout_shares]
+    shares = [shares[rank] for shares in heldout_schedule]
+    heldout_batches = [pack_rows(heldout, share, heldout_reference) for share in shares]
     if checkpoint:
         began = time.perf_counter()
         runtime.load_checkpoint(checkpoint, model, optimizer, state["step"])
@@ -178,9 +179,9 @@ def train(config: Config) -> None:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         batches = pack_step(step + 1)  # before the host waits for the GPU
-        memory = runtime.peak_memory(device)
-        maxima = runtime.max_over_ranks(device, norm, ~finite, sigterm.is_set(), memory)
-        norm, not_finite, stop, memory = maxima
+        norm, not_finite, stop, memory = runtime.max_over_ranks(
+            device, norm, ~finite, sigterm.is_set(), runtime.peak_memory(device)
+        )
         indices = [i for shares in schedule[step - 1] for share in shares for i in share]
         if not_finite or not math.isfinite(norm):
             places = [f"{pairs[i]['source']} row {pairs[i]['row']}" for i in indices]
@@ -206,8 +207,8 @@ def train(config: Config) -> None:
         if evaluated:
             log.write({"step": step} | evaluate(model, loss_function, heldout_batches, device))
         if stop or (config.save_every and (step == last or step % config.save_every == 0)):
-            reached = state | {"step": step, "evaluated": evaluated}
-            runtime.save_checkpoint(model, optimizer, config, reached)
+            state |= {"step": step, "evaluated": evaluated}
+            runtime.save_checkpoint(model, optimizer, config, state)
         progress.update()
         if stop:
             break
@@ -237,15 +238,8 @@ def make_schedule(config: Config, pair_tokens: np.ndarray, ranks: int) -> list:
     if count < size:
         raise InputError(f"{count} pairs do not fill one batch: lower batch_size={size}")
     steps = range(config.max_steps or config.num_epochs * (count // size))
-    batches = [step_indices(count, size, config.seed, step) for step in steps]
-    budget = config.micro_batch_tokens
-    return [spread_pairs(indices, pair_tokens, ranks, budget) for indices in batches]
-
-
-def whole_pass(config: Config, pair_tokens: np.ndarray, ranks: int) -> list:
-    """Every pair once: result[m][rank], as in make_schedule."""
-    indices = range(len(pair_tokens))
-    return spread_pairs(indices, pair_tokens, ranks, config.micro_batch_tokens)
+    indices = (step_indices(count, size, config.seed, step) for step in steps)
+    return [spread_pairs(i, pair_tokens, ranks, config.micro_batch_tokens) for i in indices]
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
@@ -346,11 +340,7 @@ def evaluate(model, loss_function: Callable, batches: list[MicroBatch], device) 
     return {f"eval/{name}": mean for name, mean in mean_over_ranks(rows).items()}
 
 
-# ---- The command ---------------------------------------------------------------------------------
-
-
 def parse_args(args: list[str]) -> Config:
-    """[RECIPE.yaml] [--name value ...] → Config. Raises InputError."""
     return runtime.parse_args(Config, args, description=__doc__)
 
 
