@@ -425,7 +425,7 @@ def fetch_weights(name: str) -> str:
         folder = name
         if not Path(name).is_dir():
             try:
-                # Mistral's "consolidated" files hold the same weights once more.
+                # Mistral's "consolidated" files are a second copy of the same weights.
                 ignored = ["*/*", "consolidated*"]
                 folder = snapshot_download(name, allow_patterns=kind, ignore_patterns=ignored)
             except Exception as error:  # not there, a licence not accepted, no network
