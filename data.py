@@ -62,7 +62,7 @@ def load_rows(source: str) -> datasets.Dataset:
                 raise InputError(f"it has no split '{name}': {choice}")
             rows = splits[name].with_format(None)
             # datasets names a folder's rows by how they were made, not by what they are.
-            rows._fingerprint = files_digest([file["filename"] for file in rows.cache_files])
+            rows._fingerprint = name + files_digest(sorted(Path(path).rglob("*.arrow")))
         elif Path(source).is_file() or uncompressed(source).suffix in FILE_TYPES:
             rows = load_file(source)
         else:
@@ -80,13 +80,19 @@ def uncompressed(path: str) -> Path:
     return Path(path.lower().removesuffix(".gz"))
 
 
-def files_digest(paths: list) -> str:
+def files_digest(paths: list[Path]) -> str:
     """SHA-256 over the contents of files."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(file_digest(path, path.stat().st_size, path.stat().st_mtime_ns))
     return digest.hexdigest()
+
+
+@functools.cache
+def file_digest(path: Path, size: int, time: int) -> bytes:
+    """SHA-256 of a file, read once for each size and time in ns that it has."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def load_file(path: str) -> datasets.Dataset:

@@ -34,7 +34,16 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data import CACHE_DIR, InputError, MicroBatch, end_of_turn, fingerprint, pack, pack_rows
+from data import (
+    CACHE_DIR,
+    InputError,
+    MicroBatch,
+    end_of_turn,
+    files_digest,
+    fingerprint,
+    pack,
+    pack_rows,
+)
 from loss import sum_logps
 
 # The language-model head runs on as many response tokens at once as keep one float32 logits buffer
@@ -437,17 +446,8 @@ def fetch_weights(name: str) -> str:
 
 def weights_fingerprint(name: str) -> str:
     """SHA-256 over the weight files of a folder or hub id."""
-    folder, digest = Path(fetch_weights(name)), hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
-        digest.update(file_digest(path, path.stat().st_size, path.stat().st_mtime_ns))
-    return digest.hexdigest()
-
-
-@functools.cache
-def file_digest(path: Path, size: int, time: int) -> bytes:
-    """SHA-256 of a file, read once for each size and time in ns that it has."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    folder = Path(fetch_weights(name))
+    return files_digest(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
 
 
 @torch.no_grad()
@@ -479,6 +479,14 @@ def self_check(model: PackedModel, device: str, longest: int, tolerance: float) 
                 logps.append(model.plain_logps(ids, attention)[len(prompt) - 1 :])
         return torch.cat(logps)
 
+    errors = []
+
+    def checked(module, q, k, v, mask, scaling=None, sliding_window=None, **kwargs):
+        for window in (sliding_window, 5):  # the layer's own, and one that shows
+            errors.append(attention_error(q, k, v, scaling, window, kwargs["micro_batch"]))
+        return packed_attention(module, q, k, v, mask, scaling, sliding_window, **kwargs)
+
+    AttentionInterface.register("checked", checked)
     name = type(model.model).__name__
     try:
         packed, plain = model(pack(pairs).to(device)), plain_logps()
@@ -489,10 +497,9 @@ def self_check(model: PackedModel, device: str, longest: int, tolerance: float) 
             tolerance = max(tolerance, 5 * (plain_logps("eager") - plain).abs().max().item())
         head = model.head_difference(torch.tensor(sum(pairs[0], []), device=device)).item()
         model.model.set_attn_implementation("checked")
-        ATTENTION_ERRORS.clear()
         model(pack(random_pairs((7, 5, 9), (100, 60, 40))).to(device))
         model.model.set_attn_implementation("packed")
-        attention = torch.stack(ATTENTION_ERRORS).max().item()
+        attention = torch.stack(errors).max().item()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -507,25 +514,18 @@ def self_check(model: PackedModel, device: str, longest: int, tolerance: float) 
         )
 
 
-ATTENTION_ERRORS = []  # of checked_attention: () tensors
-
-
-def checked_attention(module, query, key, value, mask, scaling=None, sliding_window=None, **kwargs):
-    """packed_attention, which adds to ATTENTION_ERRORS its and its gradients' largest difference
-    from masked_attention in float32, relative to the largest value, with the layer's window and
-    with one of 5 tokens."""
-    batch = kwargs["micro_batch"]
-    direction = torch.randn_like(query).transpose(1, 2)
-    for window in (sliding_window, 5):
-        results = []
-        for attend, dtype in ((packed_attention, query.dtype), (masked_attention, torch.float32)):
-            inputs = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
-            with torch.enable_grad():
-                out, _ = attend(module, *inputs, None, scaling, window, micro_batch=batch)
-                results.append((out, *torch.autograd.grad(out, inputs, direction.to(dtype))))
-        for ours, exact in zip(*results):
-            ATTENTION_ERRORS.append((ours - exact).abs().max() / exact.abs().max())
-    return packed_attention(module, query, key, value, mask, scaling, sliding_window, **kwargs)
+def attention_error(query, key, value, scaling, window, micro_batch: MicroBatch) -> torch.Tensor:
+    """Of packed_attention and its gradients, in the dtype of its arguments, against
+    masked_attention in float32: the largest difference relative to the largest value, () float32.
+    """
+    direction, results = torch.randn_like(query).transpose(1, 2), []
+    for attend, dtype in ((packed_attention, query.dtype), (masked_attention, torch.float32)):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+        with torch.enable_grad():
+            out, _ = attend(None, *inputs, None, scaling, window, micro_batch=micro_batch)
+            results.append((out, *torch.autograd.grad(out, inputs, direction.to(dtype))))
+    errors = [(ours - exact).abs().max() / exact.abs().max() for ours, exact in zip(*results)]
+    return torch.stack(errors).max()
 
 
 def masked_attention(module, query, key, value, mask, scaling, window, micro_batch):
@@ -544,9 +544,6 @@ def masked_attention(module, query, key, value, mask, scaling, window, micro_bat
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return (weights @ value).transpose(1, 2), None
-
-
-AttentionInterface.register("checked", checked_attention)
 
 
 # ---- Log-probs of whole data sets ----------------------------------------------------------------

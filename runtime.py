@@ -415,9 +415,8 @@ def find_checkpoint(config, data_sha256: str, heldout_sha256: str) -> tuple[Path
             found[:2] = choose_checkpoint(config, data_sha256, heldout_sha256)
         except InputError as error:
             found[2] = str(error)
-    dist.broadcast_object_list(
-        found, src=0
-    )  # a shared file system may show the ranks different things
+    # Not each rank by itself: a shared file system may show them different things.
+    dist.broadcast_object_list(found, src=0)
     checkpoint, state, problem = found
     if problem:
         raise InputError(problem)

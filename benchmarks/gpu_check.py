@@ -27,24 +27,17 @@ from demo.smollm2 import resolve_model
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def random_batch(device: str, *sizes: tuple[int, int, int]):
-    """A MicroBatch of pairs of these numbers of tokens."""
-    return pack([([1] * p, [2] * c, [3] * r) for p, c, r in sizes]).to(device)
-
-
 def attention_error(
     device: str, dtype: torch.dtype, heads: int, kv_heads: int, width: int
 ) -> float:
-    """Of packed_attention and its gradients against one masked attention in float32, relative,
-    without a window and with two."""
-    batch = random_batch(device, (300, 200, 170), (5, 130, 1), (129, 1, 300))
+    """model.attention_error of three pairs, without a window and with two."""
+    sizes = ((300, 200, 170), (5, 130, 1), (129, 1, 300))
+    batch = pack([([1] * p, [2] * c, [3] * r) for p, c, r in sizes]).to(device)
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(1, n, len(batch.input_ids), width) for n in (heads, kv_heads, kv_heads)]
     inputs = [torch.randn(s, generator=generator, device=device, dtype=dtype) for s in shapes]
-    model_module.ATTENTION_ERRORS.clear()
-    for window in (None, 64):
-        model_module.checked_attention(None, *inputs, None, None, window, micro_batch=batch)
-    return torch.stack(model_module.ATTENTION_ERRORS).max().item()
+    windows = (None, 64, 5)
+    return max(model_module.attention_error(*inputs, None, w, batch).item() for w in windows)
 
 
 def head_error(device: str, dtype: torch.dtype) -> float:

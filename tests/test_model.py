@@ -234,16 +234,24 @@ def sees_the_chosen_response(module, query, key, value, mask, scaling, window, m
     return model_module.masked_attention(module, query, key, value, mask, scaling, window, joined)
 
 
+def attention_error(dtype: torch.dtype) -> float:
+    """Of PAIRS with random queries, keys and values, and a window."""
+    torch.manual_seed(0)
+    batch = pack(PAIRS)
+    shapes = [(1, n, len(batch.input_ids), 8) for n in (4, 2, 2)]
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    return model_module.attention_error(*inputs, None, 5, batch).item()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [top_left, no_window, sees_the_chosen_response])
 def test_wrong_attention_is_refused(wrong, dtype, group, model_folder, monkeypatch):
     load_model(str(model_folder), "cpu", dtype)
-    right = max(error.item() for error in model_module.ATTENTION_ERRORS)
-    assert right < (1e-5 if dtype == torch.float32 else 0.03)
+    assert attention_error(dtype) < (1e-5 if dtype == torch.float32 else 0.03)
     monkeypatch.setattr(model_module, "packed_attention", wrong)
+    assert attention_error(dtype) > 0.3
     with pytest.raises(InputError, match="its attention from a masked one"):
         load_model(str(model_folder), "cpu", dtype)
-    assert max(error.item() for error in model_module.ATTENTION_ERRORS) > 0.3
 
 
 # What a forward does depends on how long the sequence is, here from 20 or 32 tokens on.
