@@ -198,13 +198,28 @@ def as_messages(prompt: list | str) -> list[dict]:
 # ---- Tokens --------------------------------------------------------------------------------------
 
 
-def load_tokenizer(name: str):
-    """The tokenizer of a hub id or local folder. Never runs code that comes with it. Raises
-    InputError if there is none."""
+def load_tokenizer(name: str, chat_template: str = ""):
+    """The tokenizer of a hub id or local folder, with the chat template of the file chat_template
+    in place of its own. Never runs code that comes with it. Raises InputError if one of them cannot
+    be read."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if chat_template:
+            tokenizer.chat_template = Path(chat_template).read_text()
+        return tokenizer
     except (OSError, ValueError) as error:
         raise InputError(f"no tokenizer can be loaded from {name}: {error}") from error
+
+
+def tokenizer_digests(tokenizer) -> dict[str, str]:
+    """SHA-256 of what tokenizes and of the chat template: the same for the same tokens."""
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = str(sorted(tokenizer.get_vocab().items()))
+    parts = {"tokenizer": vocabulary + str(tokenizer.special_tokens_map)}
+    parts["chat template"] = str(tokenizer.chat_template)
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
@@ -350,13 +365,8 @@ def load_pairs(
     features |= {"source": text, "row": datasets.Value("int64"), "status": text}
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     shared = limits | {"tokenizer": tokenizer, "end": end_of_turn(tokenizer)}
-    if tokenizer.is_fast:
-        vocabulary = tokenizer.backend_tokenizer.to_str()
-    else:
-        vocabulary = str(sorted(tokenizer.get_vocab().items()))
     # With the code: a fork that edits this file never meets a stale cache.
-    code = inspect.getsource(sys.modules[__name__])
-    what = (vocabulary, tokenizer.chat_template, str(tokenizer.special_tokens_map), limits, code)
+    what = (tokenizer_digests(tokenizer), limits, inspect.getsource(sys.modules[__name__]))
     (CACHE_DIR / "tokenized").mkdir(parents=True, exist_ok=True)
     parts = []
     for source in map(str.strip, sources.strip(" ,").split(",")):

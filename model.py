@@ -148,7 +148,13 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        # Several chunks are summed in float32: bfloat16 would round the sum with each of them.
+        exact = (
+            weight.dtype
+            if len(ctx.chunks) == 1
+            else torch.promote_types(weight.dtype, torch.float32)
+        )
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for rows in reversed(ctx.chunks):
             if ctx.kept:
@@ -162,11 +168,14 @@ class TokenLogps(torch.autograd.Function):
             g = grad[rows, None]
             grad_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g).to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
-            grad_weight.addmm_(grad_logits.T, hidden[rows])
+            if exact == weight.dtype:
+                grad_weight.addmm_(grad_logits.T, hidden[rows])
+            else:
+                grad_weight += grad_logits.T @ hidden[rows]
             if bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
             del softmax, grad_logits  # before the next chunk's
-        return grad_hidden, grad_weight, grad_bias, None
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias) -> torch.Tensor:
@@ -253,9 +262,13 @@ AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
 # ---- Loading and sharding ------------------------------------------------------------------------
 
 
-def check_limits(name: str, max_length: int, highest_token: int) -> None:
-    """Raise InputError if the model has fewer than max_length positions, or no embedding for a
-    token of the data."""
+def check_model(name: str, max_length: int, highest_token: int) -> str | None:
+    """Fetch the weights of a folder or hub id. Returns their SHA-256, on one process of a machine,
+    and None on its others.
+
+    Raises InputError if there are none, if the model has fewer than max_length positions, or no
+    embedding for a token of the data.
+    """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     positions = getattr(config, "max_position_embeddings", max_length)
     if max_length > positions:
@@ -263,6 +276,8 @@ def check_limits(name: str, max_length: int, highest_token: int) -> None:
     if highest_token >= config.vocab_size:
         problem = f"the tokenizer gives token {highest_token}, the model has {config.vocab_size}"
         raise InputError(f"{name}: {problem}: they do not belong together")
+    weights_folder(name)
+    return weights_fingerprint(name) if os.environ.get("LOCAL_RANK", "0") == "0" else None
 
 
 def build_model(config) -> PackedModel:

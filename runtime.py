@@ -280,7 +280,8 @@ class Logger:
         modules = (torch, transformers, datasets)
         versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
         head = f"# {versions}\n# {dist.get_world_size()} ranks; "
-        head += f"SHA-256 of the training tokens: {state['data_sha256']}\n"
+        head += "SHA-256 of what it is made of:\n"
+        head += "".join(f"# {name}: {digest}\n" for name, digest in state["digests"].items())
         values = yaml.safe_dump(asdict(config), sort_keys=False)
         write_whole(output / "config.yaml", head + values)
         self.path = output / "metrics.jsonl"
@@ -295,8 +296,8 @@ class Logger:
         self.wandb = start_wandb(config)
 
     def write(self, metrics: dict) -> None:
-        """Log one line; `metrics` has the key "step"."""
-        if not self.on:
+        """Log one line; `metrics` has the key "step" and others, or it is not logged."""
+        if not self.on or len(metrics) == 1:
             return
         with open(self.path, "a") as file:
             print(json.dumps(metrics), file=file)
@@ -394,25 +395,26 @@ def start_wandb(config):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
-def find_checkpoint(config, data_sha256: str, heldout_sha256: str) -> tuple[Path | None, dict]:
+def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]:
     """The checkpoint to resume from, if any, and the state to start with: that of its trainer.json,
     or a new one. With resume=never, an existing output_dir is set aside. Collective.
 
-    Raises InputError if that checkpoint is of a run with other data or other settings, and if not
-    all ranks have the same data and settings.
+    digests: SHA-256 of what the run is made of, by name (training tokens, weights and so on); None
+    on a rank that leaves it to others. Raises InputError if the checkpoint is of a run with others
+    or with other settings (unless resume=anyway), and if ranks differ in them.
     """
-    mine = asdict(config) | {"training tokens": data_sha256, "held-out tokens": heldout_sha256}
+    mine = asdict(config) | digests
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     for rank, other in enumerate(ranks):
-        names = [name for name in mine if other[name] != ranks[0][name]]
+        names = [name for name in other if other[name] not in (None, ranks[0][name])]
         if names:
             problem = f"rank {rank} and rank 0 do not have the same {', '.join(names)}"
             raise InputError(f"{problem}: every machine needs the same files and flags")
     found = [None, None, None]
     if dist.get_rank() == 0:
         try:
-            found[:2] = choose_checkpoint(config, data_sha256, heldout_sha256)
+            found[:2] = choose_checkpoint(config, digests)
         except InputError as error:
             found[2] = str(error)
     # Not each rank by itself: a shared file system may show them different things.
@@ -423,37 +425,44 @@ def find_checkpoint(config, data_sha256: str, heldout_sha256: str) -> tuple[Path
     return checkpoint, state
 
 
-def choose_checkpoint(config, data_sha256: str, heldout_sha256: str) -> tuple[Path | None, dict]:
+def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]:
     """find_checkpoint, on rank 0."""
     output = Path(config.output_dir)
     if config.resume == "never" and output.exists():  # set aside: nothing is lost
         folder = output.resolve()  # a link stays where it is
         os.rename(folder, f"{folder}.{datetime.now():%Y%m%d-%H%M%S}")
     checkpoint = next(filter(is_whole, checkpoints(output)), None)
-    if config.resume not in ("auto", "never"):
+    if config.resume not in ("auto", "never", "anyway"):
         checkpoint = Path(config.resume)
         if not is_whole(checkpoint):
             raise InputError(f"resume={checkpoint}: no whole checkpoint is there")
-    state = {"step": 0, "evaluated": False, "config": asdict(config), "data_sha256": data_sha256}
-    state["heldout_sha256"] = heldout_sha256
+    state, before = {"step": 0, "evaluated": False}, digests
     if checkpoint:
         state |= json.loads((checkpoint / "trainer.json").read_text())
+        # Checkpoints of earlier versions have less in them.
+        settings = {option.name: option.default for option in fields(config)} | state["config"]
+        old = {"training tokens": "data_sha256", "held-out tokens": "heldout_sha256"}
+        before = digests | {k: state[v] for k, v in old.items() if v in state}
+        before |= state.get("digests", {})
         changed = [
-            f"{name} was {state['config'].get(name)}, is {value}"
+            f"{name} was {settings[name]}, is {value}"
             for name, value in asdict(config).items()
-            if name not in FREE_TO_CHANGE and state["config"].get(name) != value
+            if name not in FREE_TO_CHANGE and settings[name] != value
         ]
-        if state["data_sha256"] != data_sha256:
-            changed.append("the training tokens differ")
+        other = [k for k, v in digests.items() if v != before[k] and k != "held-out tokens"]
+        changed += [f"the {name} differ{'s' * (name[-1] != 's')}" for name in other]
         if changed:
-            raise InputError(
-                f"{checkpoint} is of another run: {'; '.join(changed)}. "
-                "Use --resume never or another --output_dir."
-            )
+            text = f"{checkpoint} is of another run: {'; '.join(changed)}"
+            if config.resume != "anyway":
+                raise InputError(
+                    f"{text}. Use --resume never, another --output_dir, or --resume anyway to go "
+                    "on all the same."
+                )
+            tqdm.write(f"going on, but {text}", file=sys.stderr)
     own = (output / "checkpoints").resolve()
     state["in_output_dir"] = bool(checkpoint) and checkpoint.resolve().parent == own
-    state["heldout_unchanged"] = state["heldout_sha256"] == heldout_sha256
-    return checkpoint, state | {"heldout_sha256": heldout_sha256}
+    state["heldout_unchanged"] = before["held-out tokens"] == digests["held-out tokens"]
+    return checkpoint, state | {"config": asdict(config), "digests": digests}
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -511,8 +520,7 @@ def save_checkpoint(model, optimizer, config, state: dict) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         sizes = {file.name: file.stat().st_size for file in scratch.iterdir()}
-        state = state | {"config": asdict(config), "sizes": sizes}
-        write_whole(scratch / "trainer.json", json.dumps(state, indent=1))
+        write_whole(scratch / "trainer.json", json.dumps(state | {"sizes": sizes}, indent=1))
         for path in (*scratch.iterdir(), scratch):
             sync(path)
         shutil.rmtree(folder, ignore_errors=True)
@@ -523,6 +531,13 @@ def save_checkpoint(model, optimizer, config, state: dict) -> None:
                 shutil.rmtree(old)
         size, seconds = sum(sizes.values()) / 1e9, time.perf_counter() - began
         tqdm.write(f"wrote {folder}: {size:.1f} GB in {seconds:.0f} s", file=sys.stderr)
+        patience = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+        if seconds > patience / 2 and "TORCHELASTIC_RUN_ID" in os.environ:
+            tqdm.write(
+                f"torchrun kills a run {patience} s after SIGTERM, which may be too soon for a "
+                f"checkpoint: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={60 + 4 * math.ceil(seconds)}",
+                file=sys.stderr,
+            )
     dist.barrier()
 
 

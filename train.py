@@ -11,7 +11,9 @@ from Config's defaults.
 
 import inspect
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,10 +39,11 @@ from data import (
     pair_lengths,
     spread_pairs,
     step_indices,
+    tokenizer_digests,
 )
 from demo.smollm2 import resolve_model
 from loss import LOSSES, simper_loss, sum_logps
-from model import check_limits, export, load_model, reference_logps, weights_folder
+from model import check_model, export, load_model, reference_logps
 
 
 def option(default, help: str):
@@ -50,6 +53,7 @@ def option(default, help: str):
 @dataclass(frozen=True)
 class Config:
     model: str = option("", "hub id or folder of the model to start from; 'demo' is the demo's")
+    chat_template: str = option("", "file of a chat template in place of the tokenizer's own")
     train_data: str = option("", "pairs: FILE, FOLDER or hub NAME[[:CONFIG]:SPLIT], after commas")
     eval_data: str = option("", "the same for the held-out pairs; empty: no evaluation")
     output_dir: str = option("", "folder of config.yaml, metrics.jsonl, checkpoints/, final/")
@@ -73,7 +77,9 @@ class Config:
     save_every: int = option(100, "steps between checkpoints; 0: only when stopped by SIGTERM")
     keep_checkpoints: int = option(1, "newest checkpoints to keep; 0: all")
     log_every: int = option(1, "steps that a line of metrics is the mean of")
-    resume: str = option("auto", "auto: from the newest whole checkpoint; never; or a checkpoint")
+    resume: str = option(
+        "auto", "auto: newest checkpoint; anyway: of a changed run, too; never; PATH"
+    )
     wandb: str = option("auto", "online, offline, off, or auto: online if logged in, otherwise off")
 
 
@@ -92,7 +98,7 @@ def train(config: Config) -> None:
     if config.loss != "simper" or config.loss_args:
         loss_function = runtime.choose_loss(config.loss, config.loss_args)
     source = resolve_model(config.model)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, config.chat_template)
     limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     pairs, report = load_pairs(config.train_data, tokenizer, **limits)
     print_once(f"training: {report}")
@@ -105,16 +111,18 @@ def train(config: Config) -> None:
         heldout_tokens = pair_lengths(heldout).sum(axis=1)
         heldout_schedule = spread_pairs(range(len(heldout)), heldout_tokens, ranks, budget)
         data_sets.append(heldout)
-    check_limits(source, config.max_length, max(map(highest_token, data_sets)))
-    weights_folder(source)  # is fetched now, while no rank waits for another
+    digests = tokenizer_digests(tokenizer) | {"training tokens": fingerprint(pairs)}
+    digests["held-out tokens"] = fingerprint(heldout) if heldout else ""
+    highest = max(map(highest_token, data_sets))
+    # Weights are fetched here, while no rank waits for another.
+    digests["weights"] = check_model(source, config.max_length, highest)
     steps_per_epoch, left_out = divmod(len(pairs), config.batch_size)
     text = f"{len(schedule)} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch"
     print_once(f"{text}; {left_out} pairs an epoch do not fill a batch and are left out")
 
     # ---- Model and optimizer
     runtime.start_group(device)
-    heldout_sha256 = fingerprint(heldout) if heldout else ""
-    checkpoint, state = runtime.find_checkpoint(config, fingerprint(pairs), heldout_sha256)
+    checkpoint, state = runtime.find_checkpoint(config, digests)
     log = runtime.Logger(config, state)
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, config.dtype.replace("auto", auto))
@@ -154,13 +162,17 @@ def train(config: Config) -> None:
     start, last = state["step"], len(schedule)
     evaluate_at = {0, last, *range(0, last, config.eval_every or last)} if heldout else set()
     changed = start > 0 and heldout and not state["heldout_unchanged"]
-    if changed or (start in evaluate_at and not state["evaluated"]):
-        log.write({"step": start} | evaluate(model, loss_function, heldout_batches, device))
     sigterm, stop = runtime.watch_sigterm(), False
+    if changed or (start in evaluate_at and not state["evaluated"]):
+        means = evaluate(model, loss_function, heldout_batches, device, sigterm)
+        log.write({"step": start} | means)
+        stop = not means
     progress = tqdm(desc="SimPER", total=last, initial=start, unit="step", disable=rank > 0)
     metrics_since_log, tokens_since_log, seconds_since_log, logged = [], 0, 0.0, start
     batches = pack_step(start + 1)
     for step in range(start + 1, last + 1):
+        if stop:
+            break
         began = time.perf_counter()
         optimizer.param_groups[0]["lr"] = learning_rate(step - 1, last, config)
         finite = torch.ones((), dtype=torch.bool, device=device)
@@ -192,7 +204,9 @@ def train(config: Config) -> None:
         seconds_since_log += time.perf_counter() - began
         tokens_since_log += pair_tokens[indices].sum()
 
-        if step % config.log_every == 0 or step == last:
+        saves = config.save_every and (step == last or step % config.save_every == 0)
+        # Also before a checkpoint: what a resumed run logs begins there.
+        if stop or saves or step == last or step in evaluate_at or step % config.log_every == 0:
             means = mean_over_ranks(metrics_since_log)
             line = {"step": step, "epoch": step / steps_per_epoch} | means
             line |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
@@ -202,27 +216,29 @@ def train(config: Config) -> None:
             log.write(line)
             progress.set_postfix({name: f"{means[name]:.3f}" for name in ("loss", "accuracy")})
             metrics_since_log, tokens_since_log, seconds_since_log, logged = [], 0, 0.0, step
-        stop = stop and step < last  # after the last step, the export is all that is left
-        evaluated = step in evaluate_at and not stop
-        if evaluated:
-            log.write({"step": step} | evaluate(model, loss_function, heldout_batches, device))
-        if stop or (config.save_every and (step == last or step % config.save_every == 0)):
-            state |= {"step": step, "evaluated": evaluated}
+        state |= {"step": step, "evaluated": False}
+        if step in evaluate_at and not stop:
+            means = evaluate(model, loss_function, heldout_batches, device, sigterm)
+            log.write({"step": step} | means)
+            state["evaluated"], stop = bool(means), not means
+        if saves or stop:
             runtime.save_checkpoint(model, optimizer, config, state)
         progress.update()
-        if stop:
-            break
     progress.close()
 
     if not stop:
         export(model, source, tokenizer, output / "final", dtype)
     table = log.close()
     if stop:
-        command = "the same command" if config.resume == "auto" else "with --resume auto, it"
-        print_once(f"stopped by SIGTERM after step {step}: {command} continues from there")
+        command = (
+            "the same command" if config.resume in ("auto", "anyway") else "with --resume auto, it"
+        )
+        print_once(f"stopped by SIGTERM after step {state['step']}: {command} continues from there")
     else:
         print_once(f"{table}The trained model is in {output / 'final'}")
     dist.destroy_process_group()
+    if stop:
+        sys.exit(128 + signal.SIGTERM)  # schedulers and torchrun know: it has not finished
 
 
 # ---- The schedule --------------------------------------------------------------------------------
@@ -325,11 +341,15 @@ def mean_over_ranks(rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(model, loss_function: Callable, batches: list[MicroBatch], device) -> dict[str, float]:
-    """{"eval/NAME": mean over the held-out pairs of all ranks}. batches: this rank's, on CPU.
-    Collective."""
+def evaluate(
+    model, loss_function: Callable, batches: list[MicroBatch], device, sigterm: threading.Event
+) -> dict[str, float]:
+    """{"eval/NAME": mean over the held-out pairs of all ranks}, or {} as soon as one of them has
+    received SIGTERM. batches: this rank's, on CPU. Collective."""
     rows = []
     for batch in batches:
+        if any(runtime.max_over_ranks(device, sigterm.is_set())):
+            return {}
         batch = batch.to(device)
         logps = model(batch).requires_grad_()  # no gradient beyond them, which the metrics need
         with torch.enable_grad():

@@ -306,9 +306,9 @@ def simper(config: train.Config, sizes: list[tuple[int, int, int]], ranks: int) 
         replaced = {
             train: {
                 "resolve_model": lambda name: config.model,
-                "check_limits": lambda *args: None,
-                "weights_folder": lambda name: name,
-                "load_tokenizer": lambda name: None,
+                "check_model": lambda *args: None,
+                "load_tokenizer": lambda *args: None,
+                "tokenizer_digests": lambda tokenizer: {},
                 "load_pairs": lambda *args, **kwargs: (pairs, "random pairs"),
                 "rehearse": rehearse_and_restart,
                 "export": lambda *args: None,

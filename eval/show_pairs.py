@@ -18,12 +18,13 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("data", help="sources as for --train_data")
     parser.add_argument("--model", default="demo", help="hub id or folder whose tokenizer to use")
+    parser.add_argument("--chat_template", default="", help="as for train.py")
     parser.add_argument("--num_pairs", type=int, default=2, help="pairs to print")
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--max_prompt_length", type=int, default=1800)
     args = parser.parse_args()
 
-    tokenizer = load_tokenizer(resolve_model(args.model))
+    tokenizer = load_tokenizer(resolve_model(args.model), args.chat_template)
     pairs, report = load_pairs(args.data, tokenizer, args.max_length, args.max_prompt_length)
     for pair in pairs.select(range(min(args.num_pairs, len(pairs)))):
         print(f"{pair['source']}, row {pair['row']}")

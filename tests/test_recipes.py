@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import make_tokenizer
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
+from data import end_of_turn, load_tokenizer, tokenize_pair
 from model import blocks, build_model, shard
 from train import parse_args
 
@@ -53,6 +55,41 @@ def test_the_five_setups_of_the_paper():
         assert config.batch_size == 128 and config.num_epochs == 1
         assert config.warmup_ratio == 0.1 and config.max_grad_norm == 1.0
         assert config.seed == 42 and config.output_dir == f"runs/{name}"
+
+
+# What the authors' run_simper.py makes of these conversations, with BOS as their trainer adds it.
+# In front of the answer they have no header that is not part of it.
+QUESTION = [{"role": "user", "content": " Two plus two? "}]
+SECOND = [*QUESTION, {"role": "assistant", "content": "4"}, {"role": "user", "content": "Sure?"}]
+SYSTEM = [{"role": "system", "content": "Be brief."}, *QUESTION]
+AUTHORS = {
+    "base": (
+        "<s><|system|>\n</s>\n<|user|>\n Two plus two? </s>\n<|assistant|>\n",
+        "<s><|system|>\n</s>\n<|user|>\n Two plus two? </s>\n<|assistant|>\n4</s>\n"
+        "<|user|>\nSure?</s>\n<|assistant|>\n",
+        "<s><|system|>\nBe brief.</s>\n<|user|>\n Two plus two? </s>\n<|assistant|>\n",
+        "Yes.</s>",
+    ),
+    "instruct": (
+        "<s>[INST] Two plus two? [/INST]",
+        "<s>[INST] Two plus two? [/INST] 4 </s>[INST] Sure? [/INST]",
+        "<s>[INST] Be brief.\n\n Two plus two? [/INST]",
+        " Yes. </s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_the_mistral_recipes_prompts_are_the_authors(name, tmp_path):
+    make_tokenizer(adds_bos=True).save_pretrained(tmp_path)
+    root = Path(__file__).parent.parent
+    config = parse_args([str(root / "recipes" / f"mistral-7b-{name}.yaml")])
+    tokenizer = load_tokenizer(str(tmp_path), str(root / config.chat_template))
+    *prompts, response = AUTHORS[name]
+    for messages, text in zip((QUESTION, SECOND, SYSTEM), prompts):
+        ids = tokenize_pair(tokenizer, messages, ["Yes.", "No."], end_of_turn(tokenizer))
+        assert ids[0] == tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids[1]) == response
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
-from conftest import make_model, make_tokenizer
+from conftest import CHATML, make_model, make_tokenizer
 from safetensors.torch import load_file
 
 import model
@@ -360,7 +360,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, tmp_path):
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert "stopped by SIGTERM after step" in output
+    assert process.returncode != 0 and "stopped by SIGTERM after step" in output
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     reached = int(checkpoint.name.removeprefix("step_"))
     assert 3 <= reached < 100 and not (tmp_path / "run" / "final").exists()
@@ -370,6 +370,77 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, tmp_path):
     assert read_metrics(tmp_path / "run") == lines
 
 
+class Signals:
+    """In place of the event that SIGTERM sets: set when it has been asked `quiet` times."""
+
+    def __init__(self, quiet: int):
+        self.quiet = quiet
+
+    def is_set(self) -> bool:
+        self.quiet -= 1
+        return self.quiet < 0
+
+
+def test_sigterm_at_any_moment_loses_no_line(base, tmp_path, monkeypatch):
+    """Stopped at every place that asks for the signal, a step or an evaluation's micro-batch: the
+    lines are in the end those of a run that was not stopped."""
+    values = base | {"max_steps": 2, "save_every": 0, "eval_every": 1}
+    places = []
+    monkeypatch.setattr(runtime, "watch_sigterm", lambda: Signals(places[-1]))
+    for quiet in (1000, *range(1000)):
+        places.append(quiet)
+        output = tmp_path / str(quiet)
+        try:
+            lines = run(values, output)
+            if quiet < 1000:
+                break  # there is no other place
+        except SystemExit as error:
+            assert error.code == 143 and not (output / "final").exists()
+            places.append(1000)
+            lines = run(values, output)
+        assert timeless(lines) == timeless(read_metrics(tmp_path / "1000"))
+    evaluation_batches = 2
+    assert quiet == 2 + 3 * evaluation_batches
+
+
+def test_log_every_with_a_stop_in_between_reports_every_step_once(base, tmp_path, monkeypatch):
+    values = base | {"max_steps": 6, "log_every": 4, "eval_data": ""}
+    each = run(values | {"log_every": 1}, tmp_path / "each")
+    monkeypatch.setattr(runtime, "watch_sigterm", lambda: Signals(2))
+    with pytest.raises(SystemExit):
+        run(values, tmp_path / "run")
+    monkeypatch.undo()
+    lines = run(values, tmp_path / "run")
+    assert [line["step"] for line in lines] == [3, 4, 6]
+    for line, steps in zip(lines, (each[:3], each[3:4], each[4:])):
+        assert line["loss"] == pytest.approx(sum(s["loss"] for s in steps) / len(steps), abs=1e-9)
+
+
+def test_a_slow_checkpoint_warns_of_torchruns_patience(base, tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(clock))
+    for place, expected in (("TORCHELASTIC_RUN_ID", True), ("OTHER", False)):
+        monkeypatch.setenv(place, "1")
+        run(base | {"max_steps": 1, "eval_data": ""}, tmp_path / place)
+        warned = "torchrun kills a run 30 s after SIGTERM" in capsys.readouterr().err
+        assert warned == expected
+        monkeypatch.delenv(place)
+
+
+def test_a_chat_template_of_a_file_is_trained_and_exported(base, tmp_path, monkeypatch):
+    template = CHATML.replace("<|im_start|>", "<s>")
+    (tmp_path / "template.jinja").write_text(template)
+    seen, pack_rows = [], train.pack_rows
+    monkeypatch.setattr(train, "pack_rows", lambda *a: seen.append(pack_rows(*a)) or seen[-1])
+    values = base | {"max_steps": 1, "chat_template": str(tmp_path / "template.jinja")}
+    run(values, tmp_path / "run")
+    final = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    assert final.chat_template == template
+    assert final.decode(seen[0].input_ids).startswith("<s>user\n")
+    with pytest.raises(InputError, match="No such file or directory: 'nowhere.jinja'"):
+        run(base | {"chat_template": "nowhere.jinja"}, tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -377,6 +448,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, tmp_path):
         ({"seed": 1}, "seed was 42, is 1"),
         ({"loss": "sft"}, "loss was simper, is sft"),
         ({"max_length": 97}, "max_length was 96, is 97"),
+        ({"batch_size": 4}, "batch_size was 8, is 4"),
     ],
 )
 def test_resume_of_another_run_is_refused(base, three_runs, tmp_path, change, message):
@@ -385,17 +457,47 @@ def test_resume_of_another_run_is_refused(base, three_runs, tmp_path, change, me
         run(base | {"max_steps": 3, "resume": checkpoint} | change, tmp_path / "run")
 
 
-def test_resume_with_other_data_is_refused(base, three_runs, tmp_path):
+def test_resume_with_other_data_is_refused(base, three_runs, tmp_path, capsys):
     shutil.copytree(three_runs["one"][0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "final")
     changed = Path(base["train_data"]).read_text().replace("a", "e", 1)
     original = Path(base["train_data"]).read_text()
     try:
         Path(base["train_data"]).write_text(changed)
-        with pytest.raises(InputError, match="the training tokens differ"):
+        with pytest.raises(InputError, match="run: the training tokens differ. Use"):
             run(base | {"max_steps": 3}, tmp_path / "run")
+        lines = run(base | {"max_steps": 4, "resume": "anyway"}, tmp_path / "run")
     finally:
         Path(base["train_data"]).write_text(original)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 4]  # 3 was evaluated as the last
+    error = capsys.readouterr().err
+    assert "going on, but" in error and "max_steps was 3, is 4; the training tokens differ" in error
+
+
+def test_resume_with_another_model_or_template_says_so(base, three_runs, model_folder, tmp_path):
+    shutil.copytree(three_runs["one"][0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.copytree(model_folder, tmp_path / "model")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_3" / "trainer.json"
+    state = json.loads(checkpoint.read_text())
+    state["config"]["model"] = str(tmp_path / "model")
+    checkpoint.write_text(json.dumps(state))
+    values = base | {"max_steps": 3, "model": str(tmp_path / "model")}
+    make_model("llama", seed=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="run: the weights differ. Use"):
+        run(values, tmp_path / "run")
+    make_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer(CHATML.replace("{% for", "{{ 'Be kind.' }}{% for", 1))
+    tokenizer.save_pretrained(tmp_path / "model")
+    message = "run: the chat template differs; the training tokens differ. Use"
+    with pytest.raises(InputError, match=message):
+        run(values, tmp_path / "run")
+    # A checkpoint of a version that did not know these hashes is taken.
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    state |= {"data_sha256": state["digests"]["training tokens"]}
+    del state["digests"], state["config"]["chat_template"]
+    checkpoint.write_text(json.dumps(state))
+    assert run(values, tmp_path / "run") == three_runs["one"][1]
 
 
 def test_resume_from_nothing_is_an_error(base, tmp_path):
@@ -497,7 +599,9 @@ def different_data(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     config = Config(model="m", train_data="d", output_dir=str(folder / "run"))
     with pytest.raises(InputError, match="rank 1 and rank 0 do not have the same training tokens"):
-        runtime.find_checkpoint(config, f"hash {rank}", "")
+        runtime.find_checkpoint(config, {"training tokens": f"hash {rank}"})
+    with pytest.raises(InputError, match="rank 1 and rank 0 do not have the same weights"):
+        runtime.find_checkpoint(config, {"training tokens": "", "weights": f"hash {rank}"})
     torch.distributed.destroy_process_group()
 
 
