@@ -22,6 +22,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoTokenizer
 
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit("SimPER needs Python 3.11 or newer; this is " + sys.version.split()[0])
 CACHE_DIR = Path(os.environ.get("SIMPER_CACHE", "~/.cache/simper")).expanduser()
 
 

@@ -4,18 +4,21 @@ processes, the log, the checkpoints."""
 import argparse
 import ctypes
 import difflib
+import errno
 import fcntl
 import functools
 import inspect
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -28,9 +31,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from data import InputError
+from data import CACHE_DIR, InputError
 from loss import LOSSES
 
 # What may differ between a run and its resumption: none of these changes the pairs of a step or
@@ -39,6 +43,8 @@ FREE_TO_CHANGE = {"output_dir", "micro_batch_tokens", "activation_checkpointing"
 FREE_TO_CHANGE |= {"replicas", "wandb", "resume", "eval_data", "eval_every", "save_every"}
 FREE_TO_CHANGE |= {"keep_checkpoints", "log_every"}
 
+ROOT = Path(__file__).resolve().parent
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there if and only if the driver is loaded
 FILE_BYTES = 2**30  # of all ranks' shards that begin in one file of a checkpoint
 
@@ -47,16 +53,34 @@ FILE_BYTES = 2**30  # of all ranks' shards that begin in one file of a checkpoin
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's main; an InputError ends it with one line in place of a traceback."""
+    """Run a script's main; an InputError, a full disk or a missing permission ends it with one line
+    in place of a traceback."""
     try:
         main()
-    except InputError as error:
+    except (Exception, CheckpointException) as error:  # which is a BaseException
+        problem = error if isinstance(error, InputError) else disk_fault(error)
+        if not problem:
+            raise
         rank = int(os.environ.get("RANK", 0))
         if rank == 0:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {problem}")
         # As a rule all ranks meet the same error: rank 0 reports it, and torchrun ends the others.
         time.sleep(5)
-        sys.exit(f"error on rank {rank}: {error}")
+        sys.exit(f"error on rank {rank}: {problem}")
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What to say if a file could not be written, at whatever place and however wrapped."""
+    text = "".join(traceback.format_exception(error))
+    reason = re.search(f"({'|'.join(map(os.strerror, DISK_FAULTS))}).*", text)
+    here = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == ROOT]
+    if not (reason and here):
+        return None
+    return (
+        f"{reason[0]}, in {here[-1].name} ({Path(here[-1].filename).name}). The caches are in "
+        f"{CACHE_DIR}. Checkpoints are as they were; when there is room to write, the same command "
+        "goes on."
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,7 +129,7 @@ def parse_args(config_class: type, args: list[str], description: str = ""):
         return vars(known)
 
     flags = parse(args, "the command line")
-    recipe = Path(flags.pop("recipe", Path(__file__).parent / "recipes" / "demo.yaml"))
+    recipe = Path(flags.pop("recipe", ROOT / "recipes" / "demo.yaml"))
     if not recipe.is_file():
         raise InputError(f"no recipe {recipe}; those that come with the code are in recipes/")
     lines = yaml.safe_load(recipe.read_text()) or {}

@@ -530,6 +530,41 @@ def test_a_run_that_fails_at_the_export_continues_from_its_end(base, tmp_path):
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
 
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+import runtime, train
+runtime.run_command(lambda: train.train(train.parse_args(sys.argv[2:])))
+"""
+
+
+@pytest.mark.parametrize(
+    "limit, place, values",
+    [
+        (40_000, "save_checkpoint (runtime.py)", {"save_every": 1}),
+        (40_000, "export (model.py)", {"save_every": 0}),
+        (9_000, "load_pairs (data.py)", {}),
+        (2_500, "write (runtime.py)", {}),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_line(base, tmp_path, limit, place, values):
+    """The limit on the size of a file stands for a full disk."""
+    values = base | {"max_steps": 2, "eval_every": 1} | values
+    if limit > 2_500:
+        values["train_data"] = write_pairs(tmp_path / "train.jsonl", 26, seed=3)  # not cached yet
+    flags = command(values, tmp_path / "run", 1)
+    flags = flags[flags.index(str(ROOT / "train.py")) + 1 :]
+    if limit == 2_500:
+        run(values, tmp_path / "cached")
+    process = [sys.executable, "-c", LIMITED, str(limit), *flags]
+    failed = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr, failed.stderr
+    error = rf"error: File too large[^,]*, in {re.escape(place)}. The caches are in"
+    assert re.search(error, failed.stderr), failed.stderr
+    lines = run(values, tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 1, 2, 2]
+
+
 def test_the_table_is_of_this_run(base, tmp_path, capsys):
     """Lines of another run without a checkpoint, also cut-off ones, are not taken for its own."""
     output = tmp_path / "run"
