@@ -41,6 +41,7 @@ from data import (
     end_of_turn,
     files_digest,
     fingerprint,
+    highest_token,
     pack,
     pack_rows,
 )
@@ -262,19 +263,20 @@ AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
 # ---- Loading and sharding ------------------------------------------------------------------------
 
 
-def check_model(name: str, max_length: int, highest_token: int) -> str | None:
+def check_model(name: str, max_length: int, data_sets: list[Dataset]) -> str | None:
     """Fetch the weights of a folder or hub id. Returns their SHA-256, on one process of a machine,
-    and None on its others.
+    and None on its others. To be called while no rank waits for another.
 
     Raises InputError if there are none, if the model has fewer than max_length positions, or no
-    embedding for a token of the data.
+    embedding for a token of the data sets, of load_pairs.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     positions = getattr(config, "max_position_embeddings", max_length)
     if max_length > positions:
         raise InputError(f"max_length={max_length} exceeds the model's {positions} positions")
-    if highest_token >= config.vocab_size:
-        problem = f"the tokenizer gives token {highest_token}, the model has {config.vocab_size}"
+    highest = max(map(highest_token, data_sets))
+    if highest >= config.vocab_size:
+        problem = f"the tokenizer gives token {highest}, the model has {config.vocab_size}"
         raise InputError(f"{name}: {problem}: they do not belong together")
     weights_folder(name)
     return weights_fingerprint(name) if os.environ.get("LOCAL_RANK", "0") == "0" else None

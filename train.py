@@ -13,7 +13,6 @@ import inspect
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +30,6 @@ from data import (
     InputError,
     MicroBatch,
     fingerprint,
-    highest_token,
     load_pairs,
     load_tokenizer,
     longest_sequence,
@@ -89,8 +87,7 @@ def train(config: Config) -> None:
     print_once = print if rank == 0 else lambda *args: None
     output = Path(config.output_dir)
     if config.resume != "never" and (output / "final").exists():
-        hint = "To train again: --resume never, or another --output_dir."
-        print_once(f"{output} holds a finished run (final/). {hint}")
+        print_once(f"{output} holds a finished run (final/). To train again: --resume never")
         return
 
     # ---- Data. Whatever is wrong with the input is found before a model is loaded.
@@ -113,9 +110,7 @@ def train(config: Config) -> None:
         data_sets.append(heldout)
     digests = tokenizer_digests(tokenizer) | {"training tokens": fingerprint(pairs)}
     digests["held-out tokens"] = fingerprint(heldout) if heldout else ""
-    highest = max(map(highest_token, data_sets))
-    # Weights are fetched here, while no rank waits for another.
-    digests["weights"] = check_model(source, config.max_length, highest)
+    digests["weights"] = check_model(source, config.max_length, data_sets)
     steps_per_epoch, left_out = divmod(len(pairs), config.batch_size)
     text = f"{len(schedule)} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch"
     print_once(f"{text}; {left_out} pairs an epoch do not fill a batch and are left out")
@@ -135,9 +130,8 @@ def train(config: Config) -> None:
         compile=config.compile,
         longest=max(map(longest_sequence, data_sets)),
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True
-    )
+    betas = (0.9, 0.999)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=0.0, fused=True)
     rehearse(model, optimizer, pairs, pair_tokens, schedule, device)
     reference = heldout_reference = None
     if "reference" in inspect.signature(loss_function).parameters:
@@ -146,8 +140,7 @@ def train(config: Config) -> None:
         reference = reference_logps(model, source, pairs, micro_batches, dtype)
         if heldout:
             heldout_reference = reference_logps(model, source, heldout, heldout_schedule, dtype)
-    shares = [shares[rank] for shares in heldout_schedule]
-    heldout_batches = [pack_rows(heldout, share, heldout_reference) for share in shares]
+    heldout_batches = [pack_rows(heldout, s[rank], heldout_reference) for s in heldout_schedule]
     if checkpoint:
         began = time.perf_counter()
         runtime.load_checkpoint(checkpoint, model, optimizer, state["step"])
@@ -175,7 +168,6 @@ def train(config: Config) -> None:
             break
         began = time.perf_counter()
         optimizer.param_groups[0]["lr"] = learning_rate(step - 1, last, config)
-        finite = torch.ones((), dtype=torch.bool, device=device)
         for number, batch in enumerate(batches, 1):
             if config.replicas > 1:  # replicas exchange the gradient of the whole step, once
                 model.set_requires_all_reduce(number == len(batches))
@@ -187,18 +179,16 @@ def train(config: Config) -> None:
             (losses.sum() * ranks / config.batch_size).backward()
             slopes = logps.grad * config.batch_size / ranks  # ∂(the pair's loss) / ∂logps
             metrics_since_log.append(pair_metrics(logps, losses, slopes, batch))
-            finite &= losses.isfinite().all()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         batches = pack_step(step + 1)  # before the host waits for the GPU
-        norm, not_finite, stop, memory = runtime.max_over_ranks(
-            device, norm, ~finite, sigterm.is_set(), runtime.peak_memory(device)
+        norm, stop, memory = runtime.max_over_ranks(
+            device, norm, sigterm.is_set(), runtime.peak_memory(device)
         )
         indices = [i for shares in schedule[step - 1] for share in shares for i in share]
-        if not_finite or not math.isfinite(norm):
-            places = [f"{pairs[i]['source']} row {pairs[i]['row']}" for i in indices]
-            problem = f"step {step}: loss or gradient (norm {norm}) is not finite. Its pairs: "
-            raise FloatingPointError(problem + ", ".join(places))
+        if not math.isfinite(norm):
+            places = ", ".join(f"{pairs[i]['source']} row {pairs[i]['row']}" for i in indices)
+            raise FloatingPointError(f"step {step}: gradient of norm {norm}. Its pairs: {places}")
         optimizer.step()
         optimizer.zero_grad()
         seconds_since_log += time.perf_counter() - began
@@ -229,16 +219,11 @@ def train(config: Config) -> None:
     if not stop:
         export(model, source, tokenizer, output / "final", dtype)
     table = log.close()
-    if stop:
-        command = (
-            "the same command" if config.resume in ("auto", "anyway") else "with --resume auto, it"
-        )
-        print_once(f"stopped by SIGTERM after step {state['step']}: {command} continues from there")
-    else:
-        print_once(f"{table}The trained model is in {output / 'final'}")
     dist.destroy_process_group()
     if stop:
-        sys.exit(128 + signal.SIGTERM)  # schedulers and torchrun know: it has not finished
+        print_once(f"stopped by SIGTERM after step {state['step']}; --resume auto continues there")
+        sys.exit(128 + signal.SIGTERM)  # for torchrun and schedulers: this was not the end
+    print_once(f"{table}The trained model is in {output / 'final'}")
 
 
 # ---- The schedule --------------------------------------------------------------------------------
@@ -341,11 +326,10 @@ def mean_over_ranks(rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(
-    model, loss_function: Callable, batches: list[MicroBatch], device, sigterm: threading.Event
-) -> dict[str, float]:
+def evaluate(model, loss_function: Callable, batches: list, device, sigterm) -> dict[str, float]:
     """{"eval/NAME": mean over the held-out pairs of all ranks}, or {} as soon as one of them has
-    received SIGTERM. batches: this rank's, on CPU. Collective."""
+    received SIGTERM. batches: this rank's MicroBatches, on CPU; sigterm: of runtime.watch_sigterm.
+    Collective."""
     rows = []
     for batch in batches:
         if any(runtime.max_over_ranks(device, sigterm.is_set())):
