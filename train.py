@@ -112,8 +112,7 @@ def train(config: Config) -> None:
     digests["held-out tokens"] = fingerprint(heldout) if heldout else ""
     digests["weights"] = check_model(source, config.max_length, data_sets)
     steps_per_epoch, left_out = divmod(len(pairs), config.batch_size)
-    text = f"{len(schedule)} steps of {config.batch_size} pairs, {steps_per_epoch} an epoch"
-    print_once(f"{text}; {left_out} pairs an epoch do not fill a batch and are left out")
+    print_once(f"{len(schedule)} steps; {left_out} pairs an epoch fill no batch and are left out")
 
     # ---- Model and optimizer
     runtime.start_group(device)
@@ -130,8 +129,8 @@ def train(config: Config) -> None:
         compile=config.compile,
         longest=max(map(longest_sequence, data_sets)),
     )
-    betas = (0.9, 0.999)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=0.0, fused=True)
+    # Its betas are the paper's, too: 0.9 and 0.999.
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     rehearse(model, optimizer, pairs, pair_tokens, schedule, device)
     reference = heldout_reference = None
     if "reference" in inspect.signature(loss_function).parameters:
@@ -182,9 +181,8 @@ def train(config: Config) -> None:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         batches = pack_step(step + 1)  # before the host waits for the GPU
-        norm, stop, memory = runtime.max_over_ranks(
-            device, norm, sigterm.is_set(), runtime.peak_memory(device)
-        )
+        memory = runtime.peak_memory(device)
+        norm, stop, memory = runtime.max_over_ranks(device, norm, sigterm.is_set(), memory)
         indices = [i for shares in schedule[step - 1] for share in shares for i in share]
         if not math.isfinite(norm):
             places = ", ".join(f"{pairs[i]['source']} row {pairs[i]['row']}" for i in indices)
