@@ -326,7 +326,9 @@ class Logger:
         with open(self.path, "a") as file:
             print(json.dumps(metrics), file=file)
         if self.wandb:
-            self.wandb.log(metrics, step=metrics["step"])
+            # wandb drops a step that it has: what a resumed run repeats. A step's evaluation is a
+            # step of its own there, since the run may have been stopped between the two.
+            self.wandb.log(metrics, step=2 * metrics["step"] + ("eval/loss" in metrics))
         if "eval/loss" in metrics:
             self.evaluations.append(metrics)
             accuracy, chosen, rejected = (metrics[f"eval/{name}"] for name in SHOWN[:3])
@@ -410,10 +412,12 @@ def start_wandb(config):
         config=asdict(config),
     )
     try:
-        return start(mode="offline" if config.wandb == "offline" else "online")
+        run = start(mode="offline" if config.wandb == "offline" else "online")
     except Exception as error:  # never a reason to lose a run
         tqdm.write(f"wandb is offline: {error}. Later: `wandb sync`.", file=sys.stderr)
-        return start(mode="offline")
+        run = start(mode="offline")
+    run.define_metric("*", step_metric="step")  # the axis of its figures
+    return run
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------

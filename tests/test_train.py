@@ -682,6 +682,44 @@ def test_wandb_never_stops_a_run(base, tmp_path, monkeypatch, fails):
     assert len(offline) == (fails == "init")
 
 
+def test_wandb_holds_every_line_once_in_a_run_that_is_stopped_and_killed(
+    base, tmp_path, monkeypatch
+):
+    """wandb, also when it resumes a run, takes only steps above the last one that it has."""
+    import wandb
+
+    rows, ids = {}, set()
+
+    class Run:
+        def __init__(self, id, **settings):
+            ids.add(id)
+            self.start = max(rows, default=-1) + 1
+
+        def log(self, metrics, step):
+            if step >= max(self.start, max(rows, default=0)):
+                rows.setdefault(step, {}).update(metrics)
+
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", lambda **settings: Run(**settings))
+    values = base | {"max_steps": 4, "save_every": 3, "eval_every": 1, "wandb": "online"}
+    output = tmp_path / "run"
+    for quiet in (6, 6):  # SIGTERM in the evaluation after step 2, then after step 4
+        monkeypatch.setattr(runtime, "watch_sigterm", lambda: Signals(quiet))  # noqa: B023
+        with pytest.raises(SystemExit):
+            run(values, output)
+    shutil.rmtree(output / "checkpoints" / "step_4")  # as if killed before it was written
+    monkeypatch.setattr(runtime, "watch_sigterm", lambda: Signals(1000))
+    lines = run(values, output)
+    assert len(ids) == 1 and timeless(rows.values()) == timeless(lines)
+    assert [line["step"] for line in lines] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
 # ---- Exactness: whole trajectories against the textbook's step -----------------------------------
 
 
