@@ -4,14 +4,13 @@ the official tool.
     python -m eval.alpaca_eval2 runs/llama-3-8b-instruct/final --decoding llama-3-8b-instruct \\
         --engine vllm
     python -m eval.alpaca_eval2 M --decoding mistral-7b-base --generate_only   # no judge, no cost
-    python -m eval.alpaca_eval2 M --judge_base_url http://localhost:8000/v1 --judge_model my-judge
+    python -m eval.alpaca_eval2 M --judge_base_url http://HOST:8000/v1 --judge_model my-judge
 
 Writes OUTPUT_DIR/MODEL/alpaca_eval2/outputs.json, the judge's annotations beside it, and
 OUTPUT_DIR/MODEL/alpaca_eval2.json with the length-controlled win rate, the win rate, their standard
 errors and the mean length in characters. Judging takes 805 calls of one output token each;
-everything that the official tool needs is looked for before the first answer. Needs alpaca_eval
-(eval/requirements.txt) and, for its judge, OPENAI_API_KEY in the environment, which is also sent to
---judge_base_url.
+everything that the official tool needs is looked for before the first answer, and the judge is
+asked once. Needs alpaca_eval (eval/requirements.txt). The judge: eval/judge.py.
 """
 
 import hashlib
@@ -25,7 +24,8 @@ from huggingface_hub import hf_hub_download
 
 from data import InputError
 from eval.generate import answer, short_name
-from eval.report import file_sha256, judge_api_key, make_parser, write_result
+from eval.judge import MODEL, api_key, open_judge
+from eval.report import file_sha256, make_parser, write_result
 from runtime import run_command
 
 # The authors' settings by recipe (the configs for alpaca_eval of SimPO and SimPER).
@@ -80,13 +80,14 @@ def load_outputs(path: str) -> list[dict]:
     return rows
 
 
-def prepare_judge(annotator: str, base_url: str, folder: Path):
-    """Import alpaca_eval and configure its judge's endpoint, in `folder`. → alpaca_eval.
+def prepare_judge(annotator: str, model: str, base_url: str, folder: Path):
+    """Import alpaca_eval and configure its judge's endpoint, in `folder`. → alpaca_eval and what
+    the judge says that it is.
 
-    Raises InputError if the tool, the key, the annotator or a file from the hub is missing. The
-    tool would report that file only after the judge has been paid.
+    Raises InputError if the tool, the annotator or a file from the hub is missing, which the tool
+    would report only after the judge has been paid, or if the judge does not answer.
     """
-    os.environ["OPENAI_API_KEY"] = judge_api_key(base_url)  # the key is written to no file
+    os.environ["OPENAI_API_KEY"] = api_key()  # the key is written to no file
     client = folder / "client.yaml"
     os.environ["OPENAI_CLIENT_CONFIG_PATH"] = str(client)  # read when alpaca_eval is imported
     try:
@@ -103,10 +104,12 @@ def prepare_judge(annotator: str, base_url: str, folder: Path):
     if annotator not in annotators:
         raise InputError(f"there is no annotator {annotator}; choose from {', '.join(annotators)}")
     hub_file("df_gamed.csv", cache_dir=constants.DEFAULT_CACHE_DIR)  # for the length control
+    judge = open_judge(model, base_url, max_tokens=1, temperature=1, logprobs=True)
+    if "max_tokens" not in judge.options:
+        raise InputError(f"the judge {model} refuses max_tokens, with which alpaca_eval asks")
     folder.mkdir(parents=True, exist_ok=True)
-    endpoint = {"base_url": base_url} if base_url else {}
-    client.write_text(yaml.safe_dump({"default": [endpoint]}))
-    return alpaca_eval
+    client.write_text(yaml.safe_dump({"default": [{"base_url": base_url}]}))
+    return alpaca_eval, judge.version
 
 
 def judge(
@@ -122,11 +125,9 @@ def judge(
     official = Path(alpaca_eval.constants.EVALUATORS_CONFIG_DIR)
     config = yaml.safe_load((official / annotator / "configs.yaml").read_text())[annotator]
     config["prompt_template"] = str(official / config["prompt_template"])
-    name = annotator
-    if judge_model:
-        name = f"{annotator}_{judge_model}".replace("/", "_")
-        # requires_chatml: a model with "instruct" in its name would get a plain completion request.
-        config["completions_kwargs"] |= {"model_name": judge_model, "requires_chatml": True}
+    name = f"{annotator}_{judge_model}".replace("/", "_")
+    # requires_chatml: a model with "instruct" in its name would get a plain completion request.
+    config["completions_kwargs"] |= {"model_name": judge_model, "requires_chatml": True}
     (folder / name).mkdir(exist_ok=True)
     (folder / name / "configs.yaml").write_text(yaml.safe_dump({name: config}))
     # After an interruption, what this endpoint has judged is not paid for again; judgments that are
@@ -136,18 +137,24 @@ def judge(
         lines = json.loads(cache.read_text())
         judged = [line for line in lines if line["preference"] not in (None, -1)]
         cache.write_text(json.dumps(judged))
-    table, annotations = alpaca_eval.evaluate(
-        model_outputs=str(outputs),
-        reference_outputs=reference,
-        annotators_config=str(folder / name),
-        output_path=str(folder),
-        precomputed_leaderboard=None,
-        is_return_instead_of_print=True,
-        is_overwrite_leaderboard=True,
-        metric_kwargs={"save_weights_dir": str(folder / "weights")},
-        caching_path=str(cache),
-        annotation_kwargs={"chunksize": 32},  # judgments between two writes of the cache
-    )
+    try:
+        table, annotations = alpaca_eval.evaluate(
+            model_outputs=str(outputs),
+            reference_outputs=reference,
+            annotators_config=str(folder / name),
+            output_path=str(folder),
+            precomputed_leaderboard=None,
+            is_return_instead_of_print=True,
+            is_overwrite_leaderboard=True,
+            metric_kwargs={"save_weights_dir": str(folder / "weights")},
+            caching_path=str(cache),
+            annotation_kwargs={"chunksize": 32},  # judgments between two writes of the cache
+        )
+    except Exception as error:
+        raise InputError(
+            f"the judge {judge_model} failed: {error!r}. Its judgments so far are kept in {cache}: "
+            "run the command again to continue"
+        ) from error
     row = table.iloc[0].to_dict()
     metrics = {key: value for key, value in row.items() if isinstance(value, (int, float))}
     preferences = [annotation["preference"] for annotation in annotations]
@@ -181,9 +188,7 @@ def main() -> None:
     parser.add_argument(
         "--annotator", default=ANNOTATOR, help="name of one of alpaca_eval's annotators"
     )
-    parser.add_argument(
-        "--judge_model", default="", help="the judge; empty: the annotator's, gpt-4-1106-preview"
-    )
+    parser.add_argument("--judge_model", default=MODEL, help="the judge's name at its endpoint")
     args = parser.parse_args()
 
     reference_file = args.reference or hub_file(REFERENCE, advice="; give --reference FILE")
@@ -194,7 +199,9 @@ def main() -> None:
     if args.limit:
         reference, folder = reference[: args.limit], folder / f"limit-{args.limit}"
     elif not args.generate_only:
-        alpaca_eval = prepare_judge(args.annotator, args.judge_base_url, folder)
+        alpaca_eval, version = prepare_judge(
+            args.annotator, args.judge_model, args.judge_base_url, folder
+        )
     decoding = DECODING[args.decoding]
     options = {"engine": args.engine, "batch_size": args.batch_size, "seed": args.seed}
     prompts = [row["instruction"] for row in reference]
@@ -237,7 +244,8 @@ def main() -> None:
         "decoding": args.decoding,
         "annotator": args.annotator,
         "judge_base_url": args.judge_base_url,
-        "judge_model": args.judge_model or "the annotator's",
+        "judge_model": args.judge_model,
+        "judge_version": version,
         "cut": cut,
         "empty": empty,
     }

@@ -3,19 +3,16 @@ any compatible endpoint.
 
     python -m eval.mt_bench runs/llama-3-8b-instruct/final --data DIR --engine vllm
     python -m eval.mt_bench M --data DIR --generate_only                       # no judge, no cost
-    python -m eval.mt_bench M --data DIR --judge my-judge --reference gpt-4 \\
-        --judge_base_url http://localhost:8000/v1
+    python -m eval.mt_bench M --data DIR --judge my-judge --judge_base_url http://HOST:8000/v1
 
 DIR holds the official question.jsonl and judge_prompts.jsonl (lm-sys/FastChat,
-fastchat/llm_judge/data) and the reference answers, JUDGE.jsonl, to the questions of math, reasoning
-and coding: for gpt-4 from there (mt_bench/reference_answer), for gpt-4-1106-preview, the paper's
-judge, from princeton-nlp/SimPO (eval/mt-bench).
+fastchat/llm_judge/data) and reference answers to the questions of math, reasoning and coding,
+gpt-4.jsonl from there (mt_bench/reference_answer) or another's, NAME.jsonl for --reference NAME.
 
-Writes OUTPUT_DIR/MODEL/mt_bench/model_answer/MODEL.jsonl and model_judgment/JUDGE_single.jsonl,
+Writes OUTPUT_DIR/MODEL/mt_bench/model_answer/MODEL.jsonl, model_judgment-HOST/JUDGE_single.jsonl,
 which FastChat reads, and OUTPUT_DIR/MODEL/mt_bench.json with the score, by turn and by category,
-and a radar figure. Judging takes 160 calls. The same command continues after an interruption. Needs
-openai (eval/requirements.txt) and OPENAI_API_KEY in the environment, which is also sent to
---judge_base_url; judgments of such an endpoint are kept apart, in model_judgment-HOST.
+and a radar figure. Judging takes 160 calls, after one that shows whether the judge answers. The
+same command continues after an interruption. The judge: eval/judge.py.
 """
 
 import json
@@ -32,8 +29,9 @@ from tqdm import tqdm
 
 from data import InputError
 from eval.generate import answer, short_name
+from eval.judge import MODEL, Judge, open_judge
 from eval.plots import new_figure
-from eval.report import file_sha256, judge_api_key, make_parser, write_result
+from eval.report import file_sha256, make_parser, write_result
 from runtime import run_command
 
 # FastChat's temperatures (llm_judge/common.py); all other settings are FastChat's, too.
@@ -172,8 +170,7 @@ def read_judgments(path: Path) -> dict[tuple[int, int], dict]:
 
 
 def judge_all(
-    client,
-    judge: str,
+    judge: Judge,
     questions: list[dict],
     answers: list[dict],
     prompts: dict[str, dict],
@@ -184,7 +181,7 @@ def judge_all(
     """Judge both turns of every answer that `path` has no judgment of, append FastChat's records to
     it, and return all records, in the order of the questions.
 
-    client: an openai.OpenAI; workers: calls at a time. Raises InputError if `path` holds judgments
+    workers: calls at a time. Raises InputError if `path` holds judgments
     of different answers, and if a call fails, after the results of the running calls are written.
     """
     from openai import OpenAIError
@@ -213,14 +210,14 @@ def judge_all(
             {"role": "system", "content": template["system_prompt"]},
             {"role": "user", "content": text},
         ]
-        reply = client.chat.completions.create(
-            model=judge, messages=messages, temperature=0, max_tokens=JUDGE_TOKENS
+        reply = judge.client.chat.completions.create(
+            model=judge.model, messages=messages, **judge.options
         )
         judgment = reply.choices[0].message.content or ""
         return {
             "question_id": number,
             "model": answers[0]["model_id"],
-            "judge": [judge, template["name"]],
+            "judge": [judge.model, template["name"]],
             "user_prompt": text,
             "judgment": judgment,
             "score": parse_score(judgment),
@@ -233,7 +230,11 @@ def judge_all(
     with ThreadPoolExecutor(workers) as pool, open(path, "a") as file:
         futures = [pool.submit(ask, *task) for task in tasks]
         for future in tqdm(
-            as_completed(futures), total=len(tasks), desc=judge, unit="judgment", dynamic_ncols=True
+            as_completed(futures),
+            total=len(tasks),
+            desc=judge.model,
+            unit="judgment",
+            dynamic_ncols=True,
         ):
             try:
                 record = future.result()
@@ -246,8 +247,8 @@ def judge_all(
             records[record["question_id"], record["turn"]] = record
     if failure:
         raise InputError(
-            f"the judge {judge} failed: {failure!r}. Its other judgments are kept in {path}: run "
-            "the command again to continue"
+            f"the judge {judge.model} failed: {failure!r}. Its other judgments are kept in {path}: "
+            "run the command again to continue"
         )
     return [records[question["question_id"], turn] for question in questions for turn in (1, 2)]
 
@@ -293,13 +294,11 @@ def main() -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="folder with question.jsonl, judge_prompts.jsonl and JUDGE.jsonl",
+        help="folder with question.jsonl, judge_prompts.jsonl and gpt-4.jsonl",
     )
+    parser.add_argument("--judge", default=MODEL, help="the judge's name at its endpoint")
     parser.add_argument(
-        "--judge", default="gpt-4-1106-preview", help="the judge's name at its endpoint"
-    )
-    parser.add_argument(
-        "--reference", default="", help="whose reference answers to use; empty: the judge's own"
+        "--reference", default="gpt-4", help="whose reference answers to use, NAME.jsonl in --data"
     )
     parser.add_argument(
         "--repeats", type=int, default=1, help="times to judge everything, for the spread"
@@ -320,17 +319,9 @@ def main() -> None:
         questions, folder = questions[: args.limit], folder / f"limit-{args.limit}"
     if args.repeats < 1:
         raise InputError(f"--repeats must be at least 1, not {args.repeats}")
-    reference = args.reference or args.judge
     if not args.generate_only:
-        prompts, references = load_judge(data, reference, questions)
-        api_key = judge_api_key(args.judge_base_url)
-        try:
-            from openai import OpenAI
-        except ImportError:
-            raise InputError(
-                "openai is not installed: pip install -r eval/requirements.txt"
-            ) from None
-        client = OpenAI(api_key=api_key, base_url=args.judge_base_url or None, max_retries=8)
+        prompts, references = load_judge(data, args.reference, questions)
+        judge = open_judge(args.judge, args.judge_base_url, JUDGE_TOKENS, temperature=0)
     options = {"engine": args.engine, "batch_size": args.batch_size, "seed": args.seed}
     answers = generate_answers(args.model, questions, folder, options)
     path = folder / "model_answer" / f"{name}.jsonl"
@@ -341,16 +332,13 @@ def main() -> None:
     print(f"{path}: {len(answers)} answers of two turns")
     if args.generate_only:
         return
-    judgments = folder / "model_judgment"
-    if args.judge_base_url:
-        host = urlsplit(args.judge_base_url).netloc.replace(":", "_")
-        judgments = folder / f"model_judgment-{host}"
+    host = urlsplit(args.judge_base_url).netloc.replace(":", "_")
+    judgments = folder / f"model_judgment-{host}"
     runs = []
     for repeat in range(1, args.repeats + 1):
         suffix = f"-{repeat}" if repeat > 1 else ""
         records = judge_all(
-            client,
-            args.judge,
+            judge,
             questions,
             answers,
             prompts,
@@ -366,7 +354,9 @@ def main() -> None:
     spread = {key: statistics.stdev(of_runs) for key, of_runs in values.items() if len(of_runs) > 1}
     settings = {
         "judge": args.judge,
-        "reference": reference,
+        "judge_version": judge.version,
+        "judge_options": judge.options,
+        "reference": args.reference,
         "judge_base_url": args.judge_base_url,
         "repeats": args.repeats,
         **options,
@@ -377,7 +367,7 @@ def main() -> None:
     if args.limit:
         print(f"--limit {args.limit}: a quick look; no mt_bench.json is written")
     else:
-        names = ("question.jsonl", "judge_prompts.jsonl", f"{reference}.jsonl")
+        names = ("question.jsonl", "judge_prompts.jsonl", f"{args.reference}.jsonl")
         files = [*(data / file for file in names), path]
         write_result(
             folder.parent,

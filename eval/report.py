@@ -15,7 +15,6 @@ import csv
 import hashlib
 import importlib.metadata
 import json
-import os
 import statistics
 import sys
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from data import InputError
 from demo.smollm2 import resolve_model
+from eval.judge import URL
 from model import weights_fingerprint
 from runtime import run_command
 
@@ -33,7 +33,7 @@ SHARED_ARGUMENTS = {
     "--batch_size": {"type": int, "default": 8, "help": "prompts at once; vllm: not used"},
     "--seed": {"type": int, "default": 0},
     "--generate_only": {"action": "store_true", "help": "stop before the judge"},
-    "--judge_base_url": {"default": "", "help": "an OpenAI-compatible endpoint; empty: OpenAI's"},
+    "--judge_base_url": {"default": URL, "help": "an OpenAI-compatible endpoint"},
     "--output_dir": {"default": "results", "help": "folder of all models' results"},
     "--wandb": {"choices": ["off", "online", "offline"], "default": "off", "help": "log scores"},
 }
@@ -68,18 +68,6 @@ def make_parser(description: str | None, *shared: str) -> argparse.ArgumentParse
     for name in shared:
         parser.add_argument(name, **SHARED_ARGUMENTS[name])
     return parser
-
-
-def judge_api_key(base_url: str) -> str:
-    """OPENAI_API_KEY, or "none" for an endpoint that needs no key. Raises InputError if there is
-    neither a key nor an endpoint."""
-    key = os.environ.get("OPENAI_API_KEY")
-    if not (key or base_url):
-        raise InputError(
-            "the judge needs OPENAI_API_KEY in the environment, or an endpoint of your own: "
-            "--judge_base_url URL"
-        )
-    return key or "none"
 
 
 def file_sha256(path: str | Path) -> str:

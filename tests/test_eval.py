@@ -29,6 +29,7 @@ from data import InputError, load_pairs
 from eval import alpaca_eval2 as alpaca_eval2_module
 from eval import leaderboard, preference, report
 from eval import mt_bench as mt_bench_module
+from eval.judge import Judge, open_judge
 from eval.preference import score
 
 ROOT = Path(__file__).parent.parent
@@ -194,23 +195,34 @@ def test_results_go_to_wandb(model_folder, tmp_path, monkeypatch):
 @contextmanager
 def judge_server(reply):
     """An OpenAI-compatible server on the loopback address: reply(request) -> a chat completion's
-    choice. Yields (its URL, the requests that it has received)."""
+    choice, or (HTTP status, message, code) of an error. Yields (its URL, the requests that it has
+    received but for the one that only shows that it is there)."""
     requests = []
+    probe_reply = {"message": {"role": "assistant", "content": "m"}}
+    probe_reply["logprobs"] = {"content": [{"token": "m", "logprob": 0.0, "top_logprobs": []}]}
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            requests.append(request)
+            probe = request["messages"][-1]["content"].startswith("Answer with one letter")
+            answer = probe_reply if probe and reply in (choose, rate) else reply(request)
+            if not probe:
+                requests.append(request)
+            status = 200
             body = {
                 "id": "1",
                 "object": "chat.completion",
                 "created": 0,
                 "model": request["model"],
                 "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-                "choices": [{"index": 0, "finish_reason": "stop"} | reply(request)],
             }
+            if isinstance(answer, tuple):
+                status, message, error = answer
+                body = {"error": {"message": message, "code": error, "type": error}}
+            else:
+                body["choices"] = [{"index": 0, "finish_reason": "stop"} | answer]
             content = json.dumps(body).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -223,6 +235,58 @@ def judge_server(reply):
     Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1", requests
     server.shutdown()
+
+
+def refuse(status: int, message: str, code: str, name: str = ""):
+    """A judge that refuses requests with the option `name`, or all."""
+
+    def reply(request: dict):
+        if not name or name in request:
+            return status, message, code
+        return {"message": {"role": "assistant", "content": "m"}}
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    "reply, message",
+    [
+        (refuse(404, "The model has been deprecated", "model_not_found"), "404.*deprecated"),
+        (refuse(401, "Incorrect API key provided", "invalid_api_key"), "401.*Incorrect API key"),
+        (refuse(429, "You exceeded your current quota", "insufficient_quota"), "429.*your current"),
+        (refuse(500, "The server had an error", "server_error"), "500.*server had an error"),
+        (refuse(400, "logprobs are not supported", "unsupported", "logprobs"), "400.*logprobs are"),
+        (refuse(0, "", "", "nothing"), "gives no log-probs, by which AlpacaEval 2 weighs"),
+    ],
+)
+def test_a_judge_that_cannot_judge_is_one_line(reply, message):
+    with judge_server(reply) as (url, _), pytest.raises(InputError) as error:
+        open_judge("mock", url, max_tokens=1, temperature=1, logprobs=True)
+    text = str(error.value)
+    assert re.search(f"the judge mock at {url}.*{message}", text) and "\n" not in text
+    assert "eval/judge.py" in text
+
+
+def test_a_judge_is_asked_as_its_endpoint_wants_it():
+    """As OpenAI's newer models: they name the argument that they want in place of max_tokens, and
+    take no temperature but their own."""
+    use = "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+    use += "'max_completion_tokens' instead."
+    temperature = "Unsupported value: 'temperature' does not support 0 with this model."
+
+    def reply(request: dict):
+        if "max_tokens" in request:
+            return 400, use, "unsupported_parameter"
+        if "temperature" in request:
+            return 400, temperature, "unsupported_value"
+        return {"message": {"role": "assistant", "content": "m"}}
+
+    with judge_server(reply) as (url, _):
+        judge = open_judge("new", url, max_tokens=2048, temperature=0)
+    assert judge.options == {"max_completion_tokens": 2048} and judge.version == "new"
+    with judge_server(choose) as (url, _):
+        judge = open_judge("old", url, max_tokens=1, temperature=1, logprobs=True)
+    assert judge.options["max_tokens"] == 1 and judge.options["temperature"] == 1
 
 
 def preference_of(i: int) -> float:
@@ -326,7 +390,7 @@ def test_alpaca_eval_reports_what_is_missing_before_it_starts(alpaca, model_fold
     with judge_server(choose) as (url, requests):
         judge, no_cache = ["--judge_base_url", url], {"HF_HUB_CACHE": str(tmp_path / "none")}
         for environment, flags, message in (
-            ({}, [], "the judge needs OPENAI_API_KEY"),
+            ({}, ["--judge_base_url", "http://127.0.0.1:9/v1"], "the judge meta-llama/Llama-3.3"),
             ({}, [*judge, "--annotator", "x"], "there is no annotator x; .* weighted_alpaca"),
             (no_cache, judge, "df_gamed.csv of tatsu-lab/alpaca_eval"),
         ):
@@ -417,6 +481,7 @@ def rate(request: dict) -> dict:
 def mt_bench(model, data: Path, output: Path, *flags, **environment) -> subprocess.CompletedProcess:
     code = "import eval.mt_bench as m, runtime; m.NEW_TOKENS = 4; runtime.run_command(m.main)"
     flags = ["--output_dir", output, "--judge", "mock", "--batch_size", 40, *flags]
+    flags += ["--reference", "mock"]
     environment = {"OPENAI_API_KEY": ""} | environment
     return run_python("-c", code, model, "--data", data, *flags, **environment)
 
@@ -509,11 +574,12 @@ def test_a_failing_judge_loses_no_judgment(mt_bench_data, tmp_path):
         return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content="[[05]]"))])
 
     client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    judge = Judge(client, "mock", {"temperature": 0, "max_tokens": 2048}, version="mock 1")
     path = tmp_path / "judgments" / "mock_single.jsonl"
 
     def judge_all() -> list[dict]:
         return mt_bench_module.judge_all(
-            client, "mock", questions, answers, prompts, references, path, workers=2
+            judge, questions, answers, prompts, references, path, workers=2
         )
 
     failing = True
@@ -559,15 +625,14 @@ def test_mt_bench_reports_what_is_missing_first(mt_bench_data, model_folder, tmp
     lines = (incomplete / "mock.jsonl").read_text().splitlines()
     (incomplete / "mock.jsonl").write_text("\n".join(lines[1:]) + "\n")
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    endpoint = ["--judge_base_url", "http://127.0.0.1:9/v1"]
-    for data, judge, flags, message in (
-        (tmp_path / "none", "mock", [], "question.jsonl is missing"),
-        (incomplete, "mock", endpoint, "incomplete: question 101"),
-        (mt_bench_data, "mock", [], "the judge needs OPENAI_API_KEY"),
-        (mt_bench_data, "other", endpoint, "other.jsonl is missing"),
+    for data, reference, message in (
+        (tmp_path / "none", "mock", "question.jsonl is missing"),
+        (incomplete, "mock", "incomplete: question 101"),
+        (mt_bench_data, "gpt-4", "gpt-4.jsonl is missing"),
+        (mt_bench_data, "mock", "the judge meta-llama/.* at http://127.0.0.1:9/v1: Connection"),
     ):
-        args = [model_folder, "--data", data, "--judge", judge, *flags]
-        args += ["--output_dir", tmp_path / "results"]
+        args = [model_folder, "--data", data, "--reference", reference]
+        args += ["--judge_base_url", "http://127.0.0.1:9/v1", "--output_dir", tmp_path / "results"]
         monkeypatch.setattr(sys, "argv", ["mt_bench", *map(str, args)])
         with pytest.raises(InputError, match=message):
             mt_bench_module.main()
