@@ -77,9 +77,9 @@ def disk_fault(error: BaseException) -> str | None:
     if not (reason and here):
         return None
     return (
-        f"{reason[0]}, in {here[-1].name} ({Path(here[-1].filename).name}). The caches are in "
-        f"{CACHE_DIR}. Checkpoints are as they were; when there is room to write, the same command "
-        "goes on."
+        f"{reason[0]}, in {here[-1].name} ({Path(here[-1].filename).name}). A run writes to its "
+        f"output_dir and to {CACHE_DIR}. Checkpoints are as they were; when there is room to write, "
+        "the same command goes on."
     )
 
 

@@ -559,7 +559,7 @@ def test_a_file_that_cannot_be_written_is_one_line(base, tmp_path, limit, place,
     process = [sys.executable, "-c", LIMITED, str(limit), *flags]
     failed = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr, failed.stderr
-    error = rf"error: File too large[^,]*, in {re.escape(place)}. The caches are in"
+    error = rf"error: File too large[^,]*, in {re.escape(place)}. A run writes to"
     assert re.search(error, failed.stderr), failed.stderr
     lines = run(values, tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 1, 2, 2]
