@@ -78,7 +78,7 @@ def disk_fault(error: BaseException) -> str | None:
         return None
     return (
         f"{reason[0]}, in {here[-1].name} ({Path(here[-1].filename).name}). A run writes to its "
-        f"output_dir and to {CACHE_DIR}. Checkpoints are as they were; when there is room to write, "
+        f"output_dir and to {CACHE_DIR}. Checkpoints are as they were; when there is room again, "
         "the same command goes on."
     )
 
