@@ -245,8 +245,12 @@ def start_group(device: torch.device) -> None:
     options = {"backend": "gloo", "timeout": timedelta(minutes=30)}
     if device.type == "cuda":
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
-    if "RANK" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store, rank, ranks = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=options["timeout"]))
+        # After a restart by torchrun, its store still holds the addresses of the failed attempt.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    options |= {"store": store, "rank": rank, "world_size": ranks}
     dist.init_process_group(**options)
 
 

@@ -343,19 +343,29 @@ def test_damaged_checkpoint_is_passed_over(base, three_runs, tmp_path, capsys):
     assert f"resuming from {output / 'checkpoints' / 'step_1'}" in capsys.readouterr().out
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(base, tmp_path):
+def test_torchrun_heals_and_sigterm_saves_and_the_same_command_goes_on(base, tmp_path):
     values = base | {"max_steps": 100, "save_every": 0, "eval_every": 0}
-    process = subprocess.Popen(
-        command(values, tmp_path / "run", 2), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    launch = command(values, tmp_path / "run", 2)
+    launch[3:3] = ["--max-restarts", "1"]
+    process = subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    def wait_for_lines(other_than: int = 0) -> int:
         deadline = time.monotonic() + 120
         while (
-            not (tmp_path / "run" / "metrics.jsonl").exists()
-            or len(read_metrics(tmp_path / "run")) < 4
+            not metrics.exists()
+            or metrics.stat().st_ino == other_than
+            or len(runtime.read_lines(metrics)) < 4
         ):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
+        return metrics.stat().st_ino
+
+    try:
+        first = wait_for_lines()
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        wait_for_lines(other_than=first)  # begun again: there was no checkpoint yet
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     finally:
