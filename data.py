@@ -56,6 +56,8 @@ def load_rows(source: str) -> datasets.Dataset:
     """
     path, _, name = source.partition(":")
     try:
+        if not source:
+            raise InputError("a source is empty: give a file, a folder or a hub id")
         if Path(path).is_dir():
             rows, name = datasets.load_from_disk(path), name or "train"
             splits = rows if isinstance(rows, datasets.DatasetDict) else {"train": rows}
