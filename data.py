@@ -259,7 +259,7 @@ def end_of_turn(tokenizer) -> tuple[int, str]:
 
     The token is the first special token after the answer; the tokenizer's EOS if there is none, or
     no template. Raises InputError if there is no such token at all, or if the template fails on a
-    question and an answer.
+    question and an answer, or leaves out the answer.
     """
     tail = ""
     if tokenizer.chat_template:
@@ -269,6 +269,8 @@ def end_of_turn(tokenizer) -> tuple[int, str]:
             text = render(tokenizer, messages)
         except Exception as error:
             raise InputError(f"the chat template fails on a short dialogue: {error}") from error
+        if "ANSWER" not in text:
+            raise InputError(f"the chat template leaves out the answer; it renders {text!r}")
         tail = text.rpartition("ANSWER")[2]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
