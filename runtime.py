@@ -144,14 +144,17 @@ def check_config(config) -> None:
     """Raise InputError for a value that makes no sense, whatever the data."""
     positive = ("batch_size", "num_epochs", "log_every", "micro_batch_tokens", "replicas")
     positive += ("learning_rate", "max_grad_norm")
+    not_negative = ("max_steps", "eval_every", "save_every", "keep_checkpoints", "seed")
     choices = {"dtype": ("auto", "float32", "bfloat16")}
     choices["wandb"] = ("auto", "online", "offline", "off")
     for name, value in asdict(config).items():
         if name in ("model", "train_data", "output_dir") and not value:
             raise InputError(f"{name} is needed: give --{name}, or set it in the recipe")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name} must be a finite number, not {value}")
         if name in positive and not value > 0:
             raise InputError(f"{name} must be positive, not {value}")
-        if name in ("max_steps", "eval_every", "save_every", "keep_checkpoints") and value < 0:
+        if name in not_negative and value < 0:
             raise InputError(f"{name} must not be negative, not {value}")
         if value not in choices.get(name, (value,)):
             raise InputError(f"{name} must be one of {', '.join(choices[name])}, not {value}")
@@ -159,7 +162,7 @@ def check_config(config) -> None:
         raise InputError(f"warmup_ratio must be between 0 and 1, not {config.warmup_ratio}")
     if not 0 < config.max_prompt_length < config.max_length:
         limit, length = config.max_prompt_length, config.max_length
-        raise InputError(f"max_prompt_length={limit} must be below max_length={length}")
+        raise InputError(f"max_prompt_length={limit} must be positive and below max_length={length}")
 
 
 def choose_loss(name: str, arguments: str) -> Callable:
