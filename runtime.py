@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -119,10 +119,13 @@ def parse_args(config_class: type, args: list[str], description: str = ""):
             help=(option.metadata["help"] + default).replace("%", "%%"),
         )
 
-    def parse(args: list[str], place: object) -> dict:
-        known, unknown = parser.parse_known_args(args)
-        if unknown:
-            name = unknown[0].split("=")[0].lstrip("-")
+    def parse(args: list[str], place: object, names: Iterable[str] = ()) -> dict:
+        unknown = [name for name in names if name not in config_class.__dataclass_fields__]
+        try:
+            known, rest = parser.parse_known_args([] if unknown else args)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
+        for name in unknown + [arg.split("=")[0].lstrip("-") for arg in rest]:
             near = difflib.get_close_matches(name, config_class.__dataclass_fields__, 1, 0.5)
             hint = f"did you mean '{near[0]}'?" if near else "see --help"
             raise InputError(f"{place}: there is no option '{name}'; {hint}")
@@ -130,14 +133,32 @@ def parse_args(config_class: type, args: list[str], description: str = ""):
 
     flags = parse(args, "the command line")
     recipe = Path(flags.pop("recipe", ROOT / "recipes" / "demo.yaml"))
-    if not recipe.is_file():
-        raise InputError(f"no recipe {recipe}; those that come with the code are in recipes/")
-    lines = yaml.safe_load(recipe.read_text()) or {}
-    if not isinstance(lines, dict):
-        raise InputError(f"{recipe} must hold `name: value` lines")
-    config = config_class(**parse([f"--{k}={v}" for k, v in lines.items()], recipe) | flags)
+    lines = read_recipe(recipe)
+    values = parse([f"--{name}={value}" for name, value in lines.items()], recipe, lines)
+    config = config_class(**values | flags)
     check_config(config)
     return config
+
+
+def read_recipe(path: Path) -> dict[str, str]:
+    """The `name: value` lines of a YAML file. Each value is the text that is written there, as on
+    the command line: `off` is a word and not false. Raises InputError for anything else."""
+    if not path.is_file():
+        raise InputError(f"no recipe {path}; those that come with the code are in recipes/")
+    try:
+        top = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(top, yaml.MappingNode | None):
+        raise InputError(f"{path} must hold `name: value` lines")
+    lines = {}
+    for name, value in top.value if top else ():
+        if not (isinstance(name, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)):
+            raise InputError(f"{path}: {name.value} must have a single value, as text or a number")
+        if name.value in lines:
+            raise InputError(f"{path}: {name.value} is there twice")
+        lines[name.value] = value.value
+    return lines
 
 
 def check_config(config) -> None:
