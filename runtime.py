@@ -34,7 +34,7 @@ import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from data import CACHE_DIR, InputError
+from data import CACHE_DIR, InputError, make_folder
 from loss import LOSSES
 
 # What may differ between a run and its resumption: none of these changes the pairs of a step or
@@ -313,7 +313,7 @@ class Logger:
     """Writes config.yaml, metrics.jsonl and, if wanted, to wandb. On ranks above 0 it does nothing;
     it never waits for other ranks.
 
-    state: of find_checkpoint. Raises InputError if another run writes to output_dir.
+    state: of find_checkpoint. Raises InputError if another run writes to output_dir, or nobody can.
     """
 
     def __init__(self, config, state: dict):
@@ -321,7 +321,7 @@ class Logger:
         if not self.on:
             return
         output = Path(config.output_dir)
-        output.resolve().mkdir(parents=True, exist_ok=True)  # where a link points to
+        make_folder(output.resolve(), "output_dir")  # where a link points to
         self.lock = os.open(output, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
