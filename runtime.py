@@ -61,8 +61,8 @@ def run_command(main: Callable[[], None]) -> None:
         problem = error if isinstance(error, InputError) else disk_fault(error)
         if not problem:
             raise
-        rank = int(os.environ.get("RANK", 0))
-        if rank == 0:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             sys.exit(f"error: {problem}")
         # As a rule all ranks meet the same error: rank 0 reports it, and torchrun ends the others.
         time.sleep(5)
@@ -217,17 +217,24 @@ def choose_loss(name: str, arguments: str) -> Callable:
 
 def start_process() -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device) of this process, from torchrun's environment; one process
-    without it."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    without it. Raises InputError if only a part of that environment is there."""
+    numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    numbers |= {name: os.environ[name] for name in numbers if name in os.environ}
+    needed = [n in os.environ for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    fit = all(text.isdecimal() for text in numbers.values()) and (all(needed) or not any(needed[:2]))
+    rank, ranks, place, processes = map(int, numbers.values()) if fit else (0, 0, 0, 0)
+    if rank >= ranks:
+        found = " ".join(f"{name}={text}" for name, text in numbers.items())
+        problem = f"the environment ({found}) is not what torchrun sets"
+        raise InputError(f"{problem}: start with torchrun, or unset RANK and WORLD_SIZE")
     if rank > 0:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    processes, place = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), os.environ.get("LOCAL_RANK", 0)
     if torch.cuda.is_available():
         if processes > torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise InputError(f"{processes} processes for {count} GPUs: lower --nproc_per_node")
-        device = torch.device("cuda", int(place))
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
         # On H100s SDPA would prefer cuDNN's attention, which plans anew for every length: up to
         # half a second a call.
