@@ -183,9 +183,7 @@ def check_config(config) -> None:
         raise InputError(f"warmup_ratio must be between 0 and 1, not {config.warmup_ratio}")
     if not 0 < config.max_prompt_length < config.max_length:
         limit, length = config.max_prompt_length, config.max_length
-        raise InputError(
-            f"max_prompt_length={limit} must be positive and below max_length={length}"
-        )
+        raise InputError(f"max_prompt_length={limit} must be positive, below max_length={length}")
 
 
 def choose_loss(name: str, arguments: str) -> Callable:
@@ -222,10 +220,8 @@ def start_process() -> tuple[int, int, torch.device]:
     without it. Raises InputError if only a part of that environment is there."""
     numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     numbers |= {name: os.environ[name] for name in numbers if name in os.environ}
-    needed = [n in os.environ for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-    fit = all(text.isdecimal() for text in numbers.values()) and (
-        all(needed) or not any(needed[:2])
-    )
+    there = [n in os.environ for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    fit = (all(there) or not any(there[:2])) and all(map(str.isdecimal, numbers.values()))
     rank, ranks, place, processes = map(int, numbers.values()) if fit else (0, 0, 0, 0)
     if rank >= ranks:
         found = " ".join(f"{name}={text}" for name, text in numbers.items())
