@@ -263,6 +263,15 @@ AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
 # ---- Loading and sharding ------------------------------------------------------------------------
 
 
+def load_config(name: str):
+    """The config of a folder or hub id. Never runs code that comes with it. Raises InputError if
+    transformers can make nothing of it."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # not there, cut off, a kind of model that it does not know
+        raise InputError(f"{name}: its config.json cannot be used: {error}") from error
+
+
 def check_model(name: str, max_length: int, data_sets: list[Dataset]) -> str | None:
     """Fetch the weights of a folder or hub id. Returns their SHA-256, on one process of a machine,
     and None on its others. To be called while no rank waits for another.
@@ -270,7 +279,7 @@ def check_model(name: str, max_length: int, data_sets: list[Dataset]) -> str | N
     Raises InputError if there are none, if the model has fewer than max_length positions, or no
     embedding for a token of the data sets, of load_pairs.
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    config = load_config(name).get_text_config()
     positions = getattr(config, "max_position_embeddings", max_length)
     if max_length > positions:
         raise InputError(f"max_length={max_length} exceeds the model's {positions} positions")
@@ -349,9 +358,8 @@ def load_model(
     Raises InputError if weights are missing, if the packed forward does not equal the model's own,
     or if attention is wrong on this machine (self_check).
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_model(load_config(name))
     if activation_checkpointing:
         # Called gradient_checkpointing_enable before transformers 5.23; vLLM still needs an older
         # one.
@@ -415,9 +423,8 @@ def weights_folder(name: str) -> str:
     Raises InputError if weights are missing or do not fit the config.
     """
     folder = fetch_weights(name)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = build_model(load_config(name)).model
     shapes = {key: tensor.shape for key, tensor in stored_tensors(model).items()}
     stored = {}
     if any(Path(folder).glob("*.safetensors")):
@@ -647,7 +654,7 @@ def export(model: PackedModel, name: str, tokenizer, folder: Path, dtype: torch.
         if files.is_sharded:
             index = {"metadata": files.metadata, "weight_map": weight_map}
             (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = load_config(name)
         config.architectures, config.dtype = [type(model.model).__name__], dtype
         config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
