@@ -426,9 +426,10 @@ def weights_folder(name: str) -> str:
     with torch.device("meta"):
         model = build_model(load_config(name)).model
     shapes = {key: tensor.shape for key, tensor in stored_tensors(model).items()}
-    stored = {}
-    if any(Path(folder).glob("*.safetensors")):
+    try:
         stored = dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    except Exception:  # no safetensors, or broken ones: transformers will say how
+        stored = {}
     if all(key in stored and stored[key].size == shape for key, shape in shapes.items()):
         return folder
     converted = CACHE_DIR / "weights" / weights_fingerprint(name)
@@ -437,7 +438,11 @@ def weights_folder(name: str) -> str:
         if not converted.exists():
             try:
                 whole, info = AutoModelForCausalLM.from_pretrained(
-                    name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                    name,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # the error below names them
+                    trust_remote_code=False,
                 )
             except Exception as error:
                 raise InputError(f"{name}: the weights cannot be used: {error}") from error
