@@ -387,7 +387,7 @@ def load_weights(model: PackedModel, folder: str) -> None:
     """Read a folder of weights_folder into the model, every rank only its own shards, and set what
     no file holds, such as rotary frequencies. Collective.
 
-    Raises InputError if the config ties weights that differ in the file.
+    Raises InputError if the config ties weights that differ in the file, or if one is not finite.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # so that transformers only sets the buffers
@@ -395,6 +395,10 @@ def load_weights(model: PackedModel, folder: str) -> None:
     read = functools.partial(dcp.HuggingFaceStorageReader, folder)
     state = stored_tensors(model.model)
     dcp.load(state, storage_reader=read())
+    for name, tensor in state.items():
+        mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not mine.sum().isfinite():
+            raise InputError(f"{folder}: {name} is not finite: its file is damaged")
     for name in read().read_metadata().state_dict_metadata:
         if name in model.model.state_dict() and name not in state:
             parameter = model.model.get_parameter(name)  # tied to another one, and in the file, too
