@@ -538,8 +538,11 @@ def checkpoints(output: Path) -> list[Path]:
 def is_whole(folder: Path) -> bool:
     """Whether every file of a checkpoint is there, of the size that it was saved with."""
     try:
-        sizes = json.loads((folder / "trainer.json").read_text())["sizes"]
-    except (OSError, ValueError, KeyError):  # not there, or cut off
+        state = json.loads((folder / "trainer.json").read_text())
+        config, step, sizes = (state[name] for name in ("config", "step", "sizes"))
+    except (OSError, ValueError, LookupError, TypeError):  # not there, or damaged
+        return False
+    if not (isinstance(config, dict) and isinstance(step, int) and isinstance(sizes, dict)):
         return False
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     return all(files.get(name) == size for name, size in sizes.items())
