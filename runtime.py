@@ -609,8 +609,12 @@ def save_checkpoint(model, optimizer, config, state: dict) -> None:
 
 def load_checkpoint(folder: Path, model, optimizer, step: int) -> None:
     """Read a checkpoint taken after `step` steps, by any number of ranks, into model and optimizer.
-    Collective."""
+    Collective. Raises InputError if it cannot be read."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
+    try:
+        dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
+    except (Exception, dcp.CheckpointException) as error:
+        reason = str(error).strip().split("\n")[-1]
+        raise InputError(f"{folder} cannot be read ({reason}): remove it, and start again") from error
     for state in optimizer.state.values():
         state["step"].fill_(step)
