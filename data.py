@@ -220,7 +220,7 @@ def load_tokenizer(name: str, chat_template: str = ""):
         if chat_template:
             tokenizer.chat_template = Path(chat_template).read_text()
         return tokenizer
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises KeyError, and tokenizers Exception itself
         raise InputError(f"no tokenizer can be loaded from {name}: {error}") from error
 
 
