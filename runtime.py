@@ -615,6 +615,8 @@ def load_checkpoint(folder: Path, model, optimizer, step: int) -> None:
         dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
     except (Exception, dcp.CheckpointException) as error:
         reason = str(error).strip().split("\n")[-1]
-        raise InputError(f"{folder} cannot be read ({reason}): remove it, and start again") from error
+        raise InputError(
+            f"{folder} cannot be read ({reason}): remove it, and start again"
+        ) from error
     for state in optimizer.state.values():
         state["step"].fill_(step)
