@@ -138,42 +138,6 @@ def test_row_formats_without_a_chat_template(write, row, prompt, chosen):
     assert load(write([row]), PLAIN)[0][:2] == [prompt, chosen]
 
 
-BAD_ROWS = [
-    ({"question": "what?", "answer": "two"}, "'question': 'str', 'answer': 'str'"),
-    (
-        {"prompt": "what?", "chosen": 2, "rejected": 3},
-        "'prompt': 'str', 'chosen': 'int', 'rejected': 'int'",
-    ),
-    (
-        {"prompt": "what?", "chosen": "two"},
-        "'prompt': 'str', 'chosen': 'str', 'rejected': 'NoneType'",
-    ),
-    (
-        {"chosen": "plus", "rejected": "two"},
-        "'prompt': 'NoneType', 'chosen': 'str', 'rejected': 'str'",
-    ),
-    ({"prompt": Q + PLUS, "chosen": "two", "rejected": "is"}, "'prompt': 'list', 'chosen': 'str'"),
-    ({"chosen": TURNS, "rejected": TURNS}, "'chosen': 'list', 'rejected': 'list'"),
-    ({"chosen": PLUS, "rejected": WHAT}, "'chosen': 'list', 'rejected': 'list'"),
-    (
-        {"chosen": message("human", "?") + PLUS, "rejected": Q + WHAT},
-        "'chosen': 'list', 'rejected': 'list'",
-    ),
-    (
-        {"chosen": message("user", None) + PLUS, "rejected": Q + WHAT},
-        "'chosen': 'list', 'rejected': 'list'",
-    ),
-]
-
-
-@pytest.mark.parametrize("row, kinds", BAD_ROWS)
-def test_any_other_row_is_an_error_that_names_source_row_columns_and_formats(write, row, kinds):
-    source = write([TEXT, TEXT, row])
-    formats = re.escape('{"prompt": text, "chosen": text, "rejected": text}')
-    with pytest.raises(InputError, match=f"(?s)^{re.escape(source)}, row 2: .*{kinds}.*{formats}"):
-        load(source)
-
-
 # ---- Sources -------------------------------------------------------------------------------------
 
 
@@ -210,14 +174,7 @@ def test_answers_that_look_like_something_else_stay_text(write, name, text, answ
     ]
 
 
-FOLDERS = {
-    "one": 1,
-    "both": 1,
-    "both:test_prefs": 2,
-    "numpy": 1,
-    "both:dev": InputError,
-    "one:dev": InputError,
-}
+FOLDERS = {"one": 1, "both": 1, "both:test_prefs": 2, "numpy": 1}
 
 
 @pytest.mark.parametrize("name, expected", FOLDERS.items())
@@ -229,13 +186,7 @@ def test_folders_and_their_splits(tmp_path, monkeypatch, name, expected):
     datasets.DatasetDict(
         {"train": one, "test_prefs": datasets.concatenate_datasets([one, one])}
     ).save_to_disk("both")
-    if expected is InputError:
-        # Also for a folder without splits: held-out data must not turn out to be all of the data.
-        splits = "splits train, test_prefs" if name == "both:dev" else ""
-        with pytest.raises(InputError, match=f"^{name}: .*{splits}"):
-            load(name)
-    else:
-        assert load(name) == [[PROMPT, "plus·<|im_end|>", "what·<|im_end|>"]] * expected
+    assert load(name) == [[PROMPT, "plus·<|im_end|>", "what·<|im_end|>"]] * expected
 
 
 def test_several_sources_of_different_formats_in_order(write):
@@ -244,47 +195,6 @@ def test_several_sources_of_different_formats_in_order(write):
     assert (list(pairs["source"]), list(pairs["row"])) == ([first, first, second], [0, 2, 0])
     assert list(pairs["lengths"]) == [[13, 2, 2]] * 3 and pairs[0]["chosen"] == pairs[2]["chosen"]
     assert report.startswith(f"3 pairs from {first}, {second}: 1 of 4 rows dropped (1 empty, ")
-
-
-@pytest.mark.parametrize(
-    "source",
-    ["nowhere.jsonl", "no-such-user/no-such-data", "no-such-user/no-such-data:config:test"],
-)
-def test_a_source_that_is_not_there_is_named(source):
-    with pytest.raises(InputError, match=f"^{source}: cannot be read: ."):
-        load(source)
-
-
-GOOD = json.dumps(TEXT)
-BAD_LINES = {
-    "broken": f'{GOOD}\n\n{{"prompt": "what?", }}\n{GOOD}\n',
-    "cut off": f'{GOOD}\n{GOOD}\n{{"prompt": "wh',
-    "no object": f"{GOOD}\n{GOOD}\n[1]\n",
-    "after U+2028, which ends no line": GOOD.replace("what", "a\u2028b") + f"\n{GOOD}\n{{bad\n",
-    "after a byte order mark": f"\ufeff{GOOD}\n{GOOD}\n{{bad\n",
-}
-
-
-@pytest.mark.parametrize("text", BAD_LINES.values(), ids=BAD_LINES)
-def test_a_bad_json_line_is_named(write, text):
-    source = write(text, "bad.jsonl")
-    with pytest.raises(InputError, match=f"^{re.escape(source)}: .*line 3 is not"):
-        load(source)
-
-
-def test_of_a_compressed_file_no_wrong_line_is_named(tmp_path):
-    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(BAD_LINES["broken"].encode()))
-    with pytest.raises(InputError, match=r"bad\.jsonl\.gz: cannot be read: (?!line [12] is)"):
-        load(f"{tmp_path}/bad.jsonl.gz")
-
-
-@pytest.mark.parametrize(
-    "name, text",
-    [("empty.jsonl", ""), ("blank.jsonl", "\n\n"), ("head.csv", "prompt,chosen,rejected\n")],
-)
-def test_an_empty_file_is_said_to_have_no_rows(write, name, text):
-    with pytest.raises(InputError, match=f"{name}: .*no rows"):
-        load(write(text, name))
 
 
 def test_a_file_name_is_not_a_pattern(write):
@@ -404,19 +314,6 @@ def test_a_tokenizer_like_sentencepiece_adds_no_space_to_the_answer(write, promp
     prompt_tokens = " ·2·+·2·=" + ("· " if prompt.endswith(" ") else "")
     row = {"prompt": prompt, "chosen": answer, "rejected": "5"}
     assert load(write([row]), tokenizer) == [[prompt_tokens, token + "·</s>", "5·</s>"]]
-
-
-def test_a_template_that_rewrites_the_prompt_is_an_error(write):
-    tokenizer = make_tokenizer("{% if messages | length == 4 %}four{% endif %}" + CHATML)
-    with pytest.raises(InputError, match="rows.jsonl, row 1: the chat template"):
-        load(write([IMPLICIT, ROWS["turns, implicit"][0]]), tokenizer)
-
-
-def test_a_tokenizer_without_any_end_token_is_an_error(write):
-    tokenizer = make_tokenizer(None)
-    tokenizer.eos_token = None
-    with pytest.raises(InputError, match="neither an EOS token nor"):
-        load(write([TEXT]), tokenizer)
 
 
 # ---- Truncation and what is dropped --------------------------------------------------------------

@@ -510,11 +510,6 @@ def test_resume_with_another_model_or_template_says_so(base, three_runs, model_f
     assert run(values, tmp_path / "run") == three_runs["one"][1]
 
 
-def test_resume_from_nothing_is_an_error(base, tmp_path):
-    with pytest.raises(InputError, match="no whole checkpoint"):
-        run(base | {"resume": str(tmp_path / "nowhere")}, tmp_path / "run")
-
-
 def test_resume_never_sets_the_old_run_aside(base, tmp_path):
     run(base | {"max_steps": 1}, tmp_path / "run")
     run(base | {"max_steps": 1, "resume": "never"}, tmp_path / "run")
@@ -662,15 +657,6 @@ def test_a_linked_output_dir_stays_where_it_points_to(base, tmp_path):
     run(base | {"max_steps": 1, "resume": "never"}, tmp_path / "run")
     assert (tmp_path / "run").is_symlink() and (tmp_path / "scratch" / "run" / "final").exists()
     assert len([path for path in (tmp_path / "scratch").iterdir()]) == 2  # the old one set aside
-
-
-def test_a_tokenizer_of_another_model_is_refused(base, tmp_path):
-    make_model("llama", vocab_size=200).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(
-        InputError, match=r"gives token \d\d\d, the model has 200: they do not belong"
-    ):
-        run(base | {"model": str(tmp_path / "model")}, tmp_path / "run")
 
 
 @pytest.mark.parametrize("fails", ["login", "init"])
@@ -926,29 +912,6 @@ def test_every_loss_trains(base, tmp_path, name):
     assert lines[0]["grad_norm"] > 0 and lines[0]["gradient_weight/chosen"] > 0
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"loss": "dop"}, "loss: there is no 'dop'; loss.py has simper, sft, .*dpo"),
-        (
-            {"loss": "dpo", "loss_args": "gamma=1"},
-            "the loss dpo has no argument 'gamma'; its arguments: beta=0.1",
-        ),
-        ({"loss": "dpo", "loss_args": "reference=1"}, "the loss dpo has no argument 'reference'"),
-        ({"loss_args": "beta=1"}, "the loss simper has no argument 'beta'; its arguments: none"),
-        (
-            {"loss": "simpo", "loss_args": "beta=2,gamma"},
-            "gamma must be a number, as in beta=2.0, gamma=1.0, not ''",
-        ),
-        ({"loss": "simpo", "loss_args": "beta=inf"}, "beta must be a number"),
-    ],
-)
-def test_wrong_loss_or_argument(base, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(train, "load_pairs", lambda *_, **__: pytest.fail("the data were loaded"))
-    with pytest.raises(InputError, match=message):
-        run(base | change, tmp_path / "run")
-
-
 # ---- Learning, and the loop's edges --------------------------------------------------------------
 
 
@@ -1048,10 +1011,26 @@ def test_too_little_memory_says_what_to_lower(base, tmp_path, monkeypatch, fail)
     assert read_metrics(tmp_path / "run") == []
 
 
-def test_nonfinite_gradient_stops_before_the_optimizer_moves(base, tmp_path):
-    rows = step_indices(26, 8, seed=42, step=0)
-    # Its gradients are finite, their squares are not.
-    values = base | {"loss": "simpo", "loss_args": "beta=1e38", "eval_data": "", "save_every": 1}
+def test_nonfinite_gradient_stops_before_the_optimizer_moves(base, tmp_path, monkeypatch):
+    rows, load_model = step_indices(26, 8, seed=42, step=0), train.load_model
+
+    def break_model(*args, **kwargs):
+        loaded = load_model(*args, **kwargs)
+        with torch.no_grad():  # a token of one pair only
+            embedding = loaded.model.get_input_embeddings().weight
+            embedding[make_tokenizer()("|").input_ids] = float("nan")
+        return loaded
+
+    monkeypatch.setattr(train, "load_model", break_model)
+    lines = [json.loads(line) for line in Path(base["train_data"]).read_text().splitlines()]
+    lines[rows[3]]["rejected"] = "a|b"
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = base | {
+        "train_data": str(data),
+        "eval_data": "",
+        "save_every": 1,
+    }
     with pytest.raises(FloatingPointError, match=rf"step 1: .* row {rows[3]}\b"):
         run(values, tmp_path / "run")
     assert (
@@ -1091,29 +1070,7 @@ def test_bare_command(base, tmp_path):
     )
 
 
-# ---- Bad input -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (
-            ["--learning_rat", "1"],
-            "there is no option 'learning_rat'; did you mean 'learning_rate'",
-        ),
-        (["--batch_size", "many"], "argument --batch_size: invalid int value: 'many'"),
-        (["--batch_size", "0"], "batch_size must be positive"),
-        (["--compile", "perhaps"], "compile: 'perhaps' is not true or false"),
-        (["nowhere.yaml"], "no recipe nowhere.yaml"),
-        (["--max_prompt_length", "4096"], "max_prompt_length=4096 must be positive, below max_length"),
-        (["--wandb", "maybe"], "wandb must be one of auto, online, offline, off, not maybe"),
-        (["--dtype", "float16"], "dtype must be one of auto, float32, bfloat16, not float16"),
-        (["--model", ""], "model is needed"),
-    ],
-)
-def test_bad_arguments(args, message):
-    with pytest.raises(InputError, match=message):
-        parse_args(args)
+# ---- The command line and wandb ------------------------------------------------------------------
 
 
 def test_recipe_and_command_line_precedence(tmp_path):
@@ -1140,33 +1097,6 @@ def test_help_names_every_option():
     assert done.returncode == 0 and all(
         f"--{name} " in done.stdout for name in Config.__dataclass_fields__
     )
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"batch_size": 27}, "26 pairs do not fill one batch"),
-        ({"micro_batch_tokens": 60}, "longer than micro_batch_tokens=60"),
-        ({"train_data": "nowhere.jsonl"}, "nowhere.jsonl: .*no such file"),
-        ({"max_length": 300, "max_prompt_length": 60}, "max_length=300 .* 256 positions"),
-    ],
-)
-def test_bad_input_before_the_model_is_loaded(base, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    with pytest.raises(InputError, match=message):
-        run(base | change, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_batch_smaller_than_the_ranks(base, tmp_path):
-    done = subprocess.run(
-        command(base | {"batch_size": 1}, tmp_path / "run", 2),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0
-    assert "error: 1 pairs cannot be spread over 2 ranks" in done.stderr
 
 
 def test_wandb_never_asks(base, tmp_path, monkeypatch):
