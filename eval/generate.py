@@ -1,13 +1,16 @@
 """Answers of one or several exported models, side by side.
 
-    python -m eval.generate --models demo runs/demo/final     # a few held-out prompts of the demo
+    python -m eval.generate --models demo runs/demo/final     # a few new prompts of the demo
     python -m eval.generate --models M --data my.jsonl --num_prompts 20 --temperature 0.7
+    python -m eval.generate --models M runs/mine/final --data my.jsonl --num_prompts 0 \\
+        --score SCORER --show 3
     python -m eval.generate --models M --data my.jsonl --num_prompts 0 --output_dir answers \\
         --engine vllm
 
 With --output_dir, every model's answers are kept in a file, and the same command continues after an
 interruption. Generation never runs under FSDP: it reads models in Hugging Face format, such as the
-`final/` folder of a run. alpaca_eval2.py and mt_bench.py build on `answer`.
+`final/` folder of a run. With --score, a scorer (score.py) judges the answers of all models.
+alpaca_eval2.py, mt_bench.py and on_policy.py build on `answer`.
 """
 
 import functools
@@ -26,6 +29,7 @@ from data import (
     InputError,
     as_messages,
     end_of_turn,
+    is_conversation,
     load_rows,
     load_tokenizer,
     parse_row,
@@ -33,7 +37,8 @@ from data import (
     tokenize_text,
 )
 from demo.smollm2 import resolve_model
-from eval.report import make_parser
+from eval.report import make_parser, print_scores
+from eval.score import load_scorer, score_answers, summary
 from model import weights_fingerprint
 from runtime import run_command
 
@@ -271,11 +276,42 @@ def read_answers(path: Path, settings: dict) -> dict[int, tuple[str, bool]]:
     if changed:
         raise InputError(
             f"{path} holds different answers ({'; '.join(changed)}): remove it, or choose another "
-            "--output_dir"
+            "output"
         )
     if whole != content:
         path.write_bytes(whole)
     return {line["index"]: (line["output"], line["finished"]) for line in lines}
+
+
+def load_prompts(source: str, count: int = 0) -> list:
+    """`count` prompts, spread over the rows of a source, or with 0 all: each a list of messages or
+    text.
+
+    A row is {"prompt": text or messages} or a pair in any form that training takes, of which those
+    with different prompts are left out. Raises InputError, naming the source and the row, for any
+    other, and for an empty prompt.
+    """
+    rows = load_rows(source)
+    count = min(count or len(rows), len(rows))
+    prompts = []
+    # Spread over the data, which is often sorted by topic.
+    for index in (i * len(rows) // count for i in range(count)):
+        row = rows[index]
+        try:
+            prompt = row.get("prompt")
+            if not row.get("chosen") and not row.get("rejected"):
+                if not (is_conversation(prompt) or isinstance(prompt, str) and prompt.strip()):
+                    raise InputError('without a pair, it must be {"prompt": text or messages}')
+                if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+                    raise InputError("its prompt ends with an answer")
+                prompts.append(prompt if isinstance(prompt, str) else as_messages(prompt))
+            elif parsed := parse_row(row):
+                prompts.append(parsed[0])
+                if not parsed[0]:
+                    raise InputError("its prompt, chosen or rejected is empty")
+        except InputError as error:
+            raise InputError(f"{source}, row {index}: {error}") from None
+    return prompts
 
 
 def short_name(name: str) -> str:
@@ -315,7 +351,9 @@ def main() -> None:
         help="folders or hub ids; 'demo' is the demo's base model",
     )
     parser.add_argument(
-        "--data", default="demo/heldout.jsonl", help="preference data whose prompts to answer"
+        "--data",
+        default="demo/new_prompts.jsonl",
+        help="rows with a prompt, or preference data whose prompts to answer",
     )
     parser.add_argument("--num_prompts", type=int, default=4, help="spread over the data; 0: all")
     parser.add_argument("--max_new_tokens", type=int, default=128)
@@ -324,17 +362,21 @@ def main() -> None:
     parser.add_argument(
         "--output_dir", default="", help="folder for a file of answers per model; empty: not kept"
     )
+    parser.add_argument(
+        "--score", default="", metavar="SCORER", help="a reward model, or FILE.py:FUNCTION"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.0, help="of the share of scores above it"
+    )
+    parser.add_argument("--show", type=int, help="prompts to print with their answers; all")
     args = parser.parse_args()
 
     if args.engine == "vllm" and len(args.models) > 1:
         raise InputError(
             "--engine vllm takes one model: there is no memory for a second one in the same process"
         )
-    rows = load_rows(args.data)
-    count = min(args.num_prompts or len(rows), len(rows))
-    # Spread over the data, which is often sorted by topic.
-    picked = [rows[i * len(rows) // count] for i in range(count)]
-    prompts = [parsed[0] for parsed in map(parse_row, picked) if parsed]
+    scorer = load_scorer(args.score, args.batch_size) if args.score else None
+    prompts = load_prompts(args.data, args.num_prompts)
     columns = []
     for name in args.models:
         answers = answer(
@@ -349,7 +391,14 @@ def main() -> None:
             seed=args.seed,
         )
         columns.append(answers)
-    print_side_by_side(args.models, prompts, columns)
+    print_side_by_side(args.models, prompts[: args.show], columns)
+    if scorer:
+        print(f"\n{len(prompts)} prompts, scored by {args.score}")
+        load_engine.cache_clear()  # makes room for a reward model
+        scored = [(answers, score_answers(scorer, prompts, answers)) for answers in columns]
+        print_scores(
+            [(short_name(n), *summary(*s, args.threshold)) for n, s in zip(args.models, scored)]
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from data import (
 from demo.smollm2 import resolve_model
 from eval.generate import short_name
 from eval.plots import new_figure
-from eval.report import file_sha256, make_parser, write_result
+from eval.report import file_sha256, make_parser, print_scores, write_result
 from model import load_model, response_logps
 from runtime import run_command
 
@@ -86,19 +86,6 @@ def density_figure(inverse: dict[str, np.ndarray], path: Path) -> None:
                 )
             axis.set_ylabel("density")
             axis.grid(alpha=0.3)
-
-
-def print_side_by_side(columns: dict[str, tuple[dict[str, float], dict[str, float]]]) -> None:
-    """Print {model: (scores, standard errors)} with a row for each score."""
-    names = list(dict.fromkeys(name for scores, _ in columns.values() for name in scores))
-    width = max(map(len, names)) + 2
-    print(" " * width + "".join(f"{model[-26:]:>28}" for model in columns))
-    for name in names:
-        line = f"{name:<{width}}"
-        for scores, errors in columns.values():
-            cell = f"{scores[name]:.4f}" if name in scores else "–"
-            line += f"{cell + (f' ± {errors[name]:.4f}' if name in errors else ''):>28}"
-        print(line)
 
 
 def main() -> None:
@@ -164,7 +151,7 @@ def main() -> None:
                 print(json.dumps(line), file=file)
         columns[name], inverse[name] = (scores, errors), np.exp(sums / lengths)
     dist.destroy_process_group()
-    print_side_by_side(columns)
+    print_scores([(name, *values) for name, values in columns.items()])
     figure = Path(args.output_dir) / "preference.png"
     try:
         density_figure(inverse, figure)

@@ -75,6 +75,19 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def print_scores(columns: list[tuple[str, dict[str, float], dict[str, float]]]) -> None:
+    """Print [(model, scores, standard errors)] side by side, with a row for each score."""
+    names = list(dict.fromkeys(name for _, scores, _ in columns for name in scores))
+    width = max(map(len, names)) + 2
+    print(" " * width + "".join(f"{model[-26:]:>28}" for model, _, _ in columns))
+    for name in names:
+        line = f"{name:<{width}}"
+        for _, scores, errors in columns:
+            cell = f"{scores[name]:.4f}" if name in scores else "–"
+            line += f"{cell + (f' ± {errors[name]:.4f}' if name in errors else ''):>28}"
+        print(line)
+
+
 def write_result(
     folder: Path,
     benchmark: str,
