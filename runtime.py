@@ -279,8 +279,9 @@ def start_group(device: torch.device) -> None:
     store, rank, ranks = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, ranks = next(dist.rendezvous("env://", timeout=options["timeout"]))
-        # After a restart by torchrun, its store still holds the addresses of the failed attempt.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines count restarts differently
+            # After a restart, torchrun's store still holds the addresses of the failed attempt.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     options |= {"store": store, "rank": rank, "world_size": ranks}
     dist.init_process_group(**options)
 

@@ -1,6 +1,6 @@
 """Answers of one or several exported models, side by side.
 
-    python -m eval.generate --models demo runs/demo/final     # a few new prompts of the demo
+    python -m eval.generate --models demo runs/demo/final     # a few held-out prompts of the demo
     python -m eval.generate --models M --data my.jsonl --num_prompts 20 --temperature 0.7
     python -m eval.generate --models M runs/mine/final --data my.jsonl --num_prompts 0 \\
         --score SCORER --show 3
@@ -352,7 +352,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--data",
-        default="demo/new_prompts.jsonl",
+        default="demo/heldout.jsonl",
         help="rows with a prompt, or preference data whose prompts to answer",
     )
     parser.add_argument("--num_prompts", type=int, default=4, help="spread over the data; 0: all")

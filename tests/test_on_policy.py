@@ -241,19 +241,3 @@ def test_the_demos_prompts():
     short = {"a", "an", "at", "by", "for", "from", "on", "to", "with"}
     both = {w for s in sets[0] for w in s} & {w for s in sets[1] for w in s}
     assert both - common - short == set()
-
-
-def test_the_demos_pairs():
-    """They are what their own rows say, by the scorer; no held-out prompt is trained on."""
-    scorer = load_scorer(f"{DEMO / 'sentiment.py'}:score")
-    asked = [row["prompt"] for row in ROWS["prompts"]]
-    prompts = [row["prompt"] for name in ("train", "heldout") for row in ROWS[name]]
-    assert len({*prompts}) == len(prompts) and {*prompts} <= {*asked}
-    assert len(ROWS["train"]) >= 200 and len(ROWS["heldout"]) >= 40
-    for row in ROWS["train"] + ROWS["heldout"]:
-        message = [{"role": "user", "content": row["prompt"]}]
-        scores = scorer([{"prompt": message, "answer": text} for text in row["samples"]])
-        assert scores == pytest.approx(row["scores"], abs=1e-9)
-        answers = list(zip(row["samples"], row["finished"]))
-        assert choose_pair(row["prompt"], answers, row["scores"], 0.3) == row
-        assert row["chosen_score"] >= row["rejected_score"] + 0.3
