@@ -629,7 +629,8 @@ def test_the_command_line_shows_tokens_and_statistics_or_one_line_of_error(write
 
 
 def test_an_older_python_is_told_which_one_is_needed():
-    code = "import sys, datasets, torch, transformers\nsys.version_info = (3, 10, 9)\nimport data"
+    code = "import sys, datasets, filelock, torch\nfrom transformers import AutoTokenizer\n"
+    code += "sys.version_info = (3, 10, 9)\nimport data"
     root = Path(data.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 1 and "SimPER needs Python 3.11 or newer" in done.stderr

@@ -554,13 +554,6 @@ WRONG = {  # models that packing gets wrong, and why
         "n_head": 4,
     },  # position bias instead of position ids
     "gemma2": TINY | GQA,  # soft-caps its attention scores
-    "gptj": {
-        "vocab_size": 320,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "rotary_dim": 8,
-    },  # knows no other attention
 }
 
 
