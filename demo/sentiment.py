@@ -1,10 +1,9 @@
 """The demo's reward: how positive an answer is, by the lexicon of vaderSentiment.
 
-The pairs in demo/train.jsonl and demo/heldout.jsonl are answers of the demo's model, made by
+Pairs of the demo's model by this reward (those in demo/train.jsonl are not made so):
 
     python -m eval.on_policy demo --data demo/prompts.jsonl --score demo/sentiment.py:score \\
         --output pairs.jsonl --min_gap 0.3 --max_new_tokens 48 --batch_size 64
-    head -n -40 pairs.jsonl > demo/train.jsonl && tail -n 40 pairs.jsonl > demo/heldout.jsonl
 """
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
