@@ -31,15 +31,6 @@ class InputError(ValueError):
     """The user's input is at fault: the message says what is wrong, where, and what to do."""
 
 
-def make_folder(path: Path, name: str) -> None:
-    """Make a folder if it is not there. Raises InputError, with the option's `name`, if it cannot
-    be made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{name} must be a folder that can be written to: {error}") from error
-
-
 # 26 July 2024, which is Llama-3.1's own default.
 DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024"}
 DROPPED = ("empty", "identical", "different prompts", "end of turn inside")
@@ -382,7 +373,7 @@ def load_pairs(
     shared = limits | {"tokenizer": tokenizer, "end": end_of_turn(tokenizer)}
     # With the code: a fork that edits this file never meets a stale cache.
     what = (tokenizer_digests(tokenizer), limits, inspect.getsource(sys.modules[__name__]))
-    make_folder(CACHE_DIR / "tokenized", "SIMPER_CACHE")
+    (CACHE_DIR / "tokenized").mkdir(parents=True, exist_ok=True)
     parts = []
     for source in map(str.strip, sources.strip(" ,").split(",")):
         rows = load_rows(source)

@@ -150,13 +150,10 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         # Several chunks are summed in float32: bfloat16 would round the sum with each of them.
-        exact = (
-            weight.dtype
-            if len(ctx.chunks) == 1
-            else torch.promote_types(weight.dtype, torch.float32)
-        )
+        exact = torch.float32 if len(ctx.chunks) > 1 else weight.dtype
+        exact = torch.promote_types(weight.dtype, exact)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
         for rows in reversed(ctx.chunks):
             if ctx.kept:
                 softmax, sums = ctx.kept
@@ -176,6 +173,7 @@ class TokenLogps(torch.autograd.Function):
             if bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
             del softmax, grad_logits  # before the next chunk's
+        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None
 
 

@@ -31,20 +31,20 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
-from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from data import CACHE_DIR, InputError, make_folder
+from data import CACHE_DIR, InputError
 from loss import LOSSES
 
 # What may differ between a run and its resumption: none of these changes the pairs of a step or
 # their gradient.
 FREE_TO_CHANGE = {"output_dir", "micro_batch_tokens", "activation_checkpointing", "compile"}
 FREE_TO_CHANGE |= {"replicas", "wandb", "resume", "eval_data", "eval_every", "save_every"}
-FREE_TO_CHANGE |= {"keep_checkpoints", "log_every"}
+FREE_TO_CHANGE |= {"keep_checkpoints", "log_every", "chat_template"}  # whose text is compared
 
 ROOT = Path(__file__).resolve().parent
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_FAULTS += (errno.EEXIST, errno.ENOTDIR)  # a file where a folder should be
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there if and only if the driver is loaded
 FILE_BYTES = 2**30  # of all ranks' shards that begin in one file of a checkpoint
 
@@ -57,7 +57,7 @@ def run_command(main: Callable[[], None]) -> None:
     in place of a traceback."""
     try:
         main()
-    except (Exception, CheckpointException) as error:  # which is a BaseException
+    except (Exception, dcp.CheckpointException) as error:  # which is a BaseException
         problem = error if isinstance(error, InputError) else disk_fault(error)
         if not problem:
             raise
@@ -70,16 +70,18 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """What to say if a file could not be written, at whatever place and however wrapped."""
+    """What to say if a file could not be written, at whatever place and however wrapped: by its
+    number, which Python writes as [Errno 28], and safetensors as (os error 28)."""
     text = "".join(traceback.format_exception(error))
-    reason = re.search(f"({'|'.join(map(os.strerror, DISK_FAULTS))}).*", text)
+    number = f"(?:{'|'.join(map(str, DISK_FAULTS))})"
+    reason = re.search(rf"\[Errno {number}\] (.+)|I/O error: (.+) \(os error {number}\)", text)
     here = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == ROOT]
     if not (reason and here):
         return None
     return (
-        f"{reason[0]}, in {here[-1].name} ({Path(here[-1].filename).name}). A run writes to its "
-        f"output_dir and to {CACHE_DIR}. Checkpoints are as they were; when there is room again, "
-        "the same command goes on."
+        f"{reason[1] or reason[2]}, in {here[-1].name} ({Path(here[-1].filename).name}). A run "
+        f"writes to its output_dir and to SIMPER_CACHE, {CACHE_DIR}. Checkpoints are as they were; "
+        "when there is room again, the same command goes on."
     )
 
 
@@ -321,7 +323,7 @@ class Logger:
     """Writes config.yaml, metrics.jsonl and, if wanted, to wandb. On ranks above 0 it does nothing;
     it never waits for other ranks.
 
-    state: of find_checkpoint. Raises InputError if another run writes to output_dir, or nobody can.
+    state: of find_checkpoint. Raises InputError if another run writes to output_dir.
     """
 
     def __init__(self, config, state: dict):
@@ -329,7 +331,7 @@ class Logger:
         if not self.on:
             return
         output = Path(config.output_dir)
-        make_folder(output.resolve(), "output_dir")  # where a link points to
+        output.resolve().mkdir(parents=True, exist_ok=True)  # where a link points to
         self.lock = os.open(output, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -356,8 +358,8 @@ class Logger:
         self.wandb = start_wandb(config)
 
     def write(self, metrics: dict) -> None:
-        """Log one line; `metrics` has the key "step" and others, or it is not logged."""
-        if not self.on or len(metrics) == 1:
+        """Log one line; `metrics` has the key "step"."""
+        if not self.on:
             return
         with open(self.path, "a") as file:
             print(json.dumps(metrics), file=file)
@@ -616,8 +618,9 @@ def load_checkpoint(folder: Path, model, optimizer, step: int) -> None:
         dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
     except (Exception, dcp.CheckpointException) as error:
         reason = str(error).strip().split("\n")[-1]
-        raise InputError(
-            f"{folder} cannot be read ({reason}): remove it, and start again"
-        ) from error
+        advice = (
+            "If it is damaged, move it away: the checkpoint before it is taken, if there is one"
+        )
+        raise InputError(f"{folder} cannot be read ({reason}). {advice}") from error
     for state in optimizer.state.values():
         state["step"].fill_(step)

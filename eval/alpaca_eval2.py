@@ -152,8 +152,8 @@ def judge(
         )
     except Exception as error:
         raise InputError(
-            f"the judge {judge_model} failed: {error!r}. Its judgments so far are kept in {cache}: "
-            "run the command again to continue"
+            f"alpaca_eval with the judge {judge_model} failed: {error!r}. Its judgments so far are "
+            f"kept in {cache}: run the command again to continue"
         ) from error
     row = table.iloc[0].to_dict()
     metrics = {key: value for key, value in row.items() if isinstance(value, (int, float))}

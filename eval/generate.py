@@ -314,6 +314,12 @@ def load_prompts(source: str, count: int = 0) -> list:
     return prompts
 
 
+def sampling_options(args) -> dict:
+    """The arguments of `answer` that are flags of a command."""
+    names = ("engine", "max_new_tokens", "temperature", "top_p", "batch_size", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
 def short_name(name: str) -> str:
     """What a model is called in files and tables: the last part of its id or folder, or for the
     `final` folder of a run the name of the run."""
@@ -383,12 +389,7 @@ def main() -> None:
             name,
             prompts,
             Path(args.output_dir) / f"{short_name(name)}.jsonl" if args.output_dir else None,
-            engine=args.engine,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            batch_size=args.batch_size,
-            seed=args.seed,
+            **sampling_options(args),
         )
         columns.append(answers)
     print_side_by_side(args.models, prompts[: args.show], columns)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data import InputError
-from eval.generate import answer, load_engine, load_prompts
+from eval.generate import answer, load_engine, load_prompts, sampling_options
 from eval.report import make_parser
 from eval.score import load_scorer, score_answers
 from runtime import run_command, write_whole
@@ -82,12 +82,7 @@ def main() -> None:
         args.model,
         repeated,
         output.with_suffix(".answers.jsonl"),
-        engine=args.engine,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        batch_size=args.batch_size,
-        seed=args.seed,
+        **sampling_options(args),
     )
     load_engine.cache_clear()  # makes room for a reward model
     gc.collect()

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from data import InputError, as_messages, load_tokenizer, render, tokenize_text
+from model import load_config
 
 Scorer = Callable[[list[dict]], list[float]]
 
@@ -83,10 +84,7 @@ class RewardModel:
         self.tokenizer = load_tokenizer(name)
         if not self.tokenizer.chat_template:
             raise InputError(f"{name}: has no chat template: call it in a FILE.py:FUNCTION instead")
-        try:
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{name}: is no reward model that can be loaded: {error}") from error
+        config = load_config(name)
         kinds = config.architectures or []
         if config.num_labels != 1 or not any("SequenceClassification" in kind for kind in kinds):
             raise InputError(

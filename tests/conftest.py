@@ -9,6 +9,7 @@ os.environ.setdefault(
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,13 +31,15 @@ TEXT = [
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Tests neither read nor fill the user's cache."""
+    """Tests neither read nor fill the user's caches, ours and that of the datasets library."""
     import data
     import model
     from demo import smollm2
 
     data.CACHE_DIR = model.CACHE_DIR = smollm2.CACHE_DIR = tmp_path_factory.mktemp("cache")
     os.environ["SIMPER_CACHE"] = str(data.CACHE_DIR)
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
 
 
 def make_tokenizer(

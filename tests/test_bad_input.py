@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import data
+import runtime
 import train
 from data import InputError, load_pairs
 from demo import smollm2
@@ -29,16 +30,6 @@ from train import parse_args
 ROOT = Path(__file__).parent.parent
 TEXT = {"prompt": "what is two?", "chosen": "plus", "rejected": "what"}
 GOOD = json.dumps(TEXT)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def datasets_cache(tmp_path_factory):
-    """The datasets library's own cache is not the user's either."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("datasets")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
-        yield
 
 
 def message(role, content, **more):
@@ -522,9 +513,6 @@ MODELS_AND_CHECKPOINTS = [
     ("a step that is text", trainer_with(step="one"), NO_CHECKPOINT),
     ("a config that is text", trainer_with(config="none"), NO_CHECKPOINT),
     ("other bytes of the same size", checkpoint_with(scribble), ["step_1", "cannot be read"]),
-    # Folders
-    ("a file as output_dir", give(output_dir=__file__), ["output_dir", __file__]),
-    ("output_dir below a file", give(output_dir=f"{__file__}/run"), ["output_dir", __file__]),
 ]
 # The function of train.py that is not reached, and the cases.
 STAGES = {"load_pairs": LOSSES, "load_model": INPUTS, "learning_rate": MODELS_AND_CHECKPOINTS}
@@ -674,10 +662,29 @@ def test_a_bad_environment_is_an_error_that_names_it(tmp_path, recipe, monkeypat
 
 @pytest.mark.parametrize("model", ["demo", "model"])
 def test_a_cache_that_cannot_be_written_is_an_error(recipe, tmp_path, monkeypatch, model):
-    for module in (data, smollm2):
+    for module in (data, runtime, smollm2):
         monkeypatch.setattr(module, "CACHE_DIR", Path(__file__))
     flags = {"output_dir": tmp_path / "run"} | ({"model": "demo"} if model == "demo" else {})
-    refused(lambda: run(recipe, flags), ["SIMPER_CACHE", __file__])
+    with pytest.raises(
+        SystemExit, match=f"(File exists|Not a directory): .*SIMPER_CACHE, {__file__}"
+    ):
+        runtime.run_command(lambda: run(recipe, flags))
+
+
+@pytest.mark.parametrize("output_dir", [__file__, f"{__file__}/run"])
+def test_a_file_as_output_dir_is_an_error(recipe, output_dir):
+    error = f"(File exists|Not a directory): '{__file__}.*writes to its output_dir"
+    with pytest.raises(SystemExit, match=error):
+        runtime.run_command(lambda: run(recipe, {"output_dir": output_dir}))
+
+
+@pytest.mark.parametrize("text", ["ibv_reg_mr failed: Permission denied", "File exists already"])
+def test_an_error_that_only_sounds_like_a_disk_keeps_its_traceback(text):
+    def fail():
+        raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match=text):
+        runtime.run_command(fail)
 
 
 def test_an_error_ends_all_ranks_with_one_message(recipe, tmp_path):

@@ -41,16 +41,6 @@ def message(role, text):
     return [{"role": role, "content": text}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def datasets_cache(tmp_path_factory):
-    """The datasets library's own cache is not the user's either."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("datasets")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
-        yield
-
-
 @pytest.fixture
 def write(tmp_path):
     """Rows (or raw text) → the path of a file that holds them."""

@@ -21,7 +21,7 @@ from eval.score import load_scorer, summary
 DEMO = Path(__file__).parent.parent / "demo"
 ROWS = {
     name: [json.loads(line) for line in (DEMO / f"{name}.jsonl").open()]
-    for name in ("train", "heldout", "prompts", "new_prompts")
+    for name in ("prompts", "new_prompts")
 }
 ANSWERS = [
     {"prompt": [{"role": "user", "content": question}], "answer": answer}
@@ -223,7 +223,7 @@ def test_summary():
     assert errors["score"] == pytest.approx((0.5 / 3 / 4) ** 0.5)
 
 
-# ---- The demo's pairs ----------------------------------------------------------------------------
+# ---- The demo's prompts and reward ---------------------------------------------------------------
 
 
 def words(text: str) -> str:
@@ -241,3 +241,10 @@ def test_the_demos_prompts():
     short = {"a", "an", "at", "by", "for", "from", "on", "to", "with"}
     both = {w for s in sets[0] for w in s} & {w for s in sets[1] for w in s}
     assert both - common - short == set()
+
+
+def test_the_demos_reward():
+    """The values that vaderSentiment's own documentation gives."""
+    texts = ["VADER is smart, handsome, and funny.", "The book was good.", "Today sux!", "A table."]
+    scores = load_scorer(f"{DEMO / 'sentiment.py'}:score")([{"answer": text} for text in texts])
+    assert scores == pytest.approx([0.8316, 0.4404, -0.4199, 0.0], abs=1e-4)

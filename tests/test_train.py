@@ -80,12 +80,11 @@ def run(values: dict, output: Path) -> list[dict]:
     return read_metrics(output)
 
 
+def as_flags(values: dict, output: Path) -> list[str]:
+    return [f"--{name}={value}" for name, value in (values | {"output_dir": output}).items()]
+
+
 def command(values: dict, output: Path, ranks: int) -> list[str]:
-    flags = [
-        part
-        for name, value in (values | {"output_dir": output}).items()
-        for part in (f"--{name}", str(value))
-    ]
     launcher = [
         sys.executable,
         "-m",
@@ -94,7 +93,7 @@ def command(values: dict, output: Path, ranks: int) -> list[str]:
         "--nproc_per_node",
         str(ranks),
     ]
-    return [*launcher, str(ROOT / "train.py"), *flags]
+    return [*launcher, str(ROOT / "train.py"), *as_flags(values, output)]
 
 
 def run_ranks(values: dict, output: Path, ranks: int = 2) -> list[dict]:
@@ -524,8 +523,7 @@ def test_a_run_that_fails_at_the_export_continues_from_its_end(base, tmp_path):
     values = base | {"max_steps": 3, "save_every": 2}
     code = "import sys, train\ndef full(*_): raise OSError('No space left on device')\n"
     code += "train.export = full\ntrain.train(train.parse_args(sys.argv[1:]))"
-    flags = command(values, tmp_path / "run", 1)
-    flags = flags[flags.index(str(ROOT / "train.py")) + 1 :]
+    flags = as_flags(values, tmp_path / "run")
     process = [sys.executable, "-c", code, *flags]
     failed = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
     assert "No space left on device" in failed.stderr
@@ -557,14 +555,13 @@ def test_a_file_that_cannot_be_written_is_one_line(base, tmp_path, limit, place,
     values = base | {"max_steps": 2, "eval_every": 1} | values
     if limit > 2_500:
         values["train_data"] = write_pairs(tmp_path / "train.jsonl", 26, seed=3)  # not cached yet
-    flags = command(values, tmp_path / "run", 1)
-    flags = flags[flags.index(str(ROOT / "train.py")) + 1 :]
+    flags = as_flags(values, tmp_path / "run")
     if limit == 2_500:
         run(values, tmp_path / "cached")
     process = [sys.executable, "-c", LIMITED, str(limit), *flags]
     failed = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr, failed.stderr
-    error = rf"error: File too large[^,]*, in {re.escape(place)}. A run writes to"
+    error = rf"error: File too large[^,]*, in {re.escape(place)}. A run writes to its output_dir"
     assert re.search(error, failed.stderr), failed.stderr
     lines = run(values, tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 1, 2, 2]
