@@ -373,12 +373,15 @@ def load_pairs(
     shared = limits | {"tokenizer": tokenizer, "end": end_of_turn(tokenizer)}
     # With the code: a fork that edits this file never meets a stale cache.
     what = (tokenizer_digests(tokenizer), limits, inspect.getsource(sys.modules[__name__]))
-    (CACHE_DIR / "tokenized").mkdir(parents=True, exist_ok=True)
     parts = []
     for source in map(str.strip, sources.strip(" ,").split(",")):
         rows = load_rows(source)
         key = hashlib.sha256(repr((rows._fingerprint, source, *what)).encode()).hexdigest()[:32]
-        with FileLock(CACHE_DIR / "tokenized" / f"{key}.lock"):
+        folder = CACHE_DIR / "tokenized" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            for torn in folder.glob("tmp*"):  # of a process that was killed
+                torn.unlink()
             part = rows.map(
                 tokenize_row,
                 with_indices=True,
@@ -386,7 +389,7 @@ def load_pairs(
                 features=datasets.Features(features),
                 remove_columns=rows.column_names,
                 num_proc=min(os.cpu_count() or 1, 16) if len(rows) > 5000 else None,
-                cache_file_name=str(CACHE_DIR / "tokenized" / f"{key}.arrow"),
+                cache_file_name=str(folder / "pairs.arrow"),
                 new_fingerprint=key,
                 desc=f"tokenizing {source}",
             )

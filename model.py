@@ -450,7 +450,8 @@ def weights_folder(name: str) -> str:
                 raise InputError(f"{name}: the weights cannot be used: {error}") from error
             if info["missing_keys"] or info["mismatched_keys"]:
                 raise InputError(f"{name}: weights are missing or of the wrong shape: {info}")
-            scratch = converted.with_name(f"{uuid.uuid4().hex}.part")
+            scratch = Path(f"{converted}.part")
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
             scratch.mkdir()
             tensors = {key: value.contiguous() for key, value in stored_tensors(whole).items()}
             save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})

@@ -397,13 +397,16 @@ class Logger:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl file, as far as it is whole: a line may have been cut off."""
+    """The lines of a metrics.jsonl, as far as it is whole: one may have been cut off."""
     lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 

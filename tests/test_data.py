@@ -422,6 +422,15 @@ def test_the_cache_is_used_but_never_stale(write, monkeypatch):
         load(source)
 
 
+def test_what_a_killed_tokenization_left_is_removed(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_DIR", tmp_path / "cache")
+    first = load(write([TEXT]))
+    (pairs,) = tmp_path.glob("cache/tokenized/*/pairs.arrow")
+    pairs.rename(pairs.with_name("tmp1234"))
+    assert load(write([TEXT])) == first
+    assert list(pairs.parent.iterdir()) == [pairs]
+
+
 def test_a_folder_is_known_by_its_content(tmp_path):
     """datasets names rows by how they were made: what that reads may have changed."""
     for answer in ("plus", "two"):

@@ -72,8 +72,9 @@ def test_an_interrupted_conversion_leaves_nothing(empty_cache, monkeypatch):
 
 
 def test_the_model(tmp_path):
-    """Two processes ask for it at once; both get the same whole folder, which holds a working
-    model."""
+    """Two processes ask for it at once, where a third was killed; both get the same whole folder,
+    which holds a working model."""
+    (tmp_path / "smollm2-135m-instruct.part" / "whole").mkdir(parents=True)
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "demo.smollm2"],

@@ -603,6 +603,12 @@ def test_torn_files_block_no_restart(base, three_runs, tmp_path):
     assert timeless(lines) == timeless(three_runs["one"][1])
 
 
+def test_metrics_are_read_as_far_as_they_are_whole(tmp_path):
+    for damage in ('{"st', "7", "[1]", '{"loss": 1}', '{"step": null}'):
+        (tmp_path / "m.jsonl").write_text(f'{{"step": 1}}\n{damage}\n{{"step": 2}}\n')
+        assert runtime.read_lines(tmp_path / "m.jsonl") == [{"step": 1}]
+
+
 def test_the_newest_checkpoint_has_the_most_steps(base, three_runs, tmp_path, capsys):
     shutil.copytree(three_runs["one"][0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "final")
