@@ -23,9 +23,10 @@ import yaml
 from huggingface_hub import hf_hub_download
 
 from data import InputError
-from eval.generate import answer, short_name
+from demo.smollm2 import resolve_model
+from eval.generate import answer, engine_options, short_name
 from eval.judge import MODEL, api_key, open_judge
-from eval.report import file_sha256, make_parser, write_result
+from eval.report import GENERATION, file_sha256, make_parser, write_result
 from runtime import run_command
 
 # The authors' settings by recipe (the configs for alpaca_eval of SimPO and SimPER).
@@ -36,6 +37,7 @@ DECODING = {
     "mistral-7b-instruct": {"temperature": 0.5, "top_p": 1.0, "max_new_tokens": 2048},
     "greedy": {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 2048},
 }
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 HUB = "tatsu-lab/alpaca_eval"
 # The outputs of gpt4_1106_preview, with the instructions in the official order.
 REFERENCE = "alpaca_eval_gpt4_baseline.json"
@@ -44,6 +46,17 @@ REFERENCE = "alpaca_eval_gpt4_baseline.json"
 # rate and no error. SHA-256 of the JSON list of the 805 instructions:
 INSTRUCTIONS_SHA256 = "c5770d532bf3f697768ed9a57a05d8b58b2617321ca65070620f059676e7c99a"
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
+
+
+def recipe_of(model: str) -> str:
+    """The name of the recipe in DECODING that starts from the same model as the run whose final/
+    `model` is; "greedy" if there is none."""
+    config = Path(resolve_model(model)).resolve().parent / "config.yaml"
+    start = yaml.safe_load(config.read_text())["model"] if config.is_file() else None
+    for name in DECODING.keys() - {"greedy"}:
+        if yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["model"] == start:
+            return name
+    return "greedy"
 
 
 def hub_file(name: str, cache_dir: str | None = None, advice: str = "") -> str:
@@ -165,9 +178,7 @@ def main() -> None:
     parser = make_parser(
         __doc__,
         "model",
-        "--engine",
-        "--batch_size",
-        "--seed",
+        *GENERATION,
         "--generate_only",
         "--judge_base_url",
         "--output_dir",
@@ -176,8 +187,8 @@ def main() -> None:
     parser.add_argument(
         "--decoding",
         choices=DECODING,
-        default="greedy",
-        help="the authors' settings for a recipe, or greedy",
+        help="the authors' settings for a recipe, or greedy; by default those of the recipe whose "
+        "model the run started from, otherwise greedy",
     )
     parser.add_argument(
         "--reference", default="", help=f"the reference's outputs; empty: {REFERENCE} of {HUB}"
@@ -202,8 +213,9 @@ def main() -> None:
         alpaca_eval, version = prepare_judge(
             args.annotator, args.judge_model, args.judge_base_url, folder
         )
-    decoding = DECODING[args.decoding]
-    options = {"engine": args.engine, "batch_size": args.batch_size, "seed": args.seed}
+    recipe = args.decoding or recipe_of(args.model)
+    decoding = DECODING[recipe]
+    options = engine_options(args)
     prompts = [row["instruction"] for row in reference]
     answers = answer(args.model, prompts, folder / "answers.jsonl", **decoding, **options)
     rows = [
@@ -220,7 +232,7 @@ def main() -> None:
     cut, empty = sum(not finished for _, finished in answers), sum(not text for text, _ in answers)
     print(
         f"{outputs}: {len(rows)} outputs; {cut} were cut at {decoding['max_new_tokens']} tokens, "
-        f"{empty} are empty; {decoding}"
+        f"{empty} are empty; decoding of {recipe}: {decoding}"
     )
     if alpaca_eval is None:
         return
@@ -241,7 +253,7 @@ def main() -> None:
     settings = {
         **decoding,
         **options,
-        "decoding": args.decoding,
+        "decoding": recipe,
         "annotator": args.annotator,
         "judge_base_url": args.judge_base_url,
         "judge_model": args.judge_model,

@@ -37,7 +37,7 @@ from data import (
     tokenize_text,
 )
 from demo.smollm2 import resolve_model
-from eval.report import make_parser, print_scores
+from eval.report import GENERATION, make_parser, parse_engine_args, print_scores
 from eval.score import load_scorer, score_answers, summary
 from model import weights_fingerprint
 from runtime import run_command
@@ -45,8 +45,20 @@ from runtime import run_command
 VLLM_BATCH = 512  # prompts in one call of vLLM, which forms its own batches
 
 
+def generate(model, tokenizer, prompts: list, **options) -> list[tuple[str, bool]]:
+    """Answer every prompt: [(text, finished)], in the order of `prompts`. finished: whether the
+    model ended the answer within max_new_tokens and its context. Arguments: of generate_tokens."""
+    stop_ids = stop_tokens(model.generation_config, tokenizer)
+    answers = []
+    for ids in generate_tokens(model, tokenizer, prompts, **options):
+        finished = bool(ids) and ids[-1] in stop_ids
+        text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True).strip()
+        answers.append((text, finished))
+    return answers
+
+
 @torch.inference_mode()
-def generate(
+def generate_tokens(
     model,
     tokenizer,
     prompts: list,
@@ -55,8 +67,9 @@ def generate(
     top_p: float = 1.0,
     batch_size: int = 8,
     seed: int = 0,
-) -> list[tuple[str, bool]]:
-    """Answer every prompt: [(text, finished)], in the order of `prompts`.
+) -> list[list[int]]:
+    """The token ids of an answer to every prompt, in the order of `prompts`; the last is a stop
+    token if the model ended the answer within max_new_tokens and its context.
 
     prompts: each a list of messages (`[{"role": ..., "content": ...}]`, the last not the
         assistant's) or plain text. Their token ids are those that training uses (data.py): the
@@ -64,7 +77,6 @@ def generate(
     temperature: 0 is greedy, whatever the model's generation config says; otherwise tokens are
         sampled at this temperature from the top_p nucleus, reproducibly for one `seed` and
         `batch_size`.
-    finished: whether the model ended the answer within max_new_tokens and its context.
     Raises InputError for a prompt that fills the model's context.
     """
     torch.manual_seed(seed)
@@ -95,9 +107,8 @@ def generate(
             generation_config=config,
         )
         for i, new in zip(batch, output[:, width:].tolist()):
-            length = next((n for n, token in enumerate(new) if token in stop_ids), len(new))
-            text = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
-            answers[i] = (text, length < len(new))
+            length = next((n for n, token in enumerate(new, 1) if token in stop_ids), len(new))
+            answers[i] = new[:length]
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -167,13 +178,13 @@ def context_length(config) -> int:
 
 
 @functools.lru_cache(maxsize=1)  # mt_bench.py calls `answer` several times with one model
-def load_engine(engine: str, folder: str, batch_size: int, seed: int):
+def load_engine(engine: str, folder: str, batch_size: int, seed: int, engine_args: str = ""):
     """A function (prompts, max_new_tokens=, temperature=, top_p=, seed=) -> [(text, finished)], by
     "transformers" or "vllm". Raises InputError if vLLM is not installed."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer, more = load_tokenizer(folder), parse_engine_args(engine_args)
     if engine == "transformers":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **more)
         model = model.to(device).eval()
         return functools.partial(generate, model, tokenizer, batch_size=batch_size)
     try:
@@ -183,7 +194,8 @@ def load_engine(engine: str, folder: str, batch_size: int, seed: int):
             "--engine vllm needs vLLM, which is not installed: pip install vllm"
         ) from None
     stop_ids = stop_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
-    return functools.partial(generate_with_vllm, LLM(model=folder, seed=seed), tokenizer, stop_ids)
+    model = LLM(model=folder, seed=seed, **more)
+    return functools.partial(generate_with_vllm, model, tokenizer, stop_ids)
 
 
 def answer(
@@ -191,6 +203,7 @@ def answer(
     prompts: list,
     path: Path | None = None,
     engine: str = "transformers",
+    engine_args: str = "",
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -223,7 +236,7 @@ def answer(
         return [answers[i] for i in range(len(prompts))]
     context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     order = longest_first(prompt_ids(load_tokenizer(folder), prompts, context))
-    run = load_engine(engine, folder, batch_size, seed)
+    run = load_engine(engine, folder, batch_size, seed, engine_args)
     size = VLLM_BATCH if engine == "vllm" else batch_size
     progress = tqdm(
         desc=Path(name).name,
@@ -314,10 +327,15 @@ def load_prompts(source: str, count: int = 0) -> list:
     return prompts
 
 
+def engine_options(args) -> dict:
+    """The arguments of `answer` that are flags of every command that generates."""
+    return {name: getattr(args, name) for name in ("engine", "engine_args", "batch_size", "seed")}
+
+
 def sampling_options(args) -> dict:
-    """The arguments of `answer` that are flags of a command."""
-    names = ("engine", "max_new_tokens", "temperature", "top_p", "batch_size", "seed")
-    return {name: getattr(args, name) for name in names}
+    """The arguments of `answer` of a command whose decoding is given by flags."""
+    names = ("max_new_tokens", "temperature", "top_p")
+    return engine_options(args) | {name: getattr(args, name) for name in names}
 
 
 def short_name(name: str) -> str:
@@ -349,7 +367,7 @@ def print_side_by_side(names: list[str], prompts: list, columns: list[list]) -> 
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "--engine", "--batch_size", "--seed")
+    parser = make_parser(__doc__, *GENERATION)
     parser.add_argument(
         "--models",
         nargs="+",

@@ -1,27 +1,33 @@
 """The ten Open LLM Leaderboard benchmarks of the paper, by lm-evaluation-harness.
 
     python -m eval.leaderboard runs/llama-3-8b-instruct/final
+    python -m eval.leaderboard M --engine vllm --engine_args tensor_parallel_size=8
+    torchrun --nproc_per_node 8 -m eval.leaderboard M       # a copy of the model on each GPU
     python -m eval.leaderboard M --benchmarks GSM8K ARC-Challenge --limit 20      # a quick look
 
 Writes OUTPUT_DIR/MODEL/leaderboard.json with every benchmark's score in per cent, raw and, where
 version 2 of the leaderboard has one, normalized (0 is guessing), and the harness's own results and
-samples to OUTPUT_DIR/MODEL/leaderboard/. A quick look writes no leaderboard.json. Needs lm_eval
-(eval/requirements.txt). The data sets come from the hub (GPQA's requires a login), from its cache
-(HF_HUB_OFFLINE=1), or from folders of the same names in the working directory, such as
-openai/gsm8k.
+samples to OUTPUT_DIR/MODEL/leaderboard/. A benchmark is written when it ends, beside those that are
+there: the same command continues after an interruption, also inside a benchmark. A quick look
+writes no leaderboard.json. Needs lm_eval (eval/requirements.txt). The data sets come from the hub
+(GPQA's requires a login), from its cache (HF_HUB_OFFLINE=1), or from folders of the same names in
+the working directory, such as openai/gsm8k.
 """
 
+import json
 import math
+import os
 import random
+import shutil
 from pathlib import Path
 
 import torch
-import yaml
 
-from data import InputError
+from data import InputError, load_tokenizer
 from demo.smollm2 import resolve_model
 from eval.generate import short_name
-from eval.report import make_parser, write_result
+from eval.report import make_parser, parse_engine_args, write_result
+from model import weights_fingerprint
 from runtime import run_command
 
 # {benchmark: (the harness's task or group, shots, metrics whose mean is the score)}
@@ -32,14 +38,19 @@ BENCHMARKS = {
     "BBH": ("leaderboard_bbh", 3, ("acc_norm,none",)),
     "GPQA": ("leaderboard_gpqa", 0, ("acc_norm,none",)),
     "MuSR": ("leaderboard_musr", 0, ("acc_norm,none",)),
-    "MATH": ("leaderboard_math_hard", 4, ("exact_match,none",)),
+    # As in the paper, where the answer's text is compared; beside it, what the harness counts since
+    # March 2025.
+    "MATH": ("leaderboard_math_hard", 4, ("exact_match_original,none",)),
     "GSM8K": ("gsm8k", 5, ("exact_match,strict-match",)),
     "ARC-Challenge": ("arc_challenge", 25, ("acc_norm,none",)),
     "TruthfulQA": ("truthfulqa_mc2", 0, ("acc,none",)),
     "Winogrande": ("winogrande", 5, ("acc,none",)),
 }
+MATH_VERIFY = ("MATH (Math-Verify)", ("exact_match,none",))
 # Tasks whose number of shots is set here: that in the harness's own files is a different one.
 SET_SHOTS = ("gsm8k", "arc_challenge", "truthfulqa_mc2", "winogrande")
+# Groups that version 2 of the leaderboard normalizes subtask by subtask; the others as a whole.
+BY_SUBTASK = ("leaderboard_bbh", "leaderboard_musr")
 # {start of a task's name: the score of guessing}, for the tasks that version 2 of the leaderboard
 # normalizes. In a subtask of BBH it is one over the number of choices.
 GUESSING = {
@@ -51,24 +62,23 @@ GUESSING = {
     "leaderboard_musr_object_placements": 1 / 5,
     "leaderboard_musr_team_allocation": 1 / 3,
 }
-GROUP = "simper_leaderboard"
 
 
-def write_group(folder: Path, benchmarks: list[str]) -> None:
-    """Write the group of tasks as the harness reads it: one YAML file, GROUP.yaml."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks = []
-    for task, shots, _ in map(BENCHMARKS.get, benchmarks):
-        tasks.append({"task": task, "num_fewshot": shots} if task in SET_SHOTS else task)
-    (folder / f"{GROUP}.yaml").write_text(yaml.safe_dump({"group": GROUP, "task": tasks}))
-
-
-def task_score(values: dict, metrics: tuple[str, ...]) -> tuple[float, float | None]:
-    """(score, standard error) from the harness's values of one task or group. The error is None if
-    the harness has none, and for a mean of two metrics, which are not independent."""
-    error = values.get(metrics[0].replace(",", "_stderr,")) if len(metrics) == 1 else None
-    score = sum(values[metric] for metric in metrics) / len(metrics)
-    return score, error if isinstance(error, float) else None
+def task_score(results: dict, task: str, metrics: tuple[str, ...]) -> tuple[float, float | None]:
+    """(score, standard error) of a task or group in the harness's results. The error is None if the
+    harness has none, and for a mean of two metrics, which are not independent. A group without the
+    metric has the mean of its subtasks, weighed by their sizes."""
+    values = results["results"][task]
+    if metrics[0] in values:
+        error = values.get(metrics[0].replace(",", "_stderr,")) if len(metrics) == 1 else None
+        score = sum(values[metric] for metric in metrics) / len(metrics)
+        return score, error if isinstance(error, float) else None
+    subtasks = results["group_subtasks"][task]
+    sizes = [results["n-samples"][subtask]["effective"] for subtask in subtasks]
+    shares = [size / sum(sizes) for size in sizes]
+    scores, errors = zip(*(task_score(results, subtask, metrics) for subtask in subtasks))
+    error = None if None in errors else math.hypot(*(s * e for s, e in zip(shares, errors)))
+    return sum(share * score for share, score in zip(shares, scores)), error
 
 
 def guessing_score(task: str, configs: dict) -> float | None:
@@ -79,71 +89,57 @@ def guessing_score(task: str, configs: dict) -> float | None:
     return next((score for start, score in GUESSING.items() if task.startswith(start)), None)
 
 
-def collect(results: dict, benchmarks: list[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """The harness's results → scores and standard errors in per cent, the normalized ones as
-    "normalized/BENCHMARK".
+def collect(results: dict, benchmark: str) -> tuple[dict[str, float], dict[str, float]]:
+    """The harness's results of a benchmark → scores and standard errors in per cent, the normalized
+    ones as "normalized/BENCHMARK".
 
-    Normalized is the mean over subtasks of max(0, (x − g) / (1 − g)), g the score of guessing, and
-    its error that of the mean without the maximum. The raw score of a group weighs its subtasks by
-    their size. Raises InputError if the harness used a different number of shots than the
-    benchmark's.
+    Normalized is max(0, (x − g) / (1 − g)), g the score of guessing: of the whole benchmark or, for
+    BBH and MuSR, the mean of its subtasks', whose error is that of the mean without the maximum.
+    The raw score of a group weighs its subtasks by their size. Raises InputError if the harness did
+    not use the benchmark's number of shots.
     """
-    scores, errors = {}, {}
+    name, shots, metrics = BENCHMARKS[benchmark]
+    subtasks = results.get("group_subtasks", {}).get(name) or [name]
+    used = {results["n-shot"][task] for task in subtasks}
+    if used != {shots}:
+        raise InputError(f"{benchmark}: the harness used {sorted(used)} shots instead of {shots}")
+    found = {benchmark: task_score(results, name, metrics)}
+    if benchmark == "MATH":
+        found[MATH_VERIFY[0]] = task_score(results, name, MATH_VERIFY[1])
+    parts = subtasks if name in BY_SUBTASK else [name]
+    guesses = [guessing_score(task, results["configs"]) for task in parts]
+    if None not in guesses:
+        normalized, errors = [], []
+        for task, guess in zip(parts, guesses):
+            score, error = task_score(results, task, metrics)
+            normalized.append(max(0.0, (score - guess) / (1 - guess)) / len(parts))
+            errors.append(None if error is None else error / (1 - guess) / len(parts))
+        error = None if None in errors else math.hypot(*errors)
+        found[f"normalized/{benchmark}"] = (sum(normalized), error)
+    scores = {name: 100 * score for name, (score, _) in found.items()}
+    return scores, {name: 100 * e for name, (_, e) in found.items() if e is not None}
+
+
+def read_finished(path: Path, model: str, settings: dict[str, dict]) -> dict:
+    """The result that a leaderboard.json holds, or one without scores. Raises InputError if it is
+    of other weights, or if one of the benchmarks in `settings` is there with others."""
+    if not path.exists():
+        return {"scores": {}, "standard_errors": {}, "settings": {}, "inputs_sha256": {}}
+    result = json.loads(path.read_text())
+    problem = ""
+    if result["weights_sha256"] != weights_fingerprint(resolve_model(model)):
+        problem = "other weights"
+    for benchmark in settings.keys() & result["settings"].keys():
+        if result["settings"][benchmark] != settings[benchmark]:
+            problem = f"{benchmark} with {result['settings'][benchmark]}, not {settings[benchmark]}"
+    if problem:
+        raise InputError(f"{path}: holds results of {problem}. Choose another --output_dir")
+    return result
+
+
+def check_data(manager, benchmarks: list[str]) -> None:
+    """Fetch every data set before the model is loaded. Raises InputError if one is missing."""
     for benchmark in benchmarks:
-        name, shots, metrics = BENCHMARKS[benchmark]
-        subtasks = results.get("group_subtasks", {}).get(name) or [name]
-        used = {results["n-shot"][task] for task in subtasks}
-        if used != {shots}:
-            raise InputError(
-                f"{benchmark}: the harness used {sorted(used)} shots instead of {shots}"
-            )
-        score, error = task_score(results["results"][name], metrics)
-        scores[benchmark] = 100 * score
-        if error is not None:
-            errors[benchmark] = 100 * error
-        normalized, variance = [], 0.0
-        for task in subtasks:
-            guess = guessing_score(task, results["configs"])
-            if guess is None:
-                continue
-            score, error = task_score(results["results"][task], metrics)
-            normalized.append(max(0.0, (score - guess) / (1 - guess)))
-            if benchmark in errors:
-                variance += (error / (1 - guess) / len(subtasks)) ** 2
-        if normalized:
-            scores[f"normalized/{benchmark}"] = 100 * sum(normalized) / len(normalized)
-            if benchmark in errors:
-                errors[f"normalized/{benchmark}"] = 100 * math.sqrt(variance)
-    return scores, errors
-
-
-def main() -> None:
-    parser = make_parser(__doc__, "model", "--output_dir", "--wandb")
-    parser.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
-    parser.add_argument(
-        "--apply_chat_template",
-        choices=["true", "false"],
-        default="false",
-        help="ask in the model's chat format",
-    )
-    parser.add_argument("--limit", type=int, default=0, help="questions of each task; 0: all")
-    parser.add_argument("--batch_size", default="auto")
-    args = parser.parse_args()
-
-    try:
-        import lm_eval
-        from lm_eval.loggers import EvaluationTracker
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-        from lm_eval.utils import make_table
-    except ImportError as error:
-        raise InputError(
-            f"lm_eval is not installed ({error}): pip install -r eval/requirements.txt"
-        ) from error
-    folder = Path(args.output_dir) / short_name(args.model) / "leaderboard"
-    write_group(folder / "tasks", args.benchmarks)
-    manager = TaskManager(include_path=str(folder / "tasks"))
-    for benchmark in args.benchmarks:  # fetches every data set before the model is loaded
         # GPQA's choices are shuffled by the first load and kept in the cache: seeded as by
         # `lm_eval --tasks leaderboard_gpqa`.
         random.seed(0)
@@ -151,50 +147,122 @@ def main() -> None:
             manager.load([BENCHMARKS[benchmark][0]])
         except Exception as error:
             raise InputError(f"the data of {benchmark} cannot be loaded: {error!r}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch_size = args.batch_size if device == "cuda" or args.batch_size != "auto" else 1
-    model = HFLM(pretrained=resolve_model(args.model), device=device, batch_size=batch_size)
-    chat = args.apply_chat_template == "true"
-    results = lm_eval.simple_evaluate(
-        model=model,
-        tasks=[GROUP],
-        task_manager=manager,
-        limit=args.limit or None,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-        log_samples=True,
+    if "IFEval" in benchmarks:
+        import nltk
+
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+        except LookupError:
+            raise InputError(
+                "IFEval needs nltk's punkt_tab, which could not be fetched. On a machine with "
+                "network: python -m nltk.downloader punkt_tab; then copy the folder nltk_data"
+            ) from None
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "model", "--output_dir", "--wandb", "--engine", "--engine_args")
+    parser.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    parser.add_argument(
+        "--apply_chat_template",
+        choices=["true", "false", "leaderboard"],
+        default="false",
+        help="ask in the model's chat format; leaderboard: as it does, for chat models in the six "
+        "benchmarks of its version 2",
     )
-    samples = results.pop("samples")
-    tracker = EvaluationTracker(output_path=str(folder))
-    tracker.general_config_tracker.model_name_sanitized = short_name(args.model)
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task in results["configs"]:
-        tracker.save_results_samples(task_name=task, samples=samples[task])
-    print(make_table(results))
-    scores, errors = collect(results, args.benchmarks)
-    applied = "applied, few-shot examples as turns" if chat else "not applied"
-    print(f"chat template: {applied} (--apply_chat_template)")
-    for name, value in scores.items():
-        print(f"{name:<28}{value:>8.2f} %" + (f" ± {errors[name]:.2f}" if name in errors else ""))
+    parser.add_argument("--limit", type=int, default=0, help="questions of each task; 0: all")
+    parser.add_argument("--batch_size", default="auto")
+    args = parser.parse_args()
+
+    try:
+        import lm_eval
+        from lm_eval.api.registry import get_model
+        from lm_eval.loggers import EvaluationTracker
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise InputError(
+            f"lm_eval is not installed ({error}): pip install -r eval/requirements.txt"
+        ) from error
+    source = resolve_model(args.model)
+    chat = {benchmark: args.apply_chat_template == "true" for benchmark in args.benchmarks}
+    if args.apply_chat_template == "leaderboard" and load_tokenizer(source).chat_template:
+        chat = {b: BENCHMARKS[b][0].startswith("leaderboard_") for b in args.benchmarks}
+    settings = {
+        benchmark: {
+            "apply_chat_template": chat[benchmark],
+            "shots": BENCHMARKS[benchmark][1],
+            "engine": args.engine,
+            "lm_eval": lm_eval.__version__,
+        }
+        for benchmark in args.benchmarks
+    }
+    folder = Path(args.output_dir) / short_name(args.model) / "leaderboard"
+    path, cache = folder.with_name("leaderboard.json"), folder / "cache"
+    result = read_finished(path, args.model, settings)
+    missing = [b for b in args.benchmarks if args.limit or b not in result["settings"]]
+    for benchmark in args.benchmarks:
+        if benchmark not in missing:
+            print(f"{benchmark}: is in {path}")
+    manager = TaskManager()
+    check_data(manager, missing)
+    if missing:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        options = parse_engine_args(args.engine_args) | {"batch_size": args.batch_size}
+        if args.engine == "transformers":
+            size = args.batch_size if device == "cuda" or args.batch_size != "auto" else 1
+            options |= {"device": device, "batch_size": size}
+        model = get_model(args.engine.replace("transformers", "hf"))(pretrained=source, **options)
+    for benchmark in missing:
+        task, shots, _ = BENCHMARKS[benchmark]
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=[task],
+            num_fewshot=shots if task in SET_SHOTS else None,
+            task_manager=manager,
+            limit=args.limit or None,
+            apply_chat_template=chat[benchmark],
+            fewshot_as_multiturn=chat[benchmark],
+            log_samples=True,
+            # Answers so far, by their prompt. Not of other weights or another engine.
+            use_cache=str(cache / f"{weights_fingerprint(source)[:16]}_{args.engine}"),
+        )
+        if results is None:  # the first process of several has them all
+            continue
+        samples = results.pop("samples")
+        tracker = EvaluationTracker(output_path=str(folder))
+        tracker.general_config_tracker.model_name_sanitized = short_name(args.model)
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task in results["configs"]:
+            tracker.save_results_samples(task_name=task, samples=samples[task])
+        print(make_table(results))
+        scores, errors = collect(results, benchmark)
+        applied = "applied, few-shot examples as turns" if chat[benchmark] else "not applied"
+        print(f"{benchmark}: chat template {applied} (--apply_chat_template)")
+        for name, value in scores.items():
+            error = f" ± {errors[name]:.2f}" if name in errors else ""
+            print(f"{name:<28}{value:>8.2f} %{error}", flush=True)
+        if args.limit:
+            continue
+        result["scores"] |= scores
+        result["standard_errors"] |= errors
+        result["settings"][benchmark] = settings[benchmark]
+        # Of all questions, prompts and targets; from the tracker.
+        result["inputs_sha256"] |= results["task_hashes"]
+        write_result(
+            folder.parent,
+            "leaderboard",
+            args.model,
+            result["scores"],
+            errors=result["standard_errors"],
+            settings=result["settings"],
+            inputs=result["inputs_sha256"],
+            packages=("lm_eval",),
+            wandb_mode=args.wandb if benchmark == missing[-1] else "off",
+        )
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(cache, ignore_errors=True)
     if args.limit:
         print(f"--limit {args.limit}: a quick look; no leaderboard.json is written")
-        return
-    settings = {
-        "apply_chat_template": chat,
-        "batch_size": str(batch_size),
-        "shots": {benchmark: BENCHMARKS[benchmark][1] for benchmark in args.benchmarks},
-    }
-    write_result(
-        folder.parent,
-        "leaderboard",
-        args.model,
-        scores,
-        errors=errors,
-        settings=settings,
-        inputs=results["task_hashes"],  # of all questions, prompts and targets; from the tracker
-        packages=("lm_eval",),
-        wandb_mode=args.wandb,
-    )
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data import InputError
-from eval.generate import answer, short_name
+from eval.generate import answer, engine_options, short_name
 from eval.judge import MODEL, Judge, open_judge
 from eval.plots import new_figure
-from eval.report import file_sha256, make_parser, write_result
+from eval.report import GENERATION, file_sha256, make_parser, write_result
 from runtime import run_command
 
 # FastChat's temperatures (llm_judge/common.py); all other settings are FastChat's, too.
@@ -283,9 +283,7 @@ def main() -> None:
     parser = make_parser(
         __doc__,
         "model",
-        "--engine",
-        "--batch_size",
-        "--seed",
+        *GENERATION,
         "--generate_only",
         "--judge_base_url",
         "--output_dir",
@@ -322,7 +320,7 @@ def main() -> None:
     if not args.generate_only:
         prompts, references = load_judge(data, args.reference, questions)
         judge = open_judge(args.judge, args.judge_base_url, JUDGE_TOKENS, temperature=0)
-    options = {"engine": args.engine, "batch_size": args.batch_size, "seed": args.seed}
+    options = engine_options(args)
     answers = generate_answers(args.model, questions, folder, options)
     path = folder / "model_answer" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

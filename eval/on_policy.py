@@ -23,7 +23,7 @@ import torch
 
 from data import InputError
 from eval.generate import answer, load_engine, load_prompts, sampling_options
-from eval.report import make_parser
+from eval.report import GENERATION, make_parser
 from eval.score import load_scorer, score_answers
 from runtime import run_command, write_whole
 
@@ -56,7 +56,7 @@ def choose_pair(
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "model", "--engine", "--batch_size", "--seed")
+    parser = make_parser(__doc__, "model", *GENERATION)
     parser.add_argument("--data", required=True, metavar="PROMPTS", help="file, folder or hub id")
     parser.add_argument("--num_prompts", type=int, default=0, help="spread over the data; 0: all")
     parser.add_argument("--samples", type=int, default=4, help="answers to each prompt")

@@ -20,6 +20,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import yaml
+
 from data import InputError
 from demo.smollm2 import resolve_model
 from eval.judge import URL
@@ -30,6 +32,11 @@ from runtime import run_command
 SHARED_ARGUMENTS = {
     "model": {"metavar": "MODEL", "help": "folder or hub id"},
     "--engine": {"choices": ["transformers", "vllm"], "default": "transformers"},
+    "--engine_args": {
+        "default": "",
+        "metavar": "NAME=VALUE,...",
+        "help": "of the engine, as in tensor_parallel_size=8,max_model_len=8192 for vllm",
+    },
     "--batch_size": {"type": int, "default": 8, "help": "prompts at once; vllm: not used"},
     "--seed": {"type": int, "default": 0},
     "--generate_only": {"action": "store_true", "help": "stop before the judge"},
@@ -37,6 +44,7 @@ SHARED_ARGUMENTS = {
     "--output_dir": {"default": "results", "help": "folder of all models' results"},
     "--wandb": {"choices": ["off", "online", "offline"], "default": "off", "help": "log scores"},
 }
+GENERATION = ("--engine", "--engine_args", "--batch_size", "--seed")
 LEADERBOARD = (
     "MMLU-Pro", "IFEval", "BBH", "GPQA", "MuSR", "MATH", "GSM8K", "ARC-Challenge", "TruthfulQA",
     "Winogrande",
@@ -68,6 +76,17 @@ def make_parser(description: str | None, *shared: str) -> argparse.ArgumentParse
     for name in shared:
         parser.add_argument(name, **SHARED_ARGUMENTS[name])
     return parser
+
+
+def parse_engine_args(text: str) -> dict:
+    """--engine_args → {name: value}. Raises InputError if it is not of the form name=value,..."""
+    values = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not (name.strip().isidentifier() and equals):
+            raise InputError(f"--engine_args {text}: {part!r} is not of the form name=value")
+        values[name.strip()] = yaml.safe_load(value)
+    return values
 
 
 def file_sha256(path: str | Path) -> str:

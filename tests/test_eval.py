@@ -734,6 +734,21 @@ def write_datasets(folder: Path) -> None:
     write("allenai/winogrande", {"winogrande_xl": winogrande_splits})
 
 
+LEADERBOARD_RUNS = """
+import os, sys
+from lm_eval.models.huggingface import HFLM
+from data import InputError
+from eval import leaderboard
+
+def stop(*args, **options):
+    raise KeyboardInterrupt
+
+def run(flags):
+    sys.argv = ["leaderboard", "tiny/final", *flags.split()]
+    leaderboard.main()
+"""
+
+
 def test_leaderboard_with_the_harness(tmp_path):
     """All ten benchmarks through the real lm_eval, every one of its subtasks, on a few questions
     each."""
@@ -747,28 +762,62 @@ def test_leaderboard_with_the_harness(tmp_path):
     gpqa = {f"leaderboard_gpqa_{name}": 4 for name in ("diamond", "extended", "main")}
     folder = tmp_path / "results" / "tiny"
 
-    def run(*flags, cache: str) -> subprocess.CompletedProcess:
-        environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / cache)}
-        return command("leaderboard", "tiny/final", *flags, cwd=tmp_path, **environment)
+    (tmp_path / "nltk_data" / "tokenizers" / "punkt_tab").mkdir(parents=True)
 
-    flags = ["--benchmarks", "GSM8K", "GPQA", "--apply_chat_template", "true", "--limit", 1]
-    quick = run(*flags, cache="one cache")
+    def run(code: str, cache: str) -> subprocess.CompletedProcess:
+        environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / cache)}
+        environment |= {"NLTK_DATA": str(tmp_path / "nltk_data")}
+        return run_python("-c", LEADERBOARD_RUNS + code, cwd=tmp_path, **environment)
+
+    flags = "--benchmarks GSM8K GPQA Winogrande --apply_chat_template leaderboard --limit 1"
+    quick = run(f"run('{flags}')", cache="one cache")
     assert quick.returncode == 0, quick.stderr[-3000:]
-    assert "chat template: applied" in quick.stdout
+    assert "GSM8K: chat template not applied" in quick.stdout
+    assert "GPQA: chat template applied" in quick.stdout
     assert "no leaderboard.json is written" in quick.stdout
     assert not (folder / "leaderboard.json").exists()
-    prompt = samples_of(folder, "gsm8k")[0]["arguments"]["gen_args_0"]["arg_0"]
-    assert prompt.count("<|im_start|>user") == 6  # five shots and the question
+    for task, turns in (("gsm8k", 0), ("leaderboard_gpqa_main", 1)):
+        prompt = samples_of(folder, task)[0]["arguments"]["gen_args_0"]["arg_0"]
+        assert prompt.count("<|im_start|>user") == turns
     # The harness shuffles GPQA's choices when it loads them, and the cache keeps their order: a run
     # with a different cache has the same order.
     shuffled = {task: samples_of(folder, task)[0]["doc"] for task in gpqa}
     shutil.rmtree(folder)
 
-    done = run(cache="another cache")
+    done = run(
+        """
+collect, generate = leaderboard.collect, HFLM.generate_until
+flags = "--benchmarks GSM8K --apply_chat_template true"
+leaderboard.collect = stop
+try:
+    run(flags)  # everything is answered, nothing is written
+except KeyboardInterrupt:
+    print("interrupted:", not os.path.exists("results/tiny/leaderboard.json"))
+leaderboard.collect, HFLM.generate_until = collect, stop
+run(flags)  # nothing is asked again
+print("cache:", os.path.exists("results/tiny/leaderboard/cache"))
+HFLM.generate_until = generate
+try:
+    run("")
+except InputError as error:
+    print("refused:", error)
+names = [name for name in leaderboard.BENCHMARKS if name != "GSM8K"]
+run(f"--benchmarks {' '.join(names)}")
+run(flags)
+""",
+        cache="another cache",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "chat template: not applied" in done.stdout
+    assert "interrupted: True" in done.stdout and "cache: False" in done.stdout
+    assert "refused: results/tiny/leaderboard.json: holds results of GSM8K with" in done.stdout
+    assert done.stdout.rstrip().endswith("GSM8K: is in results/tiny/leaderboard.json")
+    assert "Winogrande: chat template not applied" in done.stdout
     result = json.loads((folder / "leaderboard.json").read_text())
-    assert result["settings"]["shots"]["ARC-Challenge"] == 25
+    chat = {name: values["apply_chat_template"] for name, values in result["settings"].items()}
+    assert chat == dict.fromkeys(leaderboard.BENCHMARKS, False) | {"GSM8K": True}
+    assert result["settings"]["ARC-Challenge"]["shots"] == 25
+    prompt = samples_of(folder, "gsm8k")[0]["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.count("<|im_start|>user") == 6  # five shots and the question
 
     def mean(task: str, metric: str = "acc_norm") -> float:
         return np.mean([sample[metric] for sample in samples_of(folder, task)])
@@ -798,10 +847,11 @@ def test_leaderboard_with_the_harness(tmp_path):
         "BBH": weighted(bbh),
         "normalized/BBH": normalized(bbh),
         "GPQA": weighted(gpqa),
-        "normalized/GPQA": normalized(gpqa),
+        "normalized/GPQA": max(0, (weighted(gpqa) - 25) / 0.75),  # as a whole
         "MuSR": weighted(musr),
         "normalized/MuSR": normalized(musr),
         "MATH": 0,
+        "MATH (Math-Verify)": 0,
         "normalized/MATH": 0,
         "GSM8K": 0,
         "ARC-Challenge": 100 * mean("arc_challenge"),
@@ -811,22 +861,18 @@ def test_leaderboard_with_the_harness(tmp_path):
     assert result["scores"] == pytest.approx(expected)
     assert 0 < expected["BBH"] < 100
     assert abs(expected["BBH"] - 100 * np.mean([mean(task) for task in bbh])) > 0.1
-    without_error = {"IFEval", "normalized/IFEval", "MATH", "normalized/MATH"}
-    assert set(expected) - set(result["standard_errors"]) == without_error
+    without_error = set(expected) - set(result["standard_errors"])
+    assert {name.removeprefix("normalized/")[:4] for name in without_error} == {"IFEv", "MATH"}
     assert set(result["inputs_sha256"]) == tasks
-    for task, text, shots in (
-        ("arc_challenge", "Question:", 25),
-        ("winogrande", "Ann saw", 5),
-        ("gsm8k", "Question:", 5),
-    ):
+    for task, text, shots in (("arc_challenge", "Question:", 25), ("winogrande", "Ann saw", 5)):
         prompt = samples_of(folder, task)[0]["arguments"]["gen_args_0"]["arg_0"]
         assert prompt.count(text) == shots + 1
     assert shuffled == {task: samples_of(folder, task)[0]["doc"] for task in gpqa}
 
 
 def samples_of(folder: Path, task: str) -> list[dict]:
-    """The harness's samples of a task, in the order of the questions."""
-    (path,) = folder.rglob(f"samples_{task}_20*.jsonl")
+    """The harness's newest samples of a task, in the order of the questions."""
+    path = max(folder.rglob(f"samples_{task}_20*.jsonl"))
     return sorted(read_lines(path), key=lambda sample: sample["doc_id"])
 
 
@@ -899,7 +945,10 @@ def test_scores_and_their_normalization_by_hand():
         "leaderboard_musr_murder_mysteries": (0.5, 0, 0),
     }
     results = harness_results(leaderboard_bbh=bbh, leaderboard_mmlu_pro=pro, leaderboard_musr=musr)
-    scores, errors = leaderboard.collect(results, ["BBH", "MMLU-Pro", "MuSR"])
+    scores, errors = {}, {}
+    for benchmark in ("BBH", "MMLU-Pro", "MuSR"):
+        for found, new in zip((scores, errors), leaderboard.collect(results, benchmark)):
+            found |= new
     assert scores == pytest.approx(
         {
             "BBH": 100 * 1.4 / 3,
@@ -917,14 +966,40 @@ def test_scores_and_their_normalization_by_hand():
     assert errors == pytest.approx(expected)
     results["n-shot"]["leaderboard_mmlu_pro"] = 0
     with pytest.raises(InputError, match=r"MMLU-Pro: the harness used \[0\] shots instead of 5"):
-        leaderboard.collect(results, ["MMLU-Pro"])
+        leaderboard.collect(results, "MMLU-Pro")
+
+
+def test_math_and_gpqa_are_normalized_as_a_whole():
+    """Two subtasks of 10 and 30 questions, in the two ways of counting in MATH; GPQA's raw value is
+    the harness's."""
+    results = {"group_subtasks": {"leaderboard_math_hard": ["a", "b"], "leaderboard_gpqa": ["c"]}}
+    results["n-samples"] = {"a": {"effective": 10}, "b": {"effective": 30}}
+    results |= {"n-shot": {"a": 4, "b": 4, "c": 0}, "configs": {}}
+    ways = ("exact_match_original", "exact_match")
+    values = {"a": (0.5, 0.04), "b": (0.1, 0.02)}
+    results["results"] = {
+        task: {f"{way},none": x for way in ways} | {f"{way}_stderr,none": error for way in ways}
+        for task, (x, error) in values.items()
+    }
+    group = {"exact_match,none": 0.3, "exact_match_stderr,none": 0.05}
+    results["results"] |= {"leaderboard_math_hard": group}
+    results["results"]["leaderboard_gpqa"] = {"acc_norm,none": 0.4, "acc_norm_stderr,none": 0.03}
+    scores, errors = leaderboard.collect(results, "MATH")
+    error = 100 * math.sqrt((10 * 0.04) ** 2 + (30 * 0.02) ** 2) / 40
+    expected = {"MATH": 20.0, "normalized/MATH": 20.0, "MATH (Math-Verify)": 30.0}
+    assert scores == pytest.approx(expected)
+    expected = {"MATH": error, "normalized/MATH": error, "MATH (Math-Verify)": 5.0}
+    assert errors == pytest.approx(expected)
+    scores, errors = leaderboard.collect(results, "GPQA")
+    assert scores == pytest.approx({"GPQA": 40, "normalized/GPQA": 20})  # (0.4 − 0.25) / 0.75
+    assert errors == pytest.approx({"GPQA": 3, "normalized/GPQA": 4})
 
 
 def test_ifeval_is_the_mean_of_two():
     values = {"prompt_level_strict_acc,none": 0.5, "inst_level_strict_acc,none": 0.7}
     results = {"results": {"leaderboard_ifeval": values}, "n-shot": {"leaderboard_ifeval": 0}}
     results["configs"] = {}
-    scores, errors = leaderboard.collect(results, ["IFEval"])
+    scores, errors = leaderboard.collect(results, "IFEval")
     assert scores == pytest.approx({"IFEval": 60, "normalized/IFEval": 60}) and errors == {}
 
 
@@ -950,6 +1025,10 @@ def test_the_harness_has_every_task_and_metric():
         config = read_task(index[task].yaml_path)
         listed = config.get("metric_list", config.get("aggregate_metric_list"))
         names = {metric["metric"] for metric in listed}
+        if task == "leaderboard_math_hard":  # the paper's metric is only that of the subtasks
+            names |= {
+                m["metric"] for m in read_task(index[config["task"][0]].yaml_path)["metric_list"]
+            }
         assert {metric.split(",")[0] for metric in metrics} <= names, task
         if task in leaderboard.SET_SHOTS:
             continue
