@@ -15,11 +15,14 @@ and a radar figure. Judging takes 160 calls, after one that shows whether the ju
 same command continues after an interruption. The judge: eval/judge.py.
 """
 
+import itertools
 import json
+import math
 import re
 import statistics
 import time
 import uuid
+from collections import defaultdict
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -266,6 +269,17 @@ def score(records: list[dict], questions: list[dict]) -> dict[str, float]:
     return scores | {"unparsable": sum(record["score"] == -1 for record in records)}
 
 
+def standard_error(runs: list[list[dict]]) -> float | None:
+    """The standard error of "score": of the mean over questions, each the mean of its judgments in
+    all runs. None for fewer than two questions."""
+    by_question = defaultdict(list)
+    for record in itertools.chain(*runs):
+        if record["score"] != -1:
+            by_question[record["question_id"]].append(record["score"])
+    means = [statistics.mean(values) for values in by_question.values()]
+    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+
+
 def radar_figure(scores: dict[str, dict[str, float]], path: Path) -> None:
     """The mean score in each category, a line for each model. Raises InputError if matplotlib is
     not installed."""
@@ -332,7 +346,7 @@ def main() -> None:
         return
     host = urlsplit(args.judge_base_url).netloc.replace(":", "_")
     judgments = folder / f"model_judgment-{host}"
-    runs = []
+    judged = []
     for repeat in range(1, args.repeats + 1):
         suffix = f"-{repeat}" if repeat > 1 else ""
         records = judge_all(
@@ -344,12 +358,15 @@ def main() -> None:
             path=judgments / f"{args.judge.replace('/', '_')}_single{suffix}.jsonl",
             workers=args.workers,
         )
-        runs.append(score(records, questions))
+        judged.append(records)
+    runs = [score(records, questions) for records in judged]
     if not all("score" in run for run in runs):
         raise InputError(f"none of the judgments holds a score: look at {judgments}")
     values = {key: [run[key] for run in runs if key in run] for key in runs[0]}
     scores = {key: statistics.mean(of_runs) for key, of_runs in values.items()}
     spread = {key: statistics.stdev(of_runs) for key, of_runs in values.items() if len(of_runs) > 1}
+    error = standard_error(judged)
+    errors = {} if error is None else {"score": error}
     settings = {
         "judge": args.judge,
         "judge_version": judge.version,
@@ -372,6 +389,7 @@ def main() -> None:
             "mt_bench",
             args.model,
             scores,
+            errors=errors,
             settings=settings,
             inputs={file.name: file_sha256(file) for file in files},
             packages=("openai",),
@@ -381,7 +399,8 @@ def main() -> None:
         text = f"{value:.2f}"
         if key == "unparsable":
             text = f"{value:g} of {2 * len(questions)} judgments"
-        print(f"{key:<14}{text:>8}" + (f" ± {spread[key]:.2f}" if key in spread else ""))
+        line = f"{key:<14}{text:>8}" + (f" ± {errors[key]:.2f}" if key in errors else "")
+        print(line + (f" (over repeats: ± {spread[key]:.2f})" if key in spread else ""))
     try:
         radar_figure({name: scores}, folder / "radar.png")
     except InputError as error:

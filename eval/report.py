@@ -5,9 +5,11 @@ of them.
     python -m eval.report results/* --output report          # and writes report.md and report.csv
 
 Every benchmark of eval/ writes one JSON file, OUTPUT_DIR/MODEL/BENCHMARK.json. A table has a row
-for each model and a column for each score. Its last column is the mean of the model's ranks in the
-other columns, where models with equal scores share the mean of their ranks; it is blank for a model
-without all of the scores.
+for each model and a column for each score, with its standard error where that is known. A column
+whose scores were obtained under different conditions (judge, chat template, data and so on) gets a
+footnote that names them, and takes no part in ranks. The last column is the mean of the model's
+ranks, where models with equal scores share the mean of their ranks; it is blank for a model without
+all of the scores.
 """
 
 import argparse
@@ -62,6 +64,14 @@ TABLES = {
         ("preference", "accuracy_sum"): "accuracy (sums)",
         ("preference", "inverse_perplexity/margin"): "margin",
     },
+}
+
+
+# The settings that must be equal for scores to be compared.
+CONDITIONS = {
+    "alpaca_eval2": ("annotator", "judge_model", "judge_version"),
+    "mt_bench": ("judge", "judge_version", "reference", "repeats"),
+    "preference": ("data", "max_length", "max_prompt_length"),
 }
 
 
@@ -211,44 +221,89 @@ def average_ranks(rows: list[list[float | None]]) -> list[float | None]:
     return [statistics.mean(map(rank, row, columns)) if row in complete else None for row in rows]
 
 
-def tables(results: dict[str, dict[str, dict]]) -> list[tuple[str, list[str], list[list]]]:
-    """[(title, columns, rows)]: one row for each model that has any of the table's scores, its name
-    first and its average rank last; scores as numbers, None where there is none. Columns that no
-    model has and tables without rows are left out."""
-    scores = {
-        model: {(b, name): value for b in of_model for name, value in of_model[b]["scores"].items()}
-        for model, of_model in results.items()
-    }
+def conditions(result: dict, score: str) -> dict:
+    """What a score was obtained under, as far as it decides whether it can be compared."""
+    settings = result["settings"]
+    if result["benchmark"] == "leaderboard":  # each benchmark has its own
+        own = settings.get(score, {})
+        return {name: own.get(name) for name in ("apply_chat_template", "shots", "lm_eval")}
+    found = {name: settings.get(name) for name in CONDITIONS[result["benchmark"]]}
+    if result["benchmark"] == "preference":
+        found["files"] = sorted(digest[:12] for digest in result["inputs_sha256"].values())
+    return found
+
+
+def footnote(by_model: dict[str, dict]) -> str:
+    """{model: conditions} -> what differs among them, or an empty text."""
+    names = list(dict.fromkeys(name for found in by_model.values() for name in found))
+    differ = [n for n in names if len({repr(c.get(n)) for c in by_model.values()}) > 1]
+    models = {}
+    for model, found in by_model.items():
+        text = ", ".join(f"{name} {found.get(name)}" for name in differ)
+        models.setdefault(text, []).append(model)
+    return "; ".join(f"{', '.join(m)}: {text}" for text, m in models.items()) if differ else ""
+
+
+def tables(results: dict[str, dict[str, dict]]) -> list[tuple[str, list[str], list[list], list]]:
+    """[(title, columns, rows, footnotes)]: one row for each model that has any of the table's
+    scores, its name first and its average rank last; scores as (value, standard error or None), or
+    None where there is none. footnotes: one for each score's column, empty if its scores can be
+    compared; the others are not ranked. Columns that no model has and tables without rows are left
+    out."""
     nonempty = []
     for title, columns in TABLES.items():
-        shown = [key for key in columns if any(key in values for values in scores.values())]
-        rows = [
-            [model, *map(values.get, shown)]
-            for model, values in scores.items()
-            if values.keys() & columns.keys()
+        rows, header, footnotes = {}, [], []
+        for (benchmark, name), column in columns.items():
+            having = {
+                model: of_model[benchmark]
+                for model, of_model in results.items()
+                if name in of_model.get(benchmark, {"scores": {}})["scores"]
+            }
+            if not having:
+                continue
+            for model, result in having.items():
+                value = result["scores"][name], result["standard_errors"].get(name)
+                rows.setdefault(model, {})[column] = value
+            header.append(column)
+            footnotes.append(footnote({m: conditions(r, name) for m, r in having.items()}))
+        ranked = [column for column, note in zip(header, footnotes) if not note]
+        values = [[row[c][0] if c in row else None for c in ranked] for row in rows.values()]
+        lines = [
+            [model, *map(row.get, header), rank]
+            for (model, row), rank in zip(rows.items(), average_ranks(values))
         ]
-        for row, rank in zip(rows, average_ranks([row[1:] for row in rows])):
-            row.append(rank)
-        if rows:
-            header = ["model", *(columns[key] for key in shown), "average rank"]
-            nonempty.append((title, header, rows))
+        if lines:
+            nonempty.append((title, ["model", *header, "average rank"], lines, footnotes))
     return nonempty
 
 
-def markdown(title: str, columns: list[str], rows: list[list]) -> str:
-    """One table in Markdown. The best value of a column with at least two values is bold."""
-    best = []
-    for column, values in zip(columns[1:], list(zip(*rows))[1:]):
-        numbers = [value for value in values if value is not None]
-        choose = min if column == "average rank" else max
-        best.append(choose(numbers) if len(numbers) > 1 else None)
-    lines = [f"**{title}**\n", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for model, *values in rows:
-        cells = [model]
-        for value, top in zip(values, best):
-            text = "–" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
-            cells.append(f"**{text}**" if value is not None and value == top else text)
-        lines.append("| " + " | ".join(cells) + " |")
+def markdown(title: str, columns: list[str], rows: list[list], footnotes: list[str]) -> str:
+    """One table in Markdown. The best value of a column with at least two comparable values is
+    bold."""
+    cells, notes, header = [[row[0] for row in rows]], [], [columns[0]]
+    for column, values, note in zip(columns[1:-1], list(zip(*rows))[1:-1], footnotes):
+        given = [value for value, _ in filter(None, values)]
+        # Percentages and ratings with two digits; shares and differences with four.
+        digits = 2 if max(map(abs, given)) > 1 else 4
+        top = max(given) if len(given) > 1 and not note else None
+        texts = []
+        for value, error in (value or (None, None) for value in values):
+            text = "–" if value is None else f"{value:.{digits}f}"
+            text = f"**{text}**" if value is not None and value == top else text
+            texts.append(text + (f" ± {error:.{digits}f}" if error is not None else ""))
+        cells.append(texts)
+        if note:
+            notes.append(f"{column}: not comparable. {note}")
+        header.append(f"{column} ({len(notes)})" if note else column)
+    ranks = [row[-1] for row in rows]
+    ranked = [rank for rank in ranks if rank is not None]
+    best = min(ranked) if len(ranked) > 1 else None
+    texts = ["–" if rank is None else f"{rank:.2f}" for rank in ranks]
+    cells.append([f"**{t}**" if r is not None and r == best else t for t, r in zip(texts, ranks)])
+    lines = [f"**{title}**\n", f"| {' | '.join([*header, columns[-1]])} |"]
+    lines.append("|---" * len(columns) + "|")
+    lines += [f"| {' | '.join(line)} |" for line in zip(*cells)]
+    lines += [f"\n({number}) {note}" for number, note in enumerate(notes, 1)]
     return "\n".join(lines) + "\n"
 
 
@@ -266,8 +321,14 @@ def main() -> None:
         Path(f"{args.output}.md").write_text(text)
         with open(f"{args.output}.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            for title, columns, rows in nonempty:
-                writer.writerows([[title], columns, *rows, []])
+            for title, (first, *scores, last), rows, footnotes in nonempty:
+                header = [c for score in scores for c in (score, f"{score} standard error")]
+                writer.writerows([[title], [first, *header, last]])
+                for model, *values, rank in rows:
+                    pairs = (value or (None, None) for value in values)
+                    writer.writerow([model, *(x for pair in pairs for x in pair), rank])
+                writer.writerows([[score, note] for score, note in zip(scores, footnotes) if note])
+                writer.writerow([])
 
 
 if __name__ == "__main__":

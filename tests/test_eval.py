@@ -134,8 +134,8 @@ def test_preference_refuses_two_models_of_one_name(model_folder, monkeypatch):
 # ---- Report --------------------------------------------------------------------------------------
 
 
-def write(folder: Path, model_folder: Path, benchmark: str, scores: dict) -> None:
-    report.write_result(folder, benchmark, str(model_folder), scores)
+def write(folder: Path, model_folder: Path, benchmark: str, scores: dict, **more) -> None:
+    report.write_result(folder, benchmark, str(model_folder), scores, **more)
 
 
 def test_average_ranks_by_hand():
@@ -159,8 +159,36 @@ def test_report(model_folder, other_folder, tmp_path):
     assert "| b | – | 50.00 | – |" in done.stdout
     assert "| model | MT-Bench | average rank |" in done.stdout and "7.12" in done.stdout
     rows = list(csv.reader(open(tmp_path / "report.csv")))
-    assert rows[:2] == [["Open LLM Leaderboard"], ["model", "BBH", "GSM8K", "average rank"]]
-    assert rows[2:4] == [["a", "0.5", "60.0", "1.0"], ["b", "", "50.0", ""]]
+    header = ["model", "BBH", "BBH standard error", "GSM8K", "GSM8K standard error", "average rank"]
+    assert rows[:2] == [["Open LLM Leaderboard"], header]
+    assert rows[2:4] == [["a", "0.5", "", "60.0", "", "1.0"], ["b", "", "", "50.0", "", ""]]
+
+
+def test_report_footnotes_what_it_cannot_compare(model_folder, tmp_path):
+    """Two judges, and two chat templates in one of two benchmarks: these columns are not ranked,
+    and no best value is marked."""
+    judges, shots = {"a": "new", "b": "old", "c": "new"}, {"shots": 5, "lm_eval": "0.4"}
+    for number, (name, judge) in enumerate(judges.items()):
+        settings = {"judge": judge, "judge_version": "1", "reference": "gpt-4", "repeats": 1}
+        more = {"settings": settings, "errors": {"score": 0.25}}
+        write(tmp_path / name, model_folder, "mt_bench", {"score": 7.0 + number}, **more)
+        settings = {"GSM8K": shots | {"apply_chat_template": name == "b"}}
+        settings |= {"ARC-Challenge": shots | {"apply_chat_template": False}}
+        scores = {"GSM8K": 60.0 + number, "ARC-Challenge": 0.5 + number}
+        more = {"settings": settings, "errors": {"ARC-Challenge": 0.125}}
+        write(tmp_path / name, model_folder, "leaderboard", scores, **more)
+    results = report.read_results(sorted(str(path) for path in tmp_path.iterdir()))
+    board, chat = (report.markdown(*table) for table in report.tables(results))
+    assert board.splitlines()[2:] == [
+        "| model | GSM8K (1) | ARC-Challenge | average rank |",
+        "|---|---|---|---|",
+        "| a | 60.00 | 0.50 ± 0.12 | 3.00 |",
+        "| b | 61.00 | 1.50 ± 0.12 | 2.00 |",
+        "| c | 62.00 | **2.50** ± 0.12 | **1.00** |",
+        "",
+        "(1) GSM8K: not comparable. a, c: apply_chat_template False; b: apply_chat_template True",
+    ]
+    assert "| b | 8.00 ± 0.25 | – |" in chat and "a, c: judge new; b: judge old" in chat
 
 
 def test_report_refuses_what_it_cannot_compare(model_folder, other_folder, tmp_path):
@@ -538,6 +566,9 @@ def test_mt_bench(mt_bench_data, model_folder, tmp_path):
     first = [number % 7 + 1 for number in range(81, 161) if number != 90]
     assert scores["turn 1"] == pytest.approx(sum(first) / 79) and scores["turn 2"] == 5
     assert scores["score"] == pytest.approx((sum(first) + 79 * 5) / 158)
+    # Of questions: the mean of the two turns each, whose difference is that of the first turns.
+    error = np.std(first, ddof=1) / 2 / math.sqrt(79)
+    assert result["standard_errors"] == {"score": pytest.approx(error)}
     writing = [number % 7 + 1 for number in range(81, 90)] + [5] * 9
     assert scores["writing"] == pytest.approx(sum(writing) / 18)
     assert scores["unparsable"] == 2 and result["settings"]["spread_over_repeats"]["score"] == 0
