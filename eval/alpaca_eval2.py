@@ -15,6 +15,7 @@ asked once. Needs alpaca_eval (eval/requirements.txt). The judge: eval/judge.py.
 
 import hashlib
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -150,6 +151,8 @@ def judge(
         lines = json.loads(cache.read_text())
         judged = [line for line in lines if line["preference"] not in (None, -1)]
         cache.write_text(json.dumps(judged))
+    # It logs thousands of lines; its errors are raised, too.
+    logging.disable(logging.ERROR)
     try:
         table, annotations = alpaca_eval.evaluate(
             model_outputs=str(outputs),
@@ -168,6 +171,8 @@ def judge(
             f"alpaca_eval with the judge {judge_model} failed: {error!r}. Its judgments so far are "
             f"kept in {cache}: run the command again to continue"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     row = table.iloc[0].to_dict()
     metrics = {key: value for key, value in row.items() if isinstance(value, (int, float))}
     preferences = [annotation["preference"] for annotation in annotations]

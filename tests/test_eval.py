@@ -221,10 +221,11 @@ def test_results_go_to_wandb(model_folder, tmp_path, monkeypatch):
 
 
 @contextmanager
-def judge_server(reply):
+def judge_server(reply, asks_probes: bool = False):
     """An OpenAI-compatible server on the loopback address: reply(request) -> a chat completion's
-    choice, or (HTTP status, message, code) of an error. Yields (its URL, the requests that it has
-    received but for the one that only shows that it is there)."""
+    choice, (HTTP status, message, code) of an error, or None, which drops the connection. Yields
+    (its URL, the requests that it has received but for the one that only shows that it is there,
+    which `reply` is asked for if asks_probes)."""
     requests = []
     probe_reply = {"message": {"role": "assistant", "content": "m"}}
     probe_reply["logprobs"] = {"content": [{"token": "m", "logprob": 0.0, "top_logprobs": []}]}
@@ -233,9 +234,12 @@ def judge_server(reply):
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             probe = request["messages"][-1]["content"].startswith("Answer with one letter")
-            answer = probe_reply if probe and reply in (choose, rate) else reply(request)
             if not probe:
                 requests.append(request)
+            answer = reply(request) if asks_probes or not probe else probe_reply
+            if answer is None:  # the connection is dropped
+                self.close_connection = True
+                return
             status = 200
             body = {
                 "id": "1",
@@ -288,7 +292,7 @@ def refuse(status: int, message: str, code: str, name: str = ""):
     ],
 )
 def test_a_judge_that_cannot_judge_is_one_line(reply, message):
-    with judge_server(reply) as (url, _), pytest.raises(InputError) as error:
+    with judge_server(reply, True) as (url, _), pytest.raises(InputError) as error:
         open_judge("mock", url, max_tokens=1, temperature=1, logprobs=True)
     text = str(error.value)
     assert re.search(f"the judge mock at {url}.*{message}", text) and "\n" not in text
@@ -309,7 +313,7 @@ def test_a_judge_is_asked_as_its_endpoint_wants_it():
             return 400, temperature, "unsupported_value"
         return {"message": {"role": "assistant", "content": "m"}}
 
-    with judge_server(reply) as (url, _):
+    with judge_server(reply, True) as (url, _):
         judge = open_judge("new", url, max_tokens=2048, temperature=0)
     assert judge.options == {"max_completion_tokens": 2048} and judge.version == "new"
     with judge_server(choose) as (url, _):
@@ -387,13 +391,29 @@ def instructions_sha256(alpaca: Path) -> str:
 
 
 def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
-    with judge_server(choose) as (url, requests):
+    """The judge drops a connection, and its quota is spent after 300 judgments. When there is a new
+    one, the same command asks for the judgments that are missing."""
+    failing = True
+
+    def reply(request: dict):
+        if failing and len(requests) == 100:
+            return None
+        if failing and len(requests) > 301:
+            return 429, "You exceeded your current quota", "insufficient_quota"
+        return choose(request)
+
+    with judge_server(reply) as (url, requests):
         flags = ("--judge_base_url", url, "--judge_model", "mock")
+        spent = alpaca_eval2(alpaca, model_folder, tmp_path, *flags, OPENAI_API_KEY="sk-secret")
+        (line,) = (line for line in spent.stderr.splitlines() if line.startswith("error: "))
+        assert spent.returncode == 1 and "You exceeded your current quota" in line
+        assert "Its judgments so far are kept in" in line and "Traceback" not in spent.stderr
+        (kept,) = (tmp_path / "tiny" / "alpaca_eval2").glob("judgments-*.json")
+        assert len(json.loads(kept.read_text())) == 288  # written after every 32
+        failing, asked = False, len(requests)
         done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags, OPENAI_API_KEY="sk-secret")
         assert done.returncode == 0, done.stderr[-3000:]
-        again = alpaca_eval2(alpaca, model_folder, tmp_path, *flags)
-        assert again.returncode == 0 and again.stdout == done.stdout
-    assert len(requests) == 805  # the second run asks the judge nothing
+        assert len(requests) - asked == 805 - 288
     keys = ("model", "max_tokens", "top_logprobs", "logprobs")
     assert {tuple(request[key] for key in keys) for request in requests} == {("mock", 1, 5, True)}
     result = json.loads((tmp_path / "tiny" / "alpaca_eval2.json").read_text())
