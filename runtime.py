@@ -220,15 +220,18 @@ def choose_loss(name: str, arguments: str) -> Callable:
 def start_process() -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device) of this process, from torchrun's environment; one process
     without it. Raises InputError if only a part of that environment is there."""
-    numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    numbers |= {name: os.environ[name] for name in numbers if name in os.environ}
-    there = [n in os.environ for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-    fit = (all(there) or not any(there[:2])) and all(map(str.isdecimal, numbers.values()))
-    rank, ranks, place, processes = map(int, numbers.values()) if fit else (0, 0, 0, 0)
-    if rank >= ranks:
-        found = " ".join(f"{name}={text}" for name, text in numbers.items())
-        problem = f"the environment ({found}) is not what torchrun sets"
-        raise InputError(f"{problem}: start with torchrun, or unset RANK and WORLD_SIZE")
+    rank, ranks, place, processes = 0, 1, 0, 1
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+        found = {name: os.environ.get(name, "") for name in names}
+        try:
+            rank, ranks, place, processes = (int(found[name]) for name in names[:4])
+        except ValueError:
+            ranks = 0
+        if not (0 <= rank < ranks and all(found.values())):
+            text = " ".join(f"{name}={value}" for name, value in found.items())
+            problem = f"the environment ({text}) is not what torchrun sets"
+            raise InputError(f"{problem}: start with torchrun, or unset RANK and WORLD_SIZE")
     if rank > 0:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

@@ -1,26 +1,25 @@
-"""Train the demo's model with every loss of loss.py on the same pairs, and write docs/study.md.
+"""Train the demo's model with every loss of loss.py at several learning rates, and write the tables
+and figures of docs/study.md.
 
-    python benchmarks/study.py                                   # the demo's pairs
-    python benchmarks/study.py --data hh.jsonl.gz --jobs 2       # other pairs; two runs at a time
-    python benchmarks/study.py --report                          # only the tables and figures
+    python benchmarks/study.py --jobs 2     # every run that docs/study.jsonl does not hold yet
+    python benchmarks/study.py --report     # only the tables and figures
 
-Every run is `python train.py` with its own --loss, --learning_rate and --seed, followed by answers
-to held-out prompts. Finished runs are lines of docs/study.jsonl, and the tables and figures are
-made from these lines alone. A study that is started again continues after them. Only short pairs
-are used, so that a run takes minutes on a CPU. The figures need matplotlib (eval/requirements.txt).
+A run is the demo with its own --loss, --loss_args, --learning_rate and --seed. Then the model
+answers new prompts, one sample each at temperature 1. Of every answer the study keeps its reward,
+its divergence from the starting model, its length, and whether the model ended it. A study that is
+started again continues after its finished runs; the tables and figures are made of docs/study.jsonl
+alone, and need matplotlib (eval/requirements.txt).
 """
 
 import argparse
+import hashlib
 import json
-import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,72 +29,52 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from data import COLUMNS, InputError, load_pairs, load_rows, load_tokenizer, parse_row
-from demo.smollm2 import resolve_model
-from eval.generate import generate
-from eval.plots import plot
+from data import InputError, load_tokenizer
+from demo.smollm2 import demo_model
+from eval.generate import generate_tokens, load_prompts, prompt_ids
+from eval.plots import new_figure, plot
+from eval.score import load_scorer
 from loss import LOSSES
-from runtime import run_command
+from runtime import read_lines, run_command, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNING_RATES = (3e-5, 1e-4)  # that of recipes/demo.yaml and a larger one
-# A run that does not change the model: what it logs are the metrics before training.
-START = ("simper", 1e-12)
+# What is compared: every loss with the hyperparameters of its paper, which are the defaults in
+# loss.py, and for DPO and SimPO others from their papers.
+ARMS = {loss: {"loss": loss} for loss in LOSSES}
+ARMS |= {f"dpo {args}": {"loss": "dpo", "loss_args": args} for args in ("beta=0.01", "beta=1")}
+ARMS |= {
+    f"simpo {args}": {"loss": "simpo", "loss_args": args}
+    for args in ("beta=2.5,gamma=0.25", "beta=10,gamma=3")
+}
+# A run that does not change the model: its metrics and answers are those of the start.
+START, START_RATE = "start", 1e-12
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
-# The most tokens that a prompt or a response may have, and the number of held-out pairs.
-LIMITS = {"prompt": 96, "response": 48, "heldout": 96}
-FLAGS = {"model": "demo", "batch_size": 8, "max_steps": 24, "max_length": 256}
-FLAGS |= {"max_prompt_length": 128, "micro_batch_tokens": 1024}
-FLAGS |= {"eval_every": 0, "save_every": 0, "wandb": "off"}
-PROMPTS, NEW_TOKENS = 32, 48  # held-out prompts that are answered, greedily
+LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
+SEEDS = 3  # of the order of the pairs and of the sampled answers
+PROMPTS, NEW_TOKENS, BATCH = 300, 48, 64
+RECIPE = ROOT / "recipes" / "demo.yaml"
+FLAGS = {"eval_every": 0, "save_every": 0, "wandb": "off"}
+SCORER = f"{ROOT / 'demo' / 'sentiment.py'}:score"
+NEW_PROMPTS = ROOT / "demo" / "new_prompts.jsonl"
 SIDES = ("chosen", "rejected")
-LOGGED = {"step", "accuracy", "grad_norm", "pairs_per_second", "peak_memory_gb", "loss"}
-LOGGED |= {f"{name}/{side}" for name in ("logps", "inverse_perplexity") for side in SIDES}
-LOGGED |= {f"gradient_weight/{side}" for side in SIDES}
+LOGGED = {
+    "step",
+    "accuracy",
+    *(f"{name}/{s}" for name in ("logps", "gradient_weight") for s in SIDES),
+}
 BEGIN, END = "<!-- the tables: written by benchmarks/study.py -->", "<!-- end of the tables -->"
 
 
-def select_pairs(data: str, folder: Path) -> tuple[str, str, str]:
-    """Write the short pairs of `data` to two files that have no prompt in common: (training file,
-    held-out file, description of both)."""
-    tokenizer = load_tokenizer(resolve_model(FLAGS["model"]))
-    pairs, _ = load_pairs(data, tokenizer, max_length=4096, max_prompt_length=2048)
-    short = [
-        p <= LIMITS["prompt"] and max(c, r) <= LIMITS["response"] for p, c, r in pairs["lengths"]
-    ]
-    pairs = pairs.select(np.flatnonzero(short))
-    if len(pairs) < LIMITS["heldout"] + FLAGS["batch_size"]:
-        raise InputError(f"{data} has only {len(pairs)} pairs within {LIMITS}")
-    heldout = range(len(pairs) - LIMITS["heldout"], len(pairs))
-    prompts = {tuple(pairs[i]["prompt"]) for i in heldout}
-    train = [i for i in range(heldout.start) if tuple(pairs[i]["prompt"]) not in prompts]
-    train_file, heldout_file = folder / "train.jsonl", folder / "heldout.jsonl"
-    rows = {source: load_rows(source) for source in map(str.strip, data.split(","))}
-    for path, indices in ((train_file, train), (heldout_file, heldout)):
-        with open(path, "w") as file:
-            for pair in pairs.select(indices):
-                row = rows[pair["source"]][pair["row"]]
-                row = {column: row[column] for column in COLUMNS if row.get(column)}
-                print(json.dumps(row), file=file)
-    prompt, chosen, rejected = np.array(pairs["lengths"]).mean(axis=0)
-    description = (
-        f"{len(train)} pairs, {len(heldout)} held out, "
-        f"mean tokens {prompt:.0f} + {chosen:.0f} + {rejected:.0f}"
-    )
-    return str(train_file), str(heldout_file), description
+# ---- A run ---------------------------------------------------------------------------------------
 
 
-def shorten(line: dict) -> dict:
-    """What the study uses of a line of metrics.jsonl, to five digits."""
-    return {key: float(f"{line[key]:.5g}") for key in line if key.removeprefix("eval/") in LOGGED}
-
-
-def run(flags: dict, output: Path, threads: int) -> dict:
-    """Train with `flags`, answer held-out prompts, and delete the model. Returns what the study
-    keeps of the run; {"error": text} if training diverged."""
+def run(arm: str, rate: float, seed: int, output: Path, threads: int) -> dict:
+    """Train, answer the new prompts, and delete the model. Returns what the study keeps of the run;
+    {"error": text} if training diverged."""
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, str(ROOT / "train.py")]
-    command += [f"--{name}={value}" for name, value in (flags | {"output_dir": output}).items()]
+    flags = FLAGS | ARMS.get(arm, {}) | {"learning_rate": rate, "seed": seed, "output_dir": output}
+    command = [sys.executable, str(ROOT / "train.py"), str(RECIPE)]
+    command += [f"--{name}={value}" for name, value in flags.items()]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -103,230 +82,226 @@ def run(flags: dict, output: Path, threads: int) -> dict:
         if not last.startswith("FloatingPointError"):  # no result: the run must be repeated
             raise RuntimeError(f"{' '.join(command)}: {last}")
         return {"error": last}
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    tokenizer = load_tokenizer(str(output / "final"))
-    model = AutoModelForCausalLM.from_pretrained(output / "final").eval()
-    prompts = [parse_row(row)[0] for row in load_rows(flags["eval_data"]).select(range(PROMPTS))]
-    answers = generate(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=PROMPTS)
-    lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text, _ in answers]
+    lines = [
+        {key: value for key, value in line.items() if key.removeprefix("eval/") in LOGGED}
+        for line in read_lines(output / "metrics.jsonl")
+    ]
+    evaluations = [line for line in lines if "eval/accuracy" in line]
+    steps = [line for line in lines if "accuracy" in line]
+    kept = {"before": evaluations[0], "after": evaluations[-1], "steps": steps}
+    kept |= judge(str(output / "final"), seed)
     shutil.rmtree(output / "final")
+    return json.loads(json.dumps(kept), parse_float=lambda text: float(f"{float(text):.5g}"))
+
+
+def judge(folder: str, seed: int) -> dict:
+    """Sampled answers of a model to the new prompts: what the study keeps of each, in lists."""
+    tokenizer, model = load_tokenizer(folder), load(folder)
+    prompts = load_prompts(str(NEW_PROMPTS), PROMPTS)
+    sampling = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "batch_size": BATCH, "seed": seed}
+    answers = generate_tokens(model, tokenizer, prompts, **sampling)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+    words = [text.split() for text in texts]
+    pairs = [pair for answer in words for pair in zip(answer, answer[1:])]
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    rows = [{"prompt": prompt, "answer": text} for prompt, text in zip(messages, texts)]
+    asked = prompt_ids(tokenizer, prompts, context=2**31)
     return {
-        "before": shorten(next(line for line in lines if "eval/loss" in line)),
-        "after": shorten(lines[-1]),
-        "steps": [shorten(line) for line in lines if "epoch" in line],
-        "answer_tokens": statistics.mean(lengths),
-        "finished": statistics.mean(finished for _, finished in answers),
+        "reward": load_scorer(SCORER)(rows),
+        "kl": divergences(model, load(demo_model()), asked, answers),
+        "tokens": [len(ids) for ids in answers],
+        "words": [len(answer) for answer in words],
+        "finished": [
+            len(ids) < NEW_TOKENS or ids[-1] in tokenizer.all_special_ids for ids in answers
+        ],
+        "distinct": len({*pairs}) / max(len(pairs), 1),  # share of distinct pairs of words
+        "examples": texts[:3],
     }
+
+
+def load(folder: str):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def divergences(model, start, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+    """The KL divergence of `model` from `start` along each answer (token ids), in nats: that of the
+    next token's distributions, summed over the answer's positions. Its mean over answers that were
+    sampled from `model` estimates KL(model ‖ start) of whole answers, by the chain rule."""
+    result = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
+    for first in range(0, len(order), 16):
+        batch = order[first : first + 16]
+        rows = [torch.tensor(prompts[i] + answers[i][:-1]) for i in batch]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # after what is read
+        logps, start_logps = (m(padded).logits.log_softmax(-1) for m in (model, start))
+        kl = (logps.exp() * (logps - start_logps)).sum(-1).double()
+        for row, i in enumerate(batch):
+            begin = len(prompts[i]) - 1
+            result[i] = kl[row, begin : begin + len(answers[i])].sum().item()
+    return [result[i] for i in range(len(prompts))]
 
 
 # ---- The report ----------------------------------------------------------------------------------
 
 
-def inverse_perplexity(result: dict, side: str) -> float:
-    return result["after"][f"eval/inverse_perplexity/{side}"]
-
-
-def margin(result: dict) -> float:
-    return inverse_perplexity(result, "chosen") - inverse_perplexity(result, "rejected")
-
-
-def logp_change(result: dict, side: str) -> float:
-    return result["after"][f"eval/logps/{side}"] - result["before"][f"eval/logps/{side}"]
-
-
-def seconds_per_step(result: dict) -> float:
-    batch_size = result["setting"]["flags"]["batch_size"]
-    return statistics.median(batch_size / line["pairs_per_second"] for line in result["steps"])
-
-
-# Column of the tables: its value for a finished run, and the digits after the point.
-TABLE_COLUMNS = {
-    "accuracy": (lambda r: r["after"]["eval/accuracy"], 3),
-    "inverse perplexity, chosen": (lambda r: inverse_perplexity(r, "chosen"), 4),
-    "rejected": (lambda r: inverse_perplexity(r, "rejected"), 4),
-    "margin": (margin, 4),
-    "change of mean log-prob, chosen": (lambda r: logp_change(r, "chosen"), 3),
-    "of rejected": (lambda r: logp_change(r, "rejected"), 3),
-    "answer tokens": (lambda r: r["answer_tokens"], 1),
-    "s/step": (seconds_per_step, 1),
-    "peak GB": (lambda r: max(line["peak_memory_gb"] for line in r["steps"]), 1),
-}
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean ± sample standard deviation."""
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def table(rows: list[tuple[str, float, list[dict]]]) -> str:
-    """Markdown: one row for each (loss, learning rate, its runs)."""
-    lines = [
-        f"| {' | '.join(['loss', 'learning rate', 'seeds', *TABLE_COLUMNS])} |",
-        "|---" * (3 + len(TABLE_COLUMNS)) + "|",
+def resample(*groups: list[dict], key: str, times: int = 2000) -> np.ndarray:
+    """The mean of `key` over the answers of each group of runs, and its means over bootstrap
+    samples of the seeds and of the prompts: (groups, 1 + times). All groups have the same seeds and
+    share the samples, so that their differences are paired."""
+    values = [np.array([run[key] for run in sorted(g, key=lambda r: r["seed"])]) for g in groups]
+    seeds, prompts = values[0].shape
+    rng = np.random.default_rng(0)
+    draws = [(np.arange(seeds), np.arange(prompts))]
+    draws += [
+        (rng.integers(seeds, size=seeds), rng.integers(prompts, size=prompts)) for _ in range(times)
     ]
-    for loss, rate, runs in rows:
-        start = (loss, rate) == START
-        cells = ["before training", "–"] if start else [loss, f"{rate:g}"]
-        cells.append(str(len(runs)))
-        cells += [
-            spread([value(run) for run in runs], digits) for value, digits in TABLE_COLUMNS.values()
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return np.array([[value[np.ix_(*draw)].mean() for draw in draws] for value in values])
 
 
-def read_results(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def interval(means: np.ndarray) -> tuple[float, float, float]:
+    """(mean, low, high) of resample's row: the ends of the 95 % interval."""
+    return (means[0], *np.percentile(means[1:], (2.5, 97.5)))
 
 
 def group_runs(results: list[dict]) -> dict[tuple[str, float], list[dict]]:
-    """{(loss, learning rate): its finished runs in the order of their seeds}"""
+    """{(arm, learning rate): its finished runs}"""
     groups = {}
-    for result in sorted(results, key=lambda r: r["seed"]):
+    for result in results:
         if "error" not in result:
-            groups.setdefault((result["loss"], result["learning_rate"]), []).append(result)
+            groups.setdefault((result["arm"], result["learning_rate"]), []).append(result)
     return groups
 
 
+def mean(runs: list[dict], key: str) -> float:
+    return float(np.mean([np.mean(run[key]) for run in runs]))
+
+
 def best_rates(groups: dict) -> dict[str, float]:
-    """The learning rate that each loss is compared at: the one with the highest mean accuracy on
-    the held-out pairs and, of equal ones, with the largest margin."""
-    best = {}
-    for (loss, rate), runs in groups.items():
-        if (loss, rate) != START:
-            accuracy = statistics.mean(run["after"]["eval/accuracy"] for run in runs)
-            score = accuracy, statistics.mean(map(margin, runs)), rate
-            best[loss] = max(best.get(loss, score), score)
-    return {loss: rate for loss, (_, _, rate) in best.items()}
+    """The learning rate at which each arm's answers have the highest mean reward."""
+    rates = {}
+    for arm, rate in groups:
+        rates.setdefault(arm, []).append(rate)
+    return {
+        arm: max(r, key=lambda rate: mean(groups[arm, rate], "reward")) for arm, r in rates.items()
+    }
 
 
-def tables(results: list[dict]) -> str:
+def change(runs: list[dict], side: str) -> float:
+    """The change of the held-out mean log-prob, in nats per token."""
+    name = f"eval/logps/{side}"
+    return float(np.mean([run["after"][name] - run["before"][name] for run in runs]))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables(setting: dict, results: list[dict]) -> str:
     """The generated part of docs/study.md."""
     groups = group_runs(results)
-    rates = best_rates(groups)
-    start = [(*START, groups[START])] if START in groups else []
-    compared = [(loss, rates[loss], groups[loss, rates[loss]]) for loss in LOSSES if loss in rates]
-    every_run = [(*key, groups[key]) for key in product(LOSSES, LEARNING_RATES) if key in groups]
-    setting = results[0]["setting"]
-    flags = setting["flags"]
-    finished = [result["learning_rate"] for result in results if "error" not in result]
-    counts = ", ".join(f"{finished.count(rate)} at {rate:g}" for rate in LEARNING_RATES)
-    failed = [
-        f"{r['loss']} at {r['learning_rate']:g}, seed {r['seed']}: {r['error']}"
-        for r in results
-        if "error" in r
-    ]
-    parts = [
-        f"{setting['pairs']}; {flags['max_steps']} steps of {flags['batch_size']} pairs; "
-        f"{setting['versions']}. Finished runs: {counts}; {len(LOSSES)} losses.",
-        f"Failed: {'; '.join(failed)}." if failed else "",
-        "### Each loss at its learning rate",
-        table(start + [row for row in compared if is_rival(row[0])]),
-        "### SimPER without its parts",
-        table([row for row in compared if row[0] in ABLATIONS]),
-        "### Every run",
-        table(every_run),
-    ]
-    return "\n\n".join(filter(None, parts))
-
-
-def is_rival(loss: str) -> bool:
-    """Whether a loss is in the comparison of SimPER with other losses."""
-    return loss == "simper" or loss not in ABLATIONS
+    best = best_rates(groups)
+    simper = groups.get(("simper", best.get("simper")), [])
+    header = ["loss", "learning rate", "seeds", "reward [95 %]", "minus SimPER's [95 %]", "KL"]
+    header += ["words", "finished", "distinct", "Δ chosen", "Δ rejected"]
+    rows, every = [], []
+    for arm in filter(best.get, (START, *ARMS)):
+        runs = groups[arm, best[arm]]
+        reward, low, high = interval(resample(runs, key="reward")[0])
+        row = [arm, "–" if arm == START else f"{best[arm]:g}", str(len(runs))]
+        row += [f"{reward:.3f} [{low:.3f}, {high:.3f}]", "–"]
+        if arm not in (START, "simper") and len(runs) == len(simper):
+            difference, low, high = interval(np.subtract(*resample(runs, simper, key="reward")))
+            bold = "**" if low > 0 or high < 0 else ""  # an effect; the others are ties
+            row[-1] = f"{bold}{difference:+.3f}{bold} [{low:+.3f}, {high:+.3f}]"
+        for key, digits in (("kl", 1), ("words", 1), ("finished", 2), ("distinct", 2)):
+            row.append(f"{mean(runs, key):.{digits}f}")
+        rows.append(row + [f"{change(runs, side):+.2f}" for side in SIDES])
+        cells = [groups.get((arm, rate)) for rate in LEARNING_RATES if arm != START]
+        every.append(
+            [arm, *(f"{mean(c, 'reward'):.3f} ({mean(c, 'kl'):.1f})" if c else "" for c in cells)]
+        )
+    total = (1 + len(ARMS) * len(LEARNING_RATES)) * SEEDS
+    failed = [f"{r['arm']} at {r['learning_rate']:g}" for r in results if "error" in r]
+    counts = f"{len(results)} of {total} runs; {setting['versions']}."
+    counts += f" Diverged: {'; '.join(failed)}." if failed else ""
+    at_every_rate = table(["reward (KL) at", *(f"{r:g}" for r in LEARNING_RATES)], every[1:])
+    return "\n\n".join([counts, table(header, rows), at_every_rate])
 
 
 def figures(results: list[dict], folder: Path) -> None:
-    """study-rivals.png, study-ablations.png, study-weights.png: training dynamics of each loss at
-    its learning rate. Log-probs are those of the training batches, minus those of the starting
-    model on the same batches, so that differences between batches add no noise."""
+    """study-frontier.png, study-rates.png and study-dynamics.png."""
     groups = group_runs(results)
-    start_steps = {result["seed"]: result["steps"] for result in groups.get(START, [])}
-    curves = {}
-    for loss, rate in best_rates(groups).items():
-        runs = [run for run in groups[loss, rate] if run["seed"] in start_steps]
-        if runs:
-            curves[loss] = [subtract(run["steps"], start_steps[run["seed"]]) for run in runs]
+    best = best_rates(groups)
+    rivals = [arm for arm in LOSSES if arm == "simper" or arm not in ABLATIONS]
+    panels = {"losses": rivals, "SimPER without its parts": ABLATIONS}
+    for name, label in (
+        ("frontier", "KL from the start, nats an answer"),
+        ("rates", "learning rate"),
+    ):
+        with new_figure(folder / f"study-{name}.png", list(panels), (5.5, 4.0)) as axes:
+            for axis, arms in zip(axes, panels.values()):
+                for arm in filter(best.get, arms):
+                    rates = [rate for rate in LEARNING_RATES if (arm, rate) in groups]
+                    x = rates if name == "rates" else [mean(groups[arm, r], "kl") for r in rates]
+                    means = [interval(resample(groups[arm, r], key="reward")[0]) for r in rates]
+                    y, low, high = map(np.array, zip(*means))
+                    width = 2.5 if arm == "simper" else 1.2
+                    errors = (y - low, high - y)
+                    axis.errorbar(x, y, errors, label=arm, marker=".", lw=width, elinewidth=0.7)
+                start = mean(groups[START, START_RATE], "reward")
+                axis.axhline(start, color="grey", linestyle=":", label="before training")
+                axis.set(xscale="log", xlabel=label, ylabel="mean reward")
+    start_steps = {run["seed"]: run["steps"] for run in groups[START, START_RATE]}
+    curves = {
+        arm: [subtract(run["steps"], start_steps[run["seed"]]) for run in groups[arm, best[arm]]]
+        for arm in filter(best.get, LOSSES)
+    }
     changes = {
         "change of mean log-prob, chosen": lambda line: line["logps/chosen"],
         "change of mean log-prob, rejected": lambda line: line["logps/rejected"],
         "change of their margin": lambda line: line["logps/chosen"] - line["logps/rejected"],
     }
-    weights = {
-        "log10 of gradient weight, chosen": lambda line: log_weight(line, "chosen"),
-        "log10 of gradient weight, rejected": lambda line: log_weight(line, "rejected"),
-    }
-    for name, losses, panels in (
-        ("rivals", filter(is_rival, curves), changes),
-        ("ablations", ABLATIONS, changes),
-        ("weights", ("simper", "simpo", "dpo"), weights),
-    ):
-        selected = {loss: curves[loss] for loss in losses if loss in curves}
-        plot(selected, str(folder / f"study-{name}.png"), panels)
+    plot(curves, str(folder / "study-dynamics.png"), changes)
 
 
 def subtract(steps: list[dict], start_steps: list[dict]) -> list[dict]:
-    """The lines of `steps`, with those of `start_steps` subtracted from their log-probs."""
+    """The lines of `steps`, with those of `start_steps` subtracted from their log-probs: the same
+    batches under the starting model, so that differences between batches add no noise."""
     return [
-        line | {f"logps/{side}": line[f"logps/{side}"] - start[f"logps/{side}"] for side in SIDES}
-        for line, start in zip(steps, start_steps)
+        line | {f"logps/{side}": line[f"logps/{side}"] - first[f"logps/{side}"] for side in SIDES}
+        for line, first in zip(steps, start_steps)
     ]
-
-
-def log_weight(line: dict, side: str) -> float:
-    return math.log10(max(line[f"gradient_weight/{side}"], 1e-6))
-
-
-def report(results: list[dict], page: Path) -> None:
-    """Write the tables into the page, in place of earlier ones, and the figures beside it."""
-    before, _, rest = (page.read_text() if page.exists() else f"{BEGIN}{END}\n").partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{rest.partition(END)[2]}")
-    figures(results, page.parent)
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def run_all(args, results: list[dict]) -> None:
-    """Make the runs of the study that are not in `results`; add each to `results` and to the file
-    args.results when it is finished."""
-    folder = Path(args.output_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    train_file, heldout_file, description = select_pairs(args.data, folder)
-    setting = {
-        "data": ",".join(Path(source.strip()).name for source in args.data.split(",")),
-        "pairs": description,
-        "limits": LIMITS,
-        "flags": FLAGS,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-    }
-    if results and results[0]["setting"] != setting:
-        raise InputError(
-            f"{args.results} holds runs of another setting, {results[0]['setting']}: "
-            "choose another --results"
-        )
-    # All losses at one rate, seed after seed: whatever is finished compares them.
-    seeds = range(args.seeds)
-    plan = [(*START, seed) for seed in seeds]
-    for rate, seed, loss in product(LEARNING_RATES, seeds, args.losses):
-        plan.append((loss, rate, seed))
-    done = {(r["loss"], r["learning_rate"], r["seed"]) for r in results}
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
+    """Make the runs that are not in `results`, and add each to it and to the file at its end."""
+    # Seed after seed: whatever is finished compares all losses.
+    arms = [(START, START_RATE), *((arm, rate) for rate in LEARNING_RATES for arm in ARMS)]
+    done = {(r["arm"], r["learning_rate"], r["seed"]) for r in results}
+    plan = [(*entry, seed) for seed in range(SEEDS) for entry in arms]
+    threads, lock = max(1, (os.cpu_count() or 1) // jobs), threading.Lock()
     torch.set_num_threads(threads)
-    lock = threading.Lock()
 
     def work(entry: tuple[str, float, int]) -> None:
-        loss, rate, seed = entry
-        key = {"loss": loss, "learning_rate": rate, "seed": seed}
-        flags = FLAGS | {"train_data": train_file, "eval_data": heldout_file} | key
-        result = key | {"setting": setting}
-        result |= run(flags, folder / f"{loss}-{rate:g}-{seed}", threads)
-        with lock, open(args.results, "a") as file:
+        arm, rate, seed = entry
+        name = f"{arm}-{rate:g}-{seed}".replace(" ", "-")
+        result = {"arm": arm, "learning_rate": rate, "seed": seed}
+        result |= run(arm, rate, seed, output / name, threads)
+        with lock, open(path, "a") as file:
             results.append(result)
             print(json.dumps(result), file=file)
-            print(f"{len(results)} finished: {entry}", result.get("error", ""), flush=True)
+            print(
+                f"{len(results)} of {len(plan)} finished: {name}",
+                result.get("error", ""),
+                flush=True,
+            )
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, [entry for entry in plan if entry not in done]))
 
 
@@ -334,29 +309,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data",
-        default="demo/train.jsonl,demo/heldout.jsonl",
-        help="sources as for train.py's --train_data",
-    )
-    parser.add_argument(
-        "--results", default=str(ROOT / "docs" / "study.jsonl"), help="finished runs, one a line"
-    )
-    parser.add_argument(
-        "--page", default=str(ROOT / "docs" / "study.md"), help="page whose tables are written"
-    )
-    parser.add_argument("--output_dir", default="runs/study", help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "study.jsonl")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "study.md")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/study"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--report", action="store_true", help="only write the tables and figures")
     args = parser.parse_args()
-    results = read_results(Path(args.results))
+    setting, results = read_results(args.results)
     if not args.report:
-        run_all(args, results)
-    if not results:
-        raise InputError(f"{args.results} holds no finished run")
-    report(results, Path(args.page))
+        now = this_setting()
+        if setting and setting != now:
+            raise InputError(f"{args.results} holds runs of another setting, {setting}, not {now}")
+        if not setting:
+            write_whole(args.results, json.dumps(setting := now) + "\n")
+        run_all(results, args.results, args.output_dir.resolve(), args.jobs)
+    if not any(result["arm"] == START for result in results):
+        raise InputError(f"{args.results} does not hold a finished run of the start")
+    report(setting, results, args.page)
+
+
+def this_setting() -> dict:
+    """What all runs of a study have in common."""
+    files = [RECIPE, *(ROOT / "demo" / f"{n}.jsonl" for n in ("train", "heldout", "new_prompts"))]
+    return {
+        "files_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
+        "prompts": PROMPTS,
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+
+
+def read_results(path: Path) -> tuple[dict, list[dict]]:
+    """(the setting, the finished runs) of a results file; ({}, []) if there is none."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # without a line whose writing was interrupted
+    if whole != text:
+        write_whole(path, whole)
+    lines = [json.loads(line) for line in whole.splitlines()]
+    return (lines[0], lines[1:]) if lines else ({}, [])
+
+
+def report(setting: dict, results: list[dict], page: Path) -> None:
+    """Write the tables into the page, in place of earlier ones, and the figures beside it."""
+    before, _, rest = (page.read_text() if page.exists() else f"{BEGIN}{END}\n").partition(BEGIN)
+    text = tables(setting, results)
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    figures(results, page.parent)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The demo's reward: how positive an answer is, by the lexicon of vaderSentiment.
-
-Pairs of the demo's model by this reward (those in demo/train.jsonl are not made so):
+"""The demo's reward: how positive an answer is, by the lexicon of vaderSentiment. With it, the
+demo's model made the demo's pairs of its own answers:
 
     python -m eval.on_policy demo --data demo/prompts.jsonl --score demo/sentiment.py:score \\
-        --output pairs.jsonl --min_gap 0.3 --max_new_tokens 48 --batch_size 64
+        --samples 5 --temperature 0.8 --min_gap 0.3 --max_new_tokens 48 --batch_size 64 \\
+        --output pairs.jsonl
+    head -n 320 pairs.jsonl > demo/train.jsonl
+    tail -n 43 pairs.jsonl > demo/heldout.jsonl
 """
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer

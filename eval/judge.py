@@ -1,4 +1,5 @@
-"""The judge of AlpacaEval 2 and MT-Bench: a chat model behind OpenAI's API or one like it.
+"""The judge of AlpacaEval 2, MT-Bench and win rates: a chat model behind OpenAI's API or one like
+it.
 
 The paper's judges, gpt-4-1106-preview and gpt-4, are served no longer. The default here is a model
 with open weights, which stays what it is and which you serve yourself:
@@ -9,8 +10,15 @@ Another one is `--judge_base_url URL` and its name there. OPENAI_API_KEY is sent
 is set; it is written to no file.
 """
 
+import json
 import os
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
 
 from data import InputError
 
@@ -75,3 +83,63 @@ def open_judge(model: str, url: str, max_tokens: int, temperature: float, logpro
         )
     version = " ".join(filter(None, (reply.model, getattr(reply, "system_fingerprint", None))))
     return Judge(client, model, options, version)
+
+
+def read_records(path: Path) -> list[dict]:
+    """The JSON objects of a file of judgments, if there is one. A last line whose writing was
+    interrupted is removed."""
+    content = path.read_text() if path.exists() else ""
+    whole = content[: content.rfind("\n") + 1]
+    if whole != content:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def ask_all(
+    judge: Judge,
+    tasks: dict[Hashable, list[dict]],
+    record: Callable[[Hashable, str], dict],
+    path: Path,
+    workers: int,
+) -> dict[Hashable, dict]:
+    """Ask the judge for every task {key: messages} → {key: record(key, the judge's text)}. The
+    records are appended to `path` as they come.
+
+    workers: calls at a time. Raises InputError if a call fails, after the results of the calls that
+    are running are written.
+    """
+    from openai import OpenAIError
+
+    failed = threading.Event()
+
+    def ask(messages: list[dict]) -> str:
+        if failed.is_set():
+            raise CancelledError
+        reply = judge.client.chat.completions.create(
+            model=judge.model, messages=messages, **judge.options
+        )
+        return reply.choices[0].message.content or ""
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records, failure = {}, None
+    with ThreadPoolExecutor(workers) as pool, open(path, "a") as file:
+        futures = {pool.submit(ask, messages): key for key, messages in tasks.items()}
+        progress = {"desc": judge.model, "unit": "judgment", "dynamic_ncols": True}
+        for future in tqdm(as_completed(futures), total=len(tasks), **progress):
+            try:
+                text = future.result()
+            except CancelledError:
+                continue
+            except OpenAIError as error:
+                failure = failure or error
+                failed.set()  # no further calls; what the running ones bring is still written
+                continue
+            key = futures[future]
+            records[key] = record(key, text)
+            print(json.dumps(records[key]), file=file, flush=True)
+    if failure:
+        raise InputError(
+            f"the judge {judge.model} failed: {failure!r}. Its other judgments are kept in {path}: "
+            "run the command again to continue"
+        )
+    return records

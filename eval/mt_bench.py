@@ -23,16 +23,14 @@ import statistics
 import time
 import uuid
 from collections import defaultdict
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-from tqdm import tqdm
 
 from data import InputError
 from eval.generate import answer, engine_options, short_name
-from eval.judge import MODEL, Judge, open_judge
+from eval.judge import MODEL, Judge, ask_all, open_judge, read_records
 from eval.plots import new_figure
 from eval.report import GENERATION, file_sha256, make_parser, write_result
 from runtime import run_command
@@ -161,17 +159,6 @@ def judge_prompt(
     return template.format(**fields)
 
 
-def read_judgments(path: Path) -> dict[tuple[int, int], dict]:
-    """{(question_id, turn): record} of the judgments in `path`, if there are any. A last line whose
-    writing was interrupted is removed."""
-    content = path.read_text() if path.exists() else ""
-    whole = content[: content.rfind("\n") + 1]
-    if whole != content:
-        path.write_text(whole)
-    records = map(json.loads, whole.splitlines())
-    return {(record["question_id"], record["turn"]): record for record in records}
-
-
 def judge_all(
     judge: Judge,
     questions: list[dict],
@@ -184,13 +171,11 @@ def judge_all(
     """Judge both turns of every answer that `path` has no judgment of, append FastChat's records to
     it, and return all records, in the order of the questions.
 
-    workers: calls at a time. Raises InputError if `path` holds judgments
-    of different answers, and if a call fails, after the results of the running calls are written.
+    workers: calls at a time. Raises InputError if `path` holds judgments of different answers, and
+    as ask_all.
     """
-    from openai import OpenAIError
-
-    records = read_judgments(path)
-    tasks = []
+    records = {(r["question_id"], r["turn"]): r for r in read_records(path)}
+    tasks, names, texts = {}, {}, {}
     for question, given in zip(questions, answers):
         number = question["question_id"]
         for turn in (1, 2):
@@ -201,58 +186,30 @@ def judge_all(
                 given["choices"][0]["turns"],
                 references.get(number, []),
             )
+            names[number, turn], texts[number, turn] = template["name"], text
             if (number, turn) not in records:
-                tasks.append((number, turn, template, text))
+                tasks[number, turn] = [
+                    {"role": "system", "content": template["system_prompt"]},
+                    {"role": "user", "content": text},
+                ]
             elif records[number, turn]["user_prompt"] != text:
                 raise InputError(
                     f"{path} judges different answers: remove it, or choose another --output_dir"
                 )
 
-    def ask(number: int, turn: int, template: dict, text: str) -> dict:
-        messages = [
-            {"role": "system", "content": template["system_prompt"]},
-            {"role": "user", "content": text},
-        ]
-        reply = judge.client.chat.completions.create(
-            model=judge.model, messages=messages, **judge.options
-        )
-        judgment = reply.choices[0].message.content or ""
+    def record(key: tuple[int, int], judgment: str) -> dict:
         return {
-            "question_id": number,
+            "question_id": key[0],
             "model": answers[0]["model_id"],
-            "judge": [judge.model, template["name"]],
-            "user_prompt": text,
+            "judge": [judge.model, names[key]],
+            "user_prompt": texts[key],
             "judgment": judgment,
             "score": parse_score(judgment),
-            "turn": turn,
+            "turn": key[1],
             "tstamp": time.time(),
         }
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    failure = None
-    with ThreadPoolExecutor(workers) as pool, open(path, "a") as file:
-        futures = [pool.submit(ask, *task) for task in tasks]
-        for future in tqdm(
-            as_completed(futures),
-            total=len(tasks),
-            desc=judge.model,
-            unit="judgment",
-            dynamic_ncols=True,
-        ):
-            try:
-                record = future.result()
-            except (OpenAIError, CancelledError) as error:
-                failure = failure or error
-                # No further calls; the results of those that are running are still written.
-                pool.shutdown(wait=False, cancel_futures=True)
-                continue
-            print(json.dumps(record), file=file, flush=True)
-            records[record["question_id"], record["turn"]] = record
-    if failure:
-        raise InputError(
-            f"the judge {judge.model} failed: {failure!r}. Its other judgments are kept in {path}: "
-            "run the command again to continue"
-        )
+    records |= ask_all(judge, tasks, record, path, workers)
     return [records[question["question_id"], turn] for question in questions for turn in (1, 2)]
 
 

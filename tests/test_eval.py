@@ -706,6 +706,56 @@ def test_scores_are_read_as_fastchat_does(text, expected):
     assert mt_bench_module.parse_score(text) == expected
 
 
+# ---- Win rate against the chosen responses -------------------------------------------------------
+
+
+def test_win_rate(model_folder, tmp_path):
+    """A judge that finds a tie in every third conversation, prefers the chosen response in the next
+    and the model's in the third, and names none in the last. The first time its quota is spent."""
+    rows = [
+        {
+            "chosen": f"\n\nHuman: q {n}\n\nAssistant: gold",
+            "rejected": f"\n\nHuman: q {n}\n\nAssistant: x",
+        }
+        for n in range(31)
+    ]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    failing = True
+
+    def reply(request: dict):
+        if failing and len(requests) > 12:
+            return 429, "You exceeded your current quota", "insufficient_quota"
+        text = request["messages"][-1]["content"]
+        number = int(re.search(r"q (\d+)", text)[1])
+        gold = "A" if re.search(r"\[Answer A\]\ngold\n", text) else "B"
+        ours = "B" if gold == "A" else "A"
+        verdict = "both" if number == 30 else ("TIE", gold, ours)[number % 3]
+        return {"message": {"role": "assistant", "content": f"Compared.\n{verdict}"}}
+
+    with judge_server(reply) as (url, requests):
+        flags = ["--data", tmp_path / "hh.jsonl", "--judge", "mock", "--judge_base_url", url]
+        flags += ["--max_new_tokens", 5, "--workers", 1, "--output_dir", tmp_path / "results"]
+        spent = command("win_rate", model_folder, *flags)
+        assert spent.returncode == 1 and "your current quota" in spent.stderr.splitlines()[-1]
+        failing, asked = False, len(requests)
+        done = command("win_rate", model_folder, *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(requests) - asked == 31 - 12
+    result = json.loads((tmp_path / "results" / "tiny" / "win_rate.json").read_text())
+    third = 100 / 3
+    expected = {"win_rate": 50, "wins": third, "ties": third, "losses": third}
+    expected |= {"judged": 30, "unparsable": 1, "words/chosen": 1}
+    assert {name: result["scores"][name] for name in expected} == pytest.approx(expected)
+    # Of ten zeros, ten halves and ten ones
+    error = 100 * math.sqrt(20 * 0.25 / 29 / 30)
+    assert result["standard_errors"] == {"win_rate": pytest.approx(error)}
+    assert "win rate against the chosen responses: 50.0 % ± 7.6" in done.stdout
+    (path,) = (tmp_path / "results" / "tiny" / "win_rate").glob("judgments-*.jsonl")
+    places = [record["ours"] for record in read_lines(path)]
+    assert len(places) == 31 and 8 < places.count("A") < 23  # the order is random
+    assert {r["score"] for r in read_lines(path)} == {0, 0.5, 1, None}
+
+
 # ---- Open LLM Leaderboard ------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from eval.score import load_scorer, summary
 DEMO = Path(__file__).parent.parent / "demo"
 ROWS = {
     name: [json.loads(line) for line in (DEMO / f"{name}.jsonl").open()]
-    for name in ("prompts", "new_prompts")
+    for name in ("train", "heldout", "prompts", "new_prompts")
 }
 ANSWERS = [
     {"prompt": [{"role": "user", "content": question}], "answer": answer}
@@ -234,7 +234,7 @@ def test_the_demos_prompts():
     """No prompt twice, none in both files, and no word of a subject in both: a word counts as
     phrasing if at least ten prompts of either file have it."""
     train, new = ([words(row["prompt"]) for row in ROWS[n]] for n in ("prompts", "new_prompts"))
-    assert len(train) >= 340 and len(new) >= 120
+    assert len(train) >= 400 and len(new) >= 300
     assert len({*train, *new}) == len(train) + len(new)
     sets = [[{*prompt.split()} for prompt in prompts] for prompts in (train, new)]
     common = {w for part in sets for s in part for w in s if sum(w in t for t in part) >= 10}
@@ -248,3 +248,17 @@ def test_the_demos_reward():
     texts = ["VADER is smart, handsome, and funny.", "The book was good.", "Today sux!", "A table."]
     scores = load_scorer(f"{DEMO / 'sentiment.py'}:score")([{"answer": text} for text in texts])
     assert scores == pytest.approx([0.8316, 0.4404, -0.4199, 0.0], abs=1e-4)
+
+
+def test_the_demos_pairs():
+    """They are what their own samples say, by the scorer; no held-out prompt is trained on."""
+    scorer = load_scorer(f"{DEMO / 'sentiment.py'}:score")
+    prompts = [row["prompt"] for name in ("train", "heldout") for row in ROWS[name]]
+    assert len({*prompts}) == len(prompts) and {*prompts} <= {r["prompt"] for r in ROWS["prompts"]}
+    assert (len(ROWS["train"]), len(ROWS["heldout"])) == (320, 43)
+    for row in ROWS["train"] + ROWS["heldout"]:
+        scores = scorer([{"prompt": [], "answer": text} for text in row["samples"]])
+        assert scores == pytest.approx(row["scores"], abs=1e-9)
+        answers = list(zip(row["samples"], row["finished"], strict=True))
+        assert choose_pair(row["prompt"], answers, scores, 0.3) == row
+        assert row["chosen_score"] >= row["rejected_score"] + 0.3

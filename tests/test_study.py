@@ -1,22 +1,22 @@
 """The study of all losses, with a tiny model; its committed tables; and the figures of any runs."""
 
-import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from conftest import make_model, make_tokenizer
 from test_train import read_metrics, write_pairs
 
 from benchmarks import study
-from data import InputError, load_rows
+from data import InputError
 from eval import plots
-from loss import LOSSES, simper_loss
 
 ROOT = Path(__file__).parent.parent
-RATES = study.LEARNING_RATES
+WHOLE = {name: getattr(study, name) for name in ("ARMS", "LEARNING_RATES", "SEEDS")}
 
 
 @pytest.fixture(scope="module")
@@ -26,125 +26,168 @@ def tiny_study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     make_model("llama").save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
+    pairs = write_pairs(folder / "pairs.jsonl", 12)
+    recipe = {"model": str(folder / "model"), "train_data": pairs, "eval_data": pairs}
+    recipe |= {"batch_size": 4, "max_length": 200, "max_prompt_length": 100}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     page, results = folder / "study.md", folder / "study.jsonl"
     page.write_text(f"# Study\n\nWords.\n\n{study.BEGIN}\nold\n{study.END}\n\nMore words.\n")
-    changes = {"model": str(folder / "model"), "batch_size": 4, "max_steps": 3}
-    command = ["study.py", "--data", write_pairs(folder / "pairs.jsonl", 40)]
-    command += ["--results", str(results), "--page", str(page)]
+    command = ["study.py", "--results", str(results), "--page", str(page)]
     command += ["--output_dir", str(folder / "runs"), "--jobs", "2"]
-    command += ["--losses", "simper", "simper_log"]
+    arms = {"simper": {"loss": "simper"}, "simpo x": {"loss": "simpo", "loss_args": "beta=1"}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "FLAGS", study.FLAGS | changes)
-        patch.setattr(study, "LIMITS", {"prompt": 80, "response": 40, "heldout": 6})
+        patch.setattr(study, "RECIPE", folder / "recipe.yaml")
+        patch.setattr(study, "demo_model", lambda: str(folder / "model"))
+        patch.setattr(study, "ARMS", arms)
         patch.setattr(study, "PROMPTS", 4)
-        patch.setattr(study, "LEARNING_RATES", (3e-5,))
-        patch.setattr(sys, "argv", [*command, "--seeds", "1"])
+        patch.setattr(study, "NEW_TOKENS", 6)
+        patch.setattr(study, "LEARNING_RATES", (3e-3,))
+        patch.setattr(sys, "argv", command)
+        patch.setattr(study, "SEEDS", 1)
         study.main()
         first = results.read_text()
-        patch.setattr(sys, "argv", [*command, "--seeds", "2"])
+        results.write_text(first + '{"arm": "simp')  # its writing was interrupted
+        patch.setattr(study, "SEEDS", 2)
         study.main()
         yield folder, first, study.read_results(results)
 
 
 def test_study_continues_after_finished_runs(tiny_study):
-    folder, first, results = tiny_study
+    folder, first, (_, results) = tiny_study
     assert (folder / "study.jsonl").read_text().startswith(first)
-    done = [(r["loss"], r["learning_rate"], r["seed"]) for r in results]
-    settings = {study.START, ("simper", 3e-5), ("simper_log", 3e-5)}
+    done = [(r["arm"], r["learning_rate"], r["seed"]) for r in results]
+    settings = {("start", 1e-12), ("simper", 3e-3), ("simpo x", 3e-3)}
     assert len(done) == 6 and set(done) == {(*entry, seed) for entry in settings for seed in (0, 1)}
     assert not list((folder / "runs").glob("*/final"))  # the models are not kept
 
 
-def test_study_logs_what_the_runs_logged(tiny_study):
-    folder, _, results = tiny_study
+def test_study_keeps_what_the_runs_logged(tiny_study):
+    folder, _, (_, results) = tiny_study
     for result in results:
-        name = f"{result['loss']}-{result['learning_rate']:g}-{result['seed']}"
+        name = f"{result['arm']}-{result['learning_rate']:g}-{result['seed']}".replace(" ", "-")
         lines = read_metrics(folder / "runs" / name)
         before, after = result["before"], result["after"]
-        accuracy, logp = lines[0]["eval/accuracy"], lines[-1]["eval/logps/chosen"]
-        assert before["eval/accuracy"] == pytest.approx(accuracy, rel=1e-4)
-        assert after["eval/logps/chosen"] == pytest.approx(logp, rel=1e-4)
+        assert before["eval/accuracy"] == pytest.approx(lines[0]["eval/accuracy"], rel=1e-4)
+        assert after["eval/logps/chosen"] == pytest.approx(lines[-1]["eval/logps/chosen"], rel=1e-4)
         assert [line["step"] for line in result["steps"]] == [1, 2, 3]
-        assert result["answer_tokens"] >= 0 and 0 <= result["finished"] <= 1
-        if (result["loss"], result["learning_rate"]) == study.START:
-            assert after == before | {"step": 3}
+        assert {len(result[key]) for key in ("reward", "kl", "words", "finished")} == {4}
+        assert all(-1 <= reward <= 1 for reward in result["reward"])
+        if result["arm"] == "start":
+            assert after["eval/logps/chosen"] == before["eval/logps/chosen"]
+            assert max(map(abs, result["kl"])) < 1e-5
+        else:
+            assert min(result["kl"]) > 1e-4
+    losses = {
+        yaml.safe_load(path.read_text())["loss"] for path in folder.glob("runs/*/config.yaml")
+    }
+    assert losses == {"simper", "simpo"}
 
 
-def test_training_and_held_out_pairs_share_no_prompt(tiny_study):
-    folder, _, _ = tiny_study
-    train, heldout = (
-        [json.dumps(row["prompt"]) for row in load_rows(str(folder / "runs" / f"{name}.jsonl"))]
-        for name in ("train", "heldout")
-    )
-    assert len(heldout) == 6 and len(train) > 20
-    assert not {*train} & {*heldout}
+def test_divergence_equals_one_position_at_a_time():
+    """Against a forward of every prefix alone and torch's own divergence of distributions."""
+    model, start = make_model("llama", seed=1), make_model("llama", seed=2)
+    prompts, answers = [[5, 6, 7], [8], [9, 10]], [[11], [12, 13, 14, 15], [16, 17]]
+    for prompt, answer, found in zip(
+        prompts, answers, study.divergences(model, start, prompts, answers), strict=True
+    ):
+        expected = 0.0
+        for n in range(len(answer)):
+            ids = torch.tensor([prompt + answer[:n]])
+            p, q = (
+                torch.distributions.Categorical(logits=m(ids).logits[0, -1].double())
+                for m in (model, start)
+            )
+            expected += torch.distributions.kl_divergence(p, q).item()
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_tables_are_those_of_the_results(tiny_study):
     folder, _, results = tiny_study
     page = (folder / "study.md").read_text()
     assert page.startswith("# Study\n\nWords.\n") and page.endswith("\n\nMore words.\n")
-    assert study.tables(results) in page and "old" not in page
+    assert study.tables(*results) in page and "old" not in page
     figures = {path.name for path in folder.glob("*.png")}
-    assert figures == {f"study-{name}.png" for name in ("rivals", "ablations", "weights")}
-
-
-def result(loss: str, rate: float, seed: int, accuracy: float, chosen: float = 0.2) -> dict:
-    sides = {"eval/inverse_perplexity/chosen": chosen, "eval/inverse_perplexity/rejected": 0.1}
-    sides |= {"eval/logps/chosen": -2.0, "eval/logps/rejected": -3.0}
-    line = {"step": 1, "pairs_per_second": 4.0, "peak_memory_gb": 3.0}
-    flags = {"batch_size": 8, "max_steps": 1}
-    return {
-        "loss": loss,
-        "learning_rate": rate,
-        "seed": seed,
-        "setting": {"pairs": "few", "versions": "new", "flags": flags},
-        "before": sides | {"eval/accuracy": 0.5, "eval/logps/chosen": -2.5},
-        "after": sides | {"eval/accuracy": accuracy},
-        "steps": [line],
-        "answer_tokens": 10,
-        "finished": 1.0,
-    }
-
-
-def test_table_by_hand():
-    runs = [result("dpo", 1e-5, 0, 0.5), result("dpo", 1e-5, 1, 0.7)]
-    _, _, row = study.table([("dpo", 1e-5, runs)]).splitlines()
-    cells = row.removeprefix("| ").removesuffix(" |").split(" | ")
-    assert cells[:3] == ["dpo", "1e-05", "2"]
-    assert cells[3] == "0.600 ± 0.141"  # the sample standard deviation of 0.5 and 0.7 is 0.2/√2
-    assert cells[4:7] == ["0.2000 ± 0.0000", "0.1000 ± 0.0000", "0.1000 ± 0.0000"]
-    assert cells[7:9] == ["0.500 ± 0.000", "0.000 ± 0.000"]
-    assert cells[10:] == ["2.0 ± 0.0", "3.0 ± 0.0"]  # 8 pairs at 4 pairs/s
-
-
-def test_every_loss_has_its_better_rate():
-    low, high = 1e-5, 3e-5
-    results = [result("simper", high, 0, 0.5), result("simper", low, 0, 0.9)]
-    results += [result("dpo", low, 0, 0.7), result("dpo", high, 0, 0.6)]
-    results += [result("ipo", low, 0, 0.6), result("ipo", high, 0, 0.6, chosen=0.3)]
-    results += [result(*study.START, 0, 1.0)]
-    results += [{"loss": "sft", "learning_rate": low, "seed": 0, "error": "diverged"}]
-    rates = study.best_rates(study.group_runs(results))
-    assert rates == {"simper": low, "dpo": low, "ipo": high}
-    assert "sft at 1e-05, seed 0: diverged" in study.tables(results)
+    assert figures == {f"study-{name}.png" for name in ("frontier", "rates", "dynamics")}
 
 
 def test_other_settings_are_not_mixed(tiny_study, monkeypatch):
-    folder, _, _ = tiny_study
-    monkeypatch.setattr(study, "FLAGS", study.FLAGS | {"max_steps": 4})
+    monkeypatch.setattr(study, "PROMPTS", 5)
     with pytest.raises(InputError, match="holds runs of another setting"):
         study.main()
 
 
+# ---- The statistics ------------------------------------------------------------------------------
+
+
+def result(arm: str, rate: float, seed: int, rewards: list[float]) -> dict:
+    return {
+        "arm": arm,
+        "learning_rate": rate,
+        "seed": seed,
+        "before": {"eval/logps/chosen": -2.5, "eval/logps/rejected": -3.0},
+        "after": {"eval/logps/chosen": -2.0, "eval/logps/rejected": -3.25},
+        "steps": [],
+        "reward": rewards,
+        "kl": [2.0 * rate] * len(rewards),
+        "words": [20] * len(rewards),
+        "finished": [True, False] * (len(rewards) // 2),
+        "distinct": 0.5,
+    }
+
+
+def test_interval_by_hand():
+    """One seed: the bootstrap of a mean has the sample's standard error, and 1.96 of it to each
+    side. Two seeds that differ by 1: half of their resamples are of one seed alone."""
+    rewards = torch.linspace(-1, 1, 400, dtype=torch.float64).tolist()
+    mean, low, high = study.interval(study.resample([result("a", 1, 0, rewards)], key="reward")[0])
+    error = (sum(r * r for r in rewards) / 400) ** 0.5 / 400**0.5
+    assert mean == pytest.approx(0) and (high - low) == pytest.approx(2 * 1.96 * error, rel=0.1)
+    runs = [result("a", 1, seed, [float(seed)] * 10) for seed in (1, 0)]
+    means = study.resample(runs, key="reward")[0]
+    assert sorted(set(means)) == [0, 0.5, 1] and means[0] == 0.5
+    assert (means[1:] == 0.5).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_differences_are_paired():
+    """An arm whose answer to every prompt is better by 0.1 is better by that, without any spread,
+    however much the prompts and the seeds differ."""
+    better = [result("a", 1, seed, [seed, 0.5, -1.0, 7.0]) for seed in (0, 1)]
+    worse = [result("b", 1, r["seed"], [x - 0.1 for x in r["reward"]]) for r in reversed(better)]
+    difference = study.interval(
+        -1 * (lambda m: m[1] - m[0])(study.resample(better, worse, key="reward"))
+    )
+    assert difference == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_table_by_hand(monkeypatch):
+    for name, value in (WHOLE | {"LEARNING_RATES": (1.0, 2.0)}).items():
+        monkeypatch.setattr(study, name, value)
+    results = [result("start", 1e-12, 0, [0.0, 0.0])]
+    results += [result("simper", 1.0, 0, [0.5, 0.5]), result("simper", 2.0, 0, [0.2, 0.2])]
+    results += [result("dpo", 1.0, 0, [0.1, 0.1]), result("dpo", 2.0, 0, [0.4, 0.4])]
+    results += [result("ipo", 2.0, 0, [0.2, 0.8])]
+    results += [{"arm": "sft", "learning_rate": 1.0, "seed": 0, "error": "diverged"}]
+    text = study.tables({"versions": "torch 9"}, results)
+    cells = {row.split(" | ")[0]: row for row in text.splitlines()[4:9]}
+    assert "7 of 111 runs; torch 9. Diverged: sft at 1." in text
+    same = "2.0 | 20.0 | 0.50 | 0.50 | +0.50 | -0.25 |"
+    assert cells["| simper"] == f"| simper | 1 | 1 | 0.500 [0.500, 0.500] | – | {same}"
+    dpo = "| dpo | 2 | 1 | 0.400 [0.400, 0.400] | **-0.100** [-0.100, -0.100] | 4.0 |"
+    assert cells["| dpo"].startswith(dpo)
+    ipo = "| ipo | 2 | 1 | 0.500 [0.200, 0.800] | +0.000 [-0.300, +0.300] | 4.0 |"
+    assert cells["| ipo"].startswith(ipo)  # a tie
+    assert "| simper | 0.500 (2.0) | 0.200 (4.0) |" in text and "| ipo |  | 0.500 (4.0) |" in text
+
+
 def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
-    monkeypatch.setattr(study, "LEARNING_RATES", RATES)
+    for name, value in WHOLE.items():
+        monkeypatch.setattr(study, name, value)
     page = (ROOT / "docs" / "study.md").read_text()
-    results = study.read_results(ROOT / "docs" / "study.jsonl")
-    assert f"{study.BEGIN}\n\n{study.tables(results)}\n\n{study.END}" in page
+    setting, results = study.read_results(ROOT / "docs" / "study.jsonl")
+    assert f"{study.BEGIN}\n\n{study.tables(setting, results)}\n\n{study.END}" in page
     lines = [line for result in results for line in result.get("steps", [])]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    assert {r["loss"] for r in results} <= set(LOSSES) and simper_loss is LOSSES["simper"]
+    assert {r["arm"] for r in results} <= {"start", *study.ARMS}
 
 
 # ---- Figures of any runs -------------------------------------------------------------------------
@@ -152,7 +195,7 @@ def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
 
 def test_plots_command(tiny_study, tmp_path):
     folder, _, _ = tiny_study
-    runs = [str(folder / "runs" / name) for name in ("simper-3e-05-0", "simper_log-3e-05-0")]
+    runs = [str(folder / "runs" / name) for name in ("simper-0.003-0", "simpo-x-0.003-1")]
     figure = tmp_path / "figure.png"
     for flags in ([], ["--heldout"]):
         command = [sys.executable, "-m", "eval.plots", *runs, "--output", str(figure), *flags]

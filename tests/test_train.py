@@ -1137,7 +1137,10 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(base, tmp_path, monkeypatch):
 
 
 def test_more_processes_than_gpus_is_an_error(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(InputError, match="8 processes for 4 GPUs: lower --nproc_per_node"):
