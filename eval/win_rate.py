@@ -73,7 +73,7 @@ def judge_prompt(prompt: list | str, ours: str, chosen: str, ours_first: bool) -
 def parse_verdict(judgment: str) -> str:
     """ "A", "B" or "TIE": the last line, "" if it is none of them.
 
-    >>> parse_verdict("Both greet.\\n**TIE**"), parse_verdict("It helps.\\nB."), parse_verdict("A?B")
+    >>> parse_verdict("Both do.\\n**TIE**"), parse_verdict("It does.\\nB."), parse_verdict("A or B")
     ('TIE', 'B', '')
     """
     lines = judgment.strip().splitlines() or [""]

@@ -711,7 +711,7 @@ def test_scores_are_read_as_fastchat_does(text, expected):
 
 def test_win_rate(model_folder, tmp_path):
     """A judge that finds a tie in every third conversation, prefers the chosen response in the next
-    and the model's in the third, and names none in the last. The first time its quota is spent."""
+    and the model's in the third, and names none in the last. The first time, its key expires."""
     rows = [
         {
             "chosen": f"\n\nHuman: q {n}\n\nAssistant: gold",
@@ -724,7 +724,7 @@ def test_win_rate(model_folder, tmp_path):
 
     def reply(request: dict):
         if failing and len(requests) > 12:
-            return 429, "You exceeded your current quota", "insufficient_quota"
+            return 401, "The API key has expired", "invalid_api_key"
         text = request["messages"][-1]["content"]
         number = int(re.search(r"q (\d+)", text)[1])
         gold = "A" if re.search(r"\[Answer A\]\ngold\n", text) else "B"
@@ -736,7 +736,7 @@ def test_win_rate(model_folder, tmp_path):
         flags = ["--data", tmp_path / "hh.jsonl", "--judge", "mock", "--judge_base_url", url]
         flags += ["--max_new_tokens", 5, "--workers", 1, "--output_dir", tmp_path / "results"]
         spent = command("win_rate", model_folder, *flags)
-        assert spent.returncode == 1 and "your current quota" in spent.stderr.splitlines()[-1]
+        assert spent.returncode == 1 and "key has expired" in spent.stderr.splitlines()[-1]
         failing, asked = False, len(requests)
         done = command("win_rate", model_folder, *flags)
         assert done.returncode == 0, done.stderr[-3000:]
