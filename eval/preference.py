@@ -1,11 +1,15 @@
 """Held-out preference pairs under one or several models, through the packed forward of training.
 
     python -m eval.preference demo runs/demo/final --data demo/heldout.jsonl
+    python -m eval.preference runs/dpo/final --reference demo --data demo/heldout.jsonl
 
-Prints the models side by side. Writes, for each of them, OUTPUT_DIR/MODEL/preference.json and, pair
-by pair, preference_pairs.jsonl; with matplotlib also the paper's figure, the density of the inverse
-perplexity of chosen and rejected responses under each model: OUTPUT_DIR/preference.png. Runs as one
-process, on a GPU if there is one.
+Prints the models side by side. With --reference, also by the implicit reward of DPO and its kin: the
+log-prob of a response minus that under the model that training started from. Rows with a column
+`category` or, as RewardBench's, `subset` also give an accuracy for each.
+
+Writes, for each model, OUTPUT_DIR/MODEL/preference.json and, pair by pair, preference_pairs.jsonl;
+with matplotlib also the paper's figure, the density of the inverse perplexity of chosen and rejected
+responses under each model: OUTPUT_DIR/preference.png. Runs as one process, on a GPU if there is one.
 """
 
 import json
@@ -18,6 +22,7 @@ import torch.distributed as dist
 
 from data import (
     InputError,
+    fingerprint,
     load_pairs,
     load_rows,
     load_tokenizer,
@@ -44,16 +49,24 @@ def pair_logps(name: str, pairs, micro_batch_tokens: int) -> np.ndarray:
     return response_logps(model, pairs, micro_batches).cpu().numpy()
 
 
-def score(sums: np.ndarray, lengths: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
+def score(
+    sums: np.ndarray, lengths: np.ndarray, reference: np.ndarray | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
     """Summed log-probs (pairs, 2) and lengths (pairs, 2) → scores, and the standard errors of some
-    of them.
+    of them. reference: the summed log-probs under a reference model.
 
     accuracy: share of pairs whose chosen response has the higher mean log-prob; accuracy_sum: the
-    higher summed log-prob. inverse_perplexity, logps (per token) and length: means over the pairs.
+    higher summed log-prob; accuracy_implicit: the higher implicit reward (DPO, equation 5, where β
+    and the prompt's term do not matter), whose margin over β is given in nats. inverse_perplexity,
+    logps (per token) and length: means over the pairs.
     """
     means = sums / lengths
     inverse = np.exp(means)
     values = {"accuracy": means[:, 0] > means[:, 1], "accuracy_sum": sums[:, 0] > sums[:, 1]}
+    if reference is not None:
+        rewards = sums - reference
+        values["accuracy_implicit"] = rewards[:, 0] > rewards[:, 1]
+        values["implicit_reward/margin"] = rewards[:, 0] - rewards[:, 1]
     for side, name in enumerate(("chosen", "rejected")):
         values[f"inverse_perplexity/{name}"] = inverse[:, side]
         values[f"logps/{name}"] = means[:, side]
@@ -101,6 +114,7 @@ def main() -> None:
         default="demo/heldout.jsonl",
         help="sources of pairs, as for train.py's --eval_data",
     )
+    parser.add_argument("--reference", default="", metavar="MODEL", help="for implicit rewards")
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--max_prompt_length", type=int, default=1800)
     parser.add_argument("--micro_batch_tokens", type=int, default=8192)
@@ -120,16 +134,26 @@ def main() -> None:
         load_pairs(args.data, load_tokenizer(resolve_model(model)), **limits)
         for model in args.models
     ]
+    if args.reference:
+        reference_pairs, _ = load_pairs(
+            args.data, load_tokenizer(resolve_model(args.reference)), **limits
+        )
+        for model, (pairs, _) in zip(args.models, inputs):
+            if fingerprint(pairs) != fingerprint(reference_pairs):
+                raise InputError(f"{model} and the reference {args.reference} read other tokens")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    columns, inverse = {}, {}
+    columns, inverse, reference = {}, {}, None
+    if args.reference:
+        reference = pair_logps(args.reference, reference_pairs, args.micro_batch_tokens)
     for model, name, (pairs, report) in zip(args.models, names, inputs):
         print(f"{name}: {report}")
         sums = pair_logps(model, pairs, args.micro_batch_tokens)
         lengths = pair_lengths(pairs)[:, 1:]
-        scores, errors = score(sums, lengths)
+        scores, errors = score(sums, lengths, reference)
         places = list(zip(pairs["source"], pairs["row"]))
-        categories = [str(rows[source][row].get("category", "")) for source, row in places]
+        of_rows = [rows[source][row] for source, row in places]
+        categories = [str(row.get("category") or row.get("subset") or "") for row in of_rows]
         for category in sorted({*categories} - {""}):
             of_category = np.array(categories) == category
             category_scores, _ = score(sums[of_category], lengths[of_category])
@@ -141,7 +165,7 @@ def main() -> None:
             model,
             scores,
             errors=errors,
-            settings={"data": args.data, **limits, "pairs": report},
+            settings={"data": args.data, **limits, "pairs": report, "reference": args.reference},
             inputs=hashes,
             wandb_mode=args.wandb,
         )

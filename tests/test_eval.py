@@ -67,16 +67,18 @@ def other_folder(tmp_path_factory):
 def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
     data = Path(write_pairs(tmp_path / "pairs.jsonl", 9))
     rows = [
-        row | {"category": "odd" if i % 2 else "even"} for i, row in enumerate(read_lines(data))
+        row | ({"subset": "odd"} if i % 2 else {"category": "even"})
+        for i, row in enumerate(read_lines(data))
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--data", data, "--output_dir", tmp_path / "results", "--micro_batch_tokens", 250]
-    flags += ["--max_length", 96, "--max_prompt_length", 60]
+    flags += ["--max_length", 96, "--max_prompt_length", 60, "--reference", other_folder]
     done = command("preference", model_folder, other_folder, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     pairs, _ = load_pairs(str(data), make_tokenizer(), 96, 60)
     lengths = np.array(pairs["lengths"])
-    for name, seed in (("tiny", 0), ("other", 1)):
+    of_models = {}
+    for name, seed in (("other", 1), ("tiny", 0)):
         model, sums = make_model("llama", seed=seed).double(), []
         for pair in pairs:
             for side in ("chosen", "rejected"):
@@ -85,13 +87,16 @@ def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
                     logps = model(ids).logits[0, :-1].log_softmax(dim=-1)
                 logps = logps.gather(1, ids[0, 1:, None])[:, 0]
                 sums.append(logps[len(pair["prompt"]) - 1 :].sum().item())
-        sums = np.array(sums).reshape(-1, 2)
+        of_models[name] = sums = np.array(sums).reshape(-1, 2)
+        rewards = sums - of_models["other"]
         means = sums / lengths[:, 1:]
         result = json.loads((tmp_path / "results" / name / "preference.json").read_text())
         correct = means[:, 0] > means[:, 1]
         expected = {
             "accuracy": correct.mean(),
             "accuracy_sum": (sums[:, 0] > sums[:, 1]).mean(),
+            "accuracy_implicit": (rewards[:, 0] > rewards[:, 1]).mean(),
+            "implicit_reward/margin": (rewards[:, 0] - rewards[:, 1]).mean(),
             "accuracy/even": correct[::2].mean(),
             "accuracy/odd": correct[1::2].mean(),
             "inverse_perplexity/chosen": np.exp(means[:, 0]).mean(),
@@ -121,6 +126,12 @@ def test_preference_scores_by_hand():
     assert scores["accuracy"] == 0.5 and scores["accuracy_sum"] == 1.0 and scores["pairs"] == 2
     assert scores["inverse_perplexity/chosen"] == pytest.approx(5 / 16)
     assert scores["inverse_perplexity/margin"] == pytest.approx((1 / 4 - 1 / 8) / 2)
+    assert "accuracy_implicit" not in scores
+    # Under a reference, ln 2 less and more likely, then three times as likely and as before.
+    reference = sums + np.log([[2, 1 / 2], [1 / 3, 1]])
+    implicit, _ = score(sums, np.array([[2, 3], [1, 2]]), reference)
+    assert implicit["accuracy_implicit"] == 0.5
+    assert implicit["implicit_reward/margin"] == pytest.approx((np.log(3) - 2 * np.log(2)) / 2)
     # The values 1 and 0 have the sample deviation √½; over √2.
     assert errors["accuracy"] == pytest.approx(math.sqrt(0.5) / math.sqrt(2))
 
