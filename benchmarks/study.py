@@ -4,11 +4,11 @@ and figures of docs/study.md.
     python benchmarks/study.py --jobs 2     # every run that docs/study.jsonl does not hold yet
     python benchmarks/study.py --report     # only the tables and figures
 
-A run is the demo with its own --loss, --loss_args, --learning_rate and --seed. Then the model
-answers new prompts, one sample each at temperature 1. Of every answer the study keeps its reward,
-its divergence from the starting model, its length, and whether the model ended it. A study that is
-started again continues after its finished runs; the tables and figures are made of docs/study.jsonl
-alone, and need matplotlib (eval/requirements.txt).
+A run is the demo, 20 steps of it, with its own --loss, --loss_args, --learning_rate and --seed.
+Then the model answers new prompts, one sample each at temperature 1. Of every answer the study
+keeps its reward, its divergence from the starting model, its length, and whether the model ended
+it. A study that is started again continues after its finished runs; the tables and figures are made
+of docs/study.jsonl alone, and need matplotlib (eval/requirements.txt).
 """
 
 import argparse
@@ -53,7 +53,7 @@ LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 SEEDS = 3  # of the order of the pairs and of the sampled answers
 PROMPTS, NEW_TOKENS, BATCH = 300, 48, 64
 RECIPE = ROOT / "recipes" / "demo.yaml"
-FLAGS = {"eval_every": 0, "save_every": 0, "wandb": "off"}
+FLAGS = {"max_steps": 20, "eval_every": 0, "save_every": 0, "wandb": "off"}
 SCORER = f"{ROOT / 'demo' / 'sentiment.py'}:score"
 NEW_PROMPTS = ROOT / "demo" / "new_prompts.jsonl"
 SIDES = ("chosen", "rejected")
@@ -333,6 +333,7 @@ def this_setting() -> dict:
     files = [RECIPE, *(ROOT / "demo" / f"{n}.jsonl" for n in ("train", "heldout", "new_prompts"))]
     return {
         "files_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
+        "flags": FLAGS,
         "prompts": PROMPTS,
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }

@@ -3,13 +3,14 @@
     python -m eval.preference demo runs/demo/final --data demo/heldout.jsonl
     python -m eval.preference runs/dpo/final --reference demo --data demo/heldout.jsonl
 
-Prints the models side by side. With --reference, also by the implicit reward of DPO and its kin: the
-log-prob of a response minus that under the model that training started from. Rows with a column
+Prints the models side by side. With --reference, also by the implicit reward of DPO and its kin:
+the log-prob of a response minus that under the model that training started from. Rows with a column
 `category` or, as RewardBench's, `subset` also give an accuracy for each.
 
 Writes, for each model, OUTPUT_DIR/MODEL/preference.json and, pair by pair, preference_pairs.jsonl;
-with matplotlib also the paper's figure, the density of the inverse perplexity of chosen and rejected
-responses under each model: OUTPUT_DIR/preference.png. Runs as one process, on a GPU if there is one.
+with matplotlib also the paper's figure, the density of the inverse perplexity of chosen and
+rejected responses under each model: OUTPUT_DIR/preference.png. Runs as one process, on a GPU if
+there is one.
 """
 
 import json

@@ -39,6 +39,7 @@ def tiny_study(tmp_path_factory):
         patch.setattr(study, "RECIPE", folder / "recipe.yaml")
         patch.setattr(study, "demo_model", lambda: str(folder / "model"))
         patch.setattr(study, "ARMS", arms)
+        patch.setattr(study, "FLAGS", study.FLAGS | {"max_steps": 3})
         patch.setattr(study, "PROMPTS", 4)
         patch.setattr(study, "NEW_TOKENS", 6)
         patch.setattr(study, "LEARNING_RATES", (3e-3,))
