@@ -14,6 +14,7 @@ of docs/study.jsonl alone, and need matplotlib (eval/requirements.txt).
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -280,8 +281,9 @@ def subtract(steps: list[dict], start_steps: list[dict]) -> list[dict]:
 
 def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
     """Make the runs that are not in `results`, and add each to it and to the file at its end."""
-    # Seed after seed: whatever is finished compares all losses.
-    arms = [(START, START_RATE), *((arm, rate) for rate in LEARNING_RATES for arm in ARMS)]
+    # Seed after seed, from the demo's rate outwards: whatever is finished compares all losses.
+    rates = sorted(LEARNING_RATES, key=lambda rate: abs(math.log(rate / 2e-5)))
+    arms = [(START, START_RATE), *((arm, rate) for rate in rates for arm in ARMS)]
     done = {(r["arm"], r["learning_rate"], r["seed"]) for r in results}
     plan = [(*entry, seed) for seed in range(SEEDS) for entry in arms]
     threads, lock = max(1, (os.cpu_count() or 1) // jobs), threading.Lock()

@@ -26,12 +26,10 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from data import InputError
 from eval.generate import answer, engine_options, short_name
 from eval.judge import MODEL, Judge, ask_all, open_judge, read_records
-from eval.plots import new_figure
+from eval.plots import radar_figure
 from eval.report import GENERATION, file_sha256, make_parser, write_result
 from runtime import run_command
 
@@ -235,19 +233,6 @@ def standard_error(runs: list[list[dict]]) -> float | None:
             by_question[record["question_id"]].append(record["score"])
     means = [statistics.mean(values) for values in by_question.values()]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
-
-
-def radar_figure(scores: dict[str, dict[str, float]], path: Path) -> None:
-    """The mean score in each category, a line for each model. Raises InputError if matplotlib is
-    not installed."""
-    names = list(TEMPERATURES)
-    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-    with new_figure(path, [""], panel_size=(5, 5), projection="polar") as (axis,):
-        for model, values in scores.items():
-            line = [values.get(name, np.nan) for name in names]
-            axis.plot([*angles, angles[0]], [*line, line[0]], label=model)
-        axis.set_xticks(angles, names)
-        axis.set_ylim(0, 10)
 
 
 def main() -> None:

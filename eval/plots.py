@@ -3,10 +3,13 @@
     python -m eval.plots runs/demo                                  # writes dynamics.png
     python -m eval.plots runs/simper runs/dpo --output rivals.svg   # one line per run
     python -m eval.plots runs/simper runs/dpo --heldout             # held-out, not training pairs
+    python -m eval.plots --radar results/a results/b --output radar.png   # MT-Bench, by category
 
 The paper's view of training: mean log-prob per token of the chosen and of the rejected responses,
 the margin between them, and how hard the loss pulls at each side (gradient weights, see
-pair_metrics in train.py). Needs matplotlib (eval/requirements.txt).
+pair_metrics in train.py). The metrics of training batches are noisy: a line is their moving average
+over --smooth steps, and they themselves are pale behind it. Needs matplotlib
+(eval/requirements.txt).
 """
 
 import itertools
@@ -21,6 +24,7 @@ from data import InputError
 from eval.report import make_parser
 from runtime import run_command
 
+CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
 PANELS = {
     "mean log-prob, chosen": lambda line: line["logps/chosen"],
     "mean log-prob, rejected": lambda line: line["logps/rejected"],
@@ -83,10 +87,25 @@ def new_figure(
     pyplot.close(figure)
 
 
-def plot(curves: dict[str, list[list[dict]]], path: str, panels: dict = PANELS) -> None:
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each value and of those up to window // 2 before and after it, fewer at the ends.
+
+    >>> moving_average(np.array([1.0, 4.0, 1.0, 1.0]), 3)
+    array([2.5, 2. , 2. , 1. ])
+    """
+    half, sums = window // 2, np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    starts = np.maximum(np.arange(len(values)) - half, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def plot(
+    curves: dict[str, list[list[dict]]], path: str, panels: dict = PANELS, window: int = 1
+) -> None:
     """Draw {label: runs, each a list of metrics} over steps, one panel per entry of `panels`.
     Several runs under one label, such as seeds, are drawn as their mean and the range between the
-    smallest and the largest.
+    smallest and the largest. window: of the moving average of the mean, behind which the mean
+    itself is pale. Panels whose titles are the same up to a comma have the same scale.
 
     Raises InputError if matplotlib is not installed, or if the runs under a label have different
     steps.
@@ -101,18 +120,43 @@ def plot(curves: dict[str, list[list[dict]]], path: str, panels: dict = PANELS) 
                 if any([line["step"] for line in run] != steps for run in runs):
                     raise InputError(f"the runs of {label} do not have the same steps")
                 values = np.array([[metric(line) for line in run] for run in runs])
-                axis.plot(steps, values.mean(axis=0), color=color, label=label, linewidth=1.5)
+                mean = values.mean(axis=0)
+                smooth = moving_average(mean, window)
+                axis.plot(steps, smooth, color=color, label=label, linewidth=1.5)
+                if window > 1:
+                    axis.plot(steps, mean, color=color, alpha=0.25, linewidth=0.8, zorder=1)
                 if len(runs) > 1:
                     low, high = values.min(axis=0), values.max(axis=0)
                     axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)
+        for axis, title in zip(axes, panels):
+            same = [a for a, t in zip(axes, panels) if t.split(",")[0] == title.split(",")[0]]
+            low, high = zip(*(a.get_ylim() for a in same))
+            axis.set_ylim(min(low), max(high))
+
+
+def radar_figure(scores: dict[str, dict[str, float]], path: str | Path) -> None:
+    """MT-Bench's mean score in each category, {model: scores of mt_bench.json}, a line for each
+    model. Raises InputError if matplotlib is not installed."""
+    names = [n for n in next(iter(scores.values())) if n in CATEGORIES]
+    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
+    with new_figure(path, [""], (6, 5), legend_columns=3, projection="polar") as (axis,):
+        for model, values in scores.items():
+            line = [values.get(name, np.nan) for name in names]
+            axis.plot([*angles, angles[0]], [*line, line[0]], label=model)
+        axis.set_xticks(angles, names)
+        axis.tick_params(axis="x", pad=14)  # the names stand beside the circle, not on it
+        axis.set_ylim(0, 10)
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="output_dir of a run, or a metrics.jsonl"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="output_dir of a run, or a metrics.jsonl; with --radar, a model's results",
     )
     parser.add_argument(
         "--output", default="dynamics.png", help="file to write, .png, .svg or .pdf"
@@ -120,9 +164,21 @@ def main() -> None:
     parser.add_argument(
         "--heldout", action="store_true", help="the evaluations instead of the training steps"
     )
+    parser.add_argument("--radar", action="store_true", help="MT-Bench's scores by category")
+    parser.add_argument("--smooth", type=int, help="steps; by default a tenth. 1: not at all")
     args = parser.parse_args()
     try:
-        plot({run: [read_run(run, args.heldout)] for run in args.runs}, args.output)
+        if args.radar:
+            files = {Path(run).name: Path(run) / "mt_bench.json" for run in args.runs}
+            missing = [str(file) for file in files.values() if not file.is_file()]
+            if missing:
+                raise InputError(f"{', '.join(missing)}: there is no such file")
+            scores = {name: json.loads(file.read_text())["scores"] for name, file in files.items()}
+            radar_figure(scores, args.output)
+        else:
+            curves = {run: [read_run(run, args.heldout)] for run in args.runs}
+            window = 1 if args.heldout else max(len(runs[0]) for runs in curves.values()) // 10
+            plot(curves, args.output, window=args.smooth or window or 1)
     except KeyError as error:
         raise InputError(
             f"a run has no metric {error}: it was logged by an older version"

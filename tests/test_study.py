@@ -220,8 +220,17 @@ def test_plotted_lines_are_the_metrics(tmp_path, monkeypatch):
     assert axis.lines[0].get_xydata().tolist() == [[1, 4], [2, 9]]
     band = axis.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (2, 10)
+    run = [{"step": step, "a": a, "b": 9.0} for step, a in enumerate([1.0, 4.0, 1.0, 1.0])]
+    panels = {"x, a": lambda line: line["a"], "x, b": lambda line: line["b"]}
+    plots.plot({"x": [run]}, figure, panels, window=3)
+    first, second = drawn["figure"].axes
+    assert first.lines[0].get_ydata().tolist() == [2.5, 2, 2, 1]
+    assert first.lines[1].get_ydata().tolist() == [1, 4, 1, 1]  # pale, behind
+    assert (
+        first.get_ylim() == second.get_ylim() and first.get_ylim()[0] < 1 < 9 < first.get_ylim()[1]
+    )
     with pytest.raises(InputError, match="the runs of x .*the same steps"):
-        plots.plot({"x": [first, second[:1]]}, figure, panels)
+        plots.plot({"x": [run, run[:1]]}, figure, panels)
 
 
 def test_plots_of_nothing(tmp_path):
