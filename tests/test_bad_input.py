@@ -147,7 +147,7 @@ FILES = [
     ("in Latin-1", "rows.csv", b"prompt,chosen,rejected\ngr\xfc\xdfe,a,b\n", ["utf-8"]),
     ("binary", "rows.jsonl", bytes(range(256)) * 9, ["line 1 is not valid"]),
     ("an array of no objects", "rows.json", b"[1, 2]", ["row 0: in none of"]),
-    ("a single number", "rows.json", b"5", ["JSON"]),
+    ("a single number", "rows.json", b"5", ["rows.json: cannot be read"]),
     ("broken", "rows.json", b'[{"prompt": "a"', ["at position 15"]),
     ("cut off, compressed", "rows.jsonl.gz", gzip.compress(JSON_LINES)[:-30], ["ended before"]),
     ("of random bytes, compressed", "rows.jsonl.gz", b"\x1f\x8b" + bytes(30), ["method"]),
@@ -446,7 +446,7 @@ INPUTS = [
     ),
     ("a broken config", model_with(cut("config.json", 99)), ["config.json"]),
     ("no config", model_with(lambda folder: (folder / "config.json").unlink()), ["config.json"]),
-    ("a config that is a list", model_with(write("config.json", "[]")), ["config"]),
+    ("a config that is a list", model_with(write("config.json", "[]")), ["/model"]),
     ("an unknown kind of model", model_with(model_type="lama"), ["lama"]),
     (
         "a model with code of its own",
@@ -667,9 +667,8 @@ def test_a_cache_that_cannot_be_written_is_an_error(recipe, tmp_path, monkeypatc
     for module in (data, runtime, smollm2):
         monkeypatch.setattr(module, "CACHE_DIR", Path(__file__))
     flags = {"output_dir": tmp_path / "run"} | ({"model": "demo"} if model == "demo" else {})
-    with pytest.raises(
-        SystemExit, match=f"(File exists|Not a directory): .*SIMPER_CACHE, {__file__}"
-    ):
+    # datasets 5.0 meets it first, in the cache of rows.
+    with pytest.raises(SystemExit, match=f"(File exists|Not a directory): .*{__file__}"):
         runtime.run_command(lambda: run(recipe, flags))
 
 
