@@ -27,8 +27,13 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def resolve_model(name: str) -> str:
-    """A hub id or a folder as it is; for "demo" the folder of the demo's model, as demo_model."""
-    return demo_model() if name == "demo" else name
+    """A hub id or a folder as it is; for "demo" the folder of the demo's model, as demo_model.
+    Raises InputError for a name that can only be a folder's, if there is none."""
+    if name == "demo":
+        return demo_model()
+    if (name.count("/") > 1 or name.startswith(("/", ".", "~"))) and not Path(name).is_dir():
+        raise InputError(f"{name}: there is no such folder")
+    return name
 
 
 def demo_model() -> str:

@@ -421,7 +421,7 @@ INPUTS = [
     (
         "no such folder",
         give(model="{folder}/nowhere"),
-        ["no tokenizer can be loaded from", "nowhere"],
+        ["nowhere: there is no such folder"],
     ),
     (
         "no such hub id",
