@@ -1,7 +1,7 @@
 """The study of all losses, with a tiny model; its committed tables; and the figures of any runs."""
 
+import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,8 +21,8 @@ WHOLE = {name: getattr(study, name) for name in ("ARMS", "LEARNING_RATES", "SEED
 
 @pytest.fixture(scope="module")
 def tiny_study(tmp_path_factory):
-    """A study of two losses with one seed, then continued with a second one: (folder, the text of
-    its results after the first seed, its results)."""
+    """A study of one loss with one seed, then continued with a second one: (folder, the text of its
+    results after the first seed, its results)."""
     folder = tmp_path_factory.mktemp("study")
     make_model("llama").save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
@@ -34,7 +34,7 @@ def tiny_study(tmp_path_factory):
     page.write_text(f"# Study\n\nWords.\n\n{study.BEGIN}\nold\n{study.END}\n\nMore words.\n")
     command = ["study.py", "--results", str(results), "--page", str(page)]
     command += ["--output_dir", str(folder / "runs"), "--jobs", "2"]
-    arms = {"simper": {"loss": "simper"}, "simpo x": {"loss": "simpo", "loss_args": "beta=1"}}
+    arms = {"simpo x": {"loss": "simpo", "loss_args": "beta=1"}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "RECIPE", folder / "recipe.yaml")
         patch.setattr(study, "demo_model", lambda: str(folder / "model"))
@@ -57,8 +57,8 @@ def test_study_continues_after_finished_runs(tiny_study):
     folder, first, (_, results) = tiny_study
     assert (folder / "study.jsonl").read_text().startswith(first)
     done = [(r["arm"], r["learning_rate"], r["seed"]) for r in results]
-    settings = {("start", 1e-12), ("simper", 3e-3), ("simpo x", 3e-3)}
-    assert len(done) == 6 and set(done) == {(*entry, seed) for entry in settings for seed in (0, 1)}
+    settings = {("start", 1e-12), ("simpo x", 3e-3)}
+    assert len(done) == 4 and set(done) == {(*entry, seed) for entry in settings for seed in (0, 1)}
     assert not list((folder / "runs").glob("*/final"))  # the models are not kept
 
 
@@ -78,10 +78,9 @@ def test_study_keeps_what_the_runs_logged(tiny_study):
             assert max(map(abs, result["kl"])) < 1e-5
         else:
             assert min(result["kl"]) > 1e-4
-    losses = {
-        yaml.safe_load(path.read_text())["loss"] for path in folder.glob("runs/*/config.yaml")
-    }
-    assert losses == {"simper", "simpo"}
+    configs = map(yaml.safe_load, (p.read_text() for p in folder.glob("runs/*/config.yaml")))
+    losses = {(config["loss"], config["loss_args"]) for config in configs}
+    assert losses == {("simper", ""), ("simpo", "beta=1")}
 
 
 def test_divergence_equals_one_position_at_a_time():
@@ -194,14 +193,16 @@ def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
 # ---- Figures of any runs -------------------------------------------------------------------------
 
 
-def test_plots_command(tiny_study, tmp_path):
+def test_plots_command(tiny_study, tmp_path, monkeypatch):
     folder, _, _ = tiny_study
-    runs = [str(folder / "runs" / name) for name in ("simper-0.003-0", "simpo-x-0.003-1")]
+    runs = [str(folder / "runs" / name) for name in ("start-1e-12-0", "simpo-x-0.003-1")]
+    (tmp_path / "a").mkdir()
+    scores = {"scores": {"score": 5.0} | dict.fromkeys(plots.CATEGORIES, 5.0)}
+    (tmp_path / "a" / "mt_bench.json").write_text(json.dumps(scores))
     figure = tmp_path / "figure.png"
-    for flags in ([], ["--heldout"]):
-        command = [sys.executable, "-m", "eval.plots", *runs, "--output", str(figure), *flags]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    for flags in (runs, [*runs, "--heldout"], ["--radar", str(tmp_path / "a")]):
+        monkeypatch.setattr(sys, "argv", ["plots", *flags, "--output", str(figure)])
+        plots.main()
         assert figure.stat().st_size > 10_000
         figure.unlink()
 
