@@ -63,6 +63,7 @@ LOGGED = {
     "accuracy",
     *(f"{name}/{s}" for name in ("logps", "gradient_weight") for s in SIDES),
 }
+JUDGING = threading.Lock()  # one model at a time: torch has one stream of random numbers
 BEGIN, END = "<!-- the tables: written by benchmarks/study.py -->", "<!-- end of the tables -->"
 
 
@@ -90,7 +91,8 @@ def run(arm: str, rate: float, seed: int, output: Path, threads: int) -> dict:
     evaluations = [line for line in lines if "eval/accuracy" in line]
     steps = [line for line in lines if "accuracy" in line]
     kept = {"before": evaluations[0], "after": evaluations[-1], "steps": steps}
-    kept |= judge(str(output / "final"), seed)
+    with JUDGING:
+        kept |= judge(str(output / "final"), seed)
     shutil.rmtree(output / "final")
     return json.loads(json.dumps(kept), parse_float=lambda text: float(f"{float(text):.5g}"))
 
@@ -287,7 +289,6 @@ def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
     done = {(r["arm"], r["learning_rate"], r["seed"]) for r in results}
     plan = [(*entry, seed) for seed in range(SEEDS) for entry in arms]
     threads, lock = max(1, (os.cpu_count() or 1) // jobs), threading.Lock()
-    torch.set_num_threads(threads)
 
     def work(entry: tuple[str, float, int]) -> None:
         arm, rate, seed = entry
