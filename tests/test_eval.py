@@ -459,6 +459,19 @@ def test_alpaca_eval_reports_what_is_missing_before_it_starts(alpaca, model_fold
     assert not requests
 
 
+def test_decoding_is_that_of_the_recipe_whose_model_the_run_started_from(tmp_path):
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    final, config = str(tmp_path / "run" / "final"), tmp_path / "run" / "config.yaml"
+    assert alpaca_eval2_module.recipe_of(final) == "greedy"
+    config.write_text("# torch 2.13\nmodel: demo\n")
+    assert alpaca_eval2_module.recipe_of(final) == "greedy"
+    config.write_text("# torch 2.13\nmodel: mistralai/Mistral-7B-Instruct-v0.2\nseed: 1\n")
+    assert alpaca_eval2_module.recipe_of(final) == "mistral-7b-instruct"
+    assert {*alpaca_eval2_module.DECODING} - {"greedy"} <= {
+        path.stem for path in (ROOT / "recipes").glob("*.yaml")
+    }
+
+
 def test_alpaca_eval_refuses_other_rows(alpaca, tmp_path, monkeypatch):
     rows = json.loads((alpaca / "reference.json").read_text())
     digest = instructions_sha256(alpaca)
@@ -1152,6 +1165,30 @@ def test_the_harness_has_every_task_and_metric():
     choices = {task: len(read_task(index[task].yaml_path)["doc_to_choice"]) for task in bbh}
     assert len(choices) == 24 and min(choices.values()) == 2
     assert choices["leaderboard_bbh_object_counting"] == 19
+
+
+def test_ifeval_without_its_tokenizer_is_found_out_first(tmp_path, monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    manager = SimpleNamespace(load=lambda tasks: None)
+    leaderboard.check_data(manager, ["GSM8K"])
+    with pytest.raises(InputError, match="IFEval needs nltk's punkt_tab"):
+        leaderboard.check_data(manager, ["GSM8K", "IFEval"])
+
+
+def test_a_leaderboard_of_other_weights_is_refused(model_folder, other_folder, tmp_path):
+    path, model = tmp_path / "leaderboard.json", str(model_folder)
+    settings = {"GSM8K": {"shots": 5, "apply_chat_template": False}}
+    assert leaderboard.read_finished(path, model, settings)["scores"] == {}
+    write(tmp_path, model_folder, "leaderboard", {"GSM8K": 1.0}, settings=settings)
+    assert leaderboard.read_finished(path, model, settings)["scores"] == {"GSM8K": 1.0}
+    with pytest.raises(InputError, match="holds results of other weights"):
+        leaderboard.read_finished(path, str(other_folder), settings)
+    other = {"GSM8K": settings["GSM8K"] | {"apply_chat_template": True}}
+    with pytest.raises(InputError, match="GSM8K with .*False.*True.*another --output_dir"):
+        leaderboard.read_finished(path, model, other)
+    assert leaderboard.read_finished(path, model, {"BBH": {}})["scores"] == {"GSM8K": 1.0}
 
 
 def test_leaderboard_without_its_data(model_folder, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import model
 from data import InputError
 from eval import generate as generate_module
 from eval.generate import answer, generate, short_name
+from eval.report import parse_engine_args
 
 ROOT = Path(__file__).parent.parent
 CHATML_OF = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -156,8 +157,8 @@ def test_vllm_gets_the_same_requests(model_folder, monkeypatch):
     seen = {}
 
     class LLM:
-        def __init__(self, model, seed):
-            seen.update(model=model)
+        def __init__(self, model, seed, **more):
+            seen.update(model=model, more=more)
             self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=256))
 
         def generate(self, requests, options):
@@ -173,7 +174,14 @@ def test_vllm_gets_the_same_requests(model_folder, monkeypatch):
     fake = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: SimpleNamespace(**options))
     monkeypatch.setitem(sys.modules, "vllm", fake)
     prompts, settings = ["hi", "you"], {"temperature": 0.9, "max_new_tokens": 300}
+    engine_args = "tensor_parallel_size=8,gpu_memory_utilization=0.5,dtype=auto,enforce_eager=true"
+    settings |= {"engine_args": engine_args}
     answers = answer(str(model_folder), prompts, engine="vllm", **settings)
+    numbers = {"tensor_parallel_size": 8, "gpu_memory_utilization": 0.5}
+    assert seen["more"] == numbers | {"dtype": "auto", "enforce_eager": True}
+    for wrong in ("tensor_parallel_size", "=8", "8=8", "a=1,b"):
+        with pytest.raises(InputError, match="not of the form name=value"):
+            parse_engine_args(wrong)
     assert answers == [("cd", False), ("ab", True)]  # "you" is the longer one and was asked first
     texts = [CHATML_OF.format(prompt) for prompt in prompts]
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
