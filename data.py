@@ -373,13 +373,14 @@ def load_pairs(
     shared = limits | {"tokenizer": tokenizer, "end": end_of_turn(tokenizer)}
     # With the code: a fork that edits this file never meets a stale cache.
     what = (tokenizer_digests(tokenizer), limits, inspect.getsource(sys.modules[__name__]))
-    parts = []
+    cache, parts = CACHE_DIR / "tokenized", []
+    cache.mkdir(parents=True, exist_ok=True)
     for source in map(str.strip, sources.strip(" ,").split(",")):
         rows = load_rows(source)
         key = hashlib.sha256(repr((rows._fingerprint, source, *what)).encode()).hexdigest()[:32]
-        folder = CACHE_DIR / "tokenized" / key
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = cache / key
         with FileLock(f"{folder}.lock"):
+            folder.mkdir(exist_ok=True)
             for torn in folder.glob("tmp*"):  # of a process that was killed
                 torn.unlink()
             part = rows.map(
