@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import transformers
+import yaml
 from transformers import AutoModelForCausalLM
 
 from data import InputError, load_tokenizer
@@ -333,8 +334,9 @@ def main() -> None:
 
 def this_setting() -> dict:
     """What all runs of a study have in common."""
-    files = [RECIPE, *(ROOT / "demo" / f"{n}.jsonl" for n in ("train", "heldout", "new_prompts"))]
+    files = [ROOT / "demo" / f"{name}.jsonl" for name in ("train", "heldout", "new_prompts")]
     return {
+        "recipe": yaml.safe_load(RECIPE.read_text()),
         "files_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
         "flags": FLAGS,
         "prompts": PROMPTS,
