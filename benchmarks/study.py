@@ -220,7 +220,7 @@ def tables(setting: dict, results: list[dict]) -> str:
             bold = "**" if low > 0 or high < 0 else ""  # an effect; the others are ties
             row[-1] = f"{bold}{difference:+.3f}{bold} [{low:+.3f}, {high:+.3f}]"
         for key, digits in (("kl", 1), ("words", 1), ("finished", 2), ("distinct", 2)):
-            row.append(f"{mean(runs, key):.{digits}f}")
+            row.append(f"{round(mean(runs, key), digits) + 0.0:.{digits}f}")  # 0.0 has no sign
         rows.append(row + [f"{change(runs, side):+.2f}" for side in SIDES])
         cells = [groups.get((arm, rate)) for rate in LEARNING_RATES if arm != START]
         every.append(
