@@ -6,7 +6,7 @@ of them.
 
 Every benchmark of eval/ writes one JSON file, OUTPUT_DIR/MODEL/BENCHMARK.json. A table has a row
 for each model and a column for each score, with its standard error where that is known. A column
-whose scores were obtained under different conditions (judge, chat template, data and so on) gets a
+whose scores were obtained under different conditions (judge, template, decoding, data) gets a
 footnote that names them, and takes no part in ranks. The last column is the mean of the model's
 ranks, where models with equal scores share the mean of their ranks; it is blank for a model without
 all of the scores.
@@ -69,10 +69,11 @@ TABLES = {
 
 
 # The settings that must be equal for scores to be compared.
+DECODING = ("temperature", "top_p", "max_new_tokens")
 CONDITIONS = {
-    "alpaca_eval2": ("annotator", "judge_model", "judge_version"),
+    "alpaca_eval2": ("annotator", "judge_model", "judge_version", *DECODING),
     "mt_bench": ("judge", "judge_version", "reference", "repeats"),
-    "win_rate": ("judge", "judge_version", "data", "num_prompts"),
+    "win_rate": ("judge", "judge_version", "data", "num_prompts", *DECODING),
     "preference": ("data", "max_length", "max_prompt_length"),
 }
 
