@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM
 
 from data import InputError, load_tokenizer
 from demo.smollm2 import demo_model
-from eval.generate import generate_tokens, load_prompts, prompt_ids
+from eval.generate import generate_tokens, load_prompts, prompt_ids, stop_tokens
+from eval.judge import read_records
 from eval.plots import new_figure, plot
 from eval.score import load_scorer
 from loss import LOSSES
@@ -109,15 +110,13 @@ def judge(folder: str, seed: int) -> dict:
     pairs = [pair for answer in words for pair in zip(answer, answer[1:])]
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
     rows = [{"prompt": prompt, "answer": text} for prompt, text in zip(messages, texts)]
+    stop_ids = stop_tokens(model.generation_config, tokenizer)
     asked = prompt_ids(tokenizer, prompts, context=2**31)
     return {
         "reward": load_scorer(SCORER)(rows),
         "kl": divergences(model, load(demo_model()), asked, answers),
-        "tokens": [len(ids) for ids in answers],
         "words": [len(answer) for answer in words],
-        "finished": [
-            len(ids) < NEW_TOKENS or ids[-1] in tokenizer.all_special_ids for ids in answers
-        ],
+        "finished": [ids[-1] in stop_ids for ids in answers],
         "distinct": len({*pairs}) / max(len(pairs), 1),  # share of distinct pairs of words
         "examples": texts[:3],
     }
@@ -346,11 +345,7 @@ def this_setting() -> dict:
 
 def read_results(path: Path) -> tuple[dict, list[dict]]:
     """(the setting, the finished runs) of a results file; ({}, []) if there is none."""
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # without a line whose writing was interrupted
-    if whole != text:
-        write_whole(path, whole)
-    lines = [json.loads(line) for line in whole.splitlines()]
+    lines = read_records(path)
     return (lines[0], lines[1:]) if lines else ({}, [])
 
 
