@@ -71,7 +71,8 @@ def test_study_keeps_what_the_runs_logged(tiny_study):
         assert before["eval/accuracy"] == pytest.approx(lines[0]["eval/accuracy"], rel=1e-4)
         assert after["eval/logps/chosen"] == pytest.approx(lines[-1]["eval/logps/chosen"], rel=1e-4)
         assert [line["step"] for line in result["steps"]] == [1, 2, 3]
-        assert {len(result[key]) for key in ("reward", "kl", "words", "finished")} == {4}
+        assert {len(result[key]) for key in ("reward", "words", "finished")} == {4}
+        assert len(result["kl"]) == len(range(result["seed"], 4, 3))
         assert all(-1 <= reward <= 1 for reward in result["reward"])
         if result["arm"] == "start":
             assert after["eval/logps/chosen"] == before["eval/logps/chosen"]
