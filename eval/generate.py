@@ -37,7 +37,13 @@ from data import (
     tokenize_text,
 )
 from demo.smollm2 import resolve_model
-from eval.report import GENERATION, make_parser, parse_engine_args, print_scores
+from eval.report import (
+    GENERATION,
+    make_parser,
+    parse_engine_args,
+    print_scores,
+    read_records,
+)
 from eval.score import load_scorer, score_answers, summary
 from model import weights_fingerprint
 from runtime import run_command
@@ -273,13 +279,12 @@ def answer(
 def read_answers(path: Path, settings: dict) -> dict[int, tuple[str, bool]]:
     """The answers in `path`, {index: (text, finished)}; a new file is started with the settings.
     Raises InputError if the file was written with different settings."""
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]  # without a line whose writing was interrupted
-    if not whole:
+    records = read_records(path)
+    if not records:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings) + "\n")
         return {}
-    written, *lines = map(json.loads, whole.splitlines())
+    written, *lines = records
     # The model's name may differ: the hash of its weights is compared.
     changed = [
         f"{key} was {written.get(key)}, is {value}"
@@ -291,8 +296,6 @@ def read_answers(path: Path, settings: dict) -> dict[int, tuple[str, bool]]:
             f"{path} holds different answers ({'; '.join(changed)}): remove it, or choose another "
             "output"
         )
-    if whole != content:
-        path.write_bytes(whole)
     return {line["index"]: (line["output"], line["finished"]) for line in lines}
 
 

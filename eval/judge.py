@@ -85,16 +85,6 @@ def open_judge(model: str, url: str, max_tokens: int, temperature: float, logpro
     return Judge(client, model, options, version)
 
 
-def read_records(path: Path) -> list[dict]:
-    """The JSON objects of a file of judgments, if there is one. A last line whose writing was
-    interrupted is removed."""
-    content = path.read_text() if path.exists() else ""
-    whole = content[: content.rfind("\n") + 1]
-    if whole != content:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def ask_all(
     judge: Judge,
     tasks: dict[Hashable, list[dict]],

@@ -28,9 +28,9 @@ from urllib.parse import urlsplit
 
 from data import InputError
 from eval.generate import answer, engine_options, short_name
-from eval.judge import MODEL, Judge, ask_all, open_judge, read_records
+from eval.judge import MODEL, Judge, ask_all, open_judge
 from eval.plots import radar_figure
-from eval.report import GENERATION, file_sha256, make_parser, write_result
+from eval.report import GENERATION, file_sha256, make_parser, read_records, write_result
 from runtime import run_command
 
 # FastChat's temperatures (llm_judge/common.py); all other settings are FastChat's, too.

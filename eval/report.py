@@ -107,6 +107,16 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_records(path: Path) -> list[dict]:
+    """The JSON objects of a file of answers or judgments, if there is one. A last line whose
+    writing was interrupted is removed."""
+    content = path.read_text() if path.exists() else ""
+    whole = content[: content.rfind("\n") + 1]
+    if whole != content:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def print_scores(columns: list[tuple[str, dict[str, float], dict[str, float]]]) -> None:
     """Print [(model, scores, standard errors)] side by side, with a row for each score."""
     names = list(dict.fromkeys(name for _, scores, _ in columns for name in scores))

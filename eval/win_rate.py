@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from data import InputError, as_messages, load_rows, parse_row
 from eval.generate import answer, sampling_options, short_name
-from eval.judge import MODEL, Judge, ask_all, open_judge, read_records
-from eval.report import GENERATION, file_sha256, make_parser, write_result
+from eval.judge import MODEL, Judge, ask_all, open_judge
+from eval.report import GENERATION, file_sha256, make_parser, read_records, write_result
 from runtime import run_command
 
 JUDGE_TOKENS = 512
