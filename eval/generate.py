@@ -71,6 +71,8 @@ def generate_tokens(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[list[int]]:
@@ -81,8 +83,8 @@ def generate_tokens(
         assistant's) or plain text. Their token ids are those that training uses (data.py): the
         chat template, at most one BOS.
     temperature: 0 is greedy, whatever the model's generation config says; otherwise tokens are
-        sampled at this temperature from the top_p nucleus, reproducibly for one `seed` and
-        `batch_size`.
+        sampled at this temperature from the top_p nucleus of the top_k likeliest (0: of all),
+        reproducibly for one `seed` and `batch_size`.
     Raises InputError for a prompt that fills the model's context.
     """
     torch.manual_seed(seed)
@@ -91,9 +93,9 @@ def generate_tokens(
     stop_ids = stop_tokens(model.generation_config, tokenizer)
     pad = min(stop_ids)  # any id serves: the padding is masked
     # What is not set here, transformers takes from the model's own generation config.
-    sampling = {"do_sample": temperature > 0, "repetition_penalty": 1.0}
+    sampling = {"do_sample": temperature > 0, "repetition_penalty": repetition_penalty}
     if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     answers, order = {}, longest_first(ids)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -124,19 +126,18 @@ def generate_with_vllm(
     stop_ids: set[int],
     prompts: list,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
     seed: int,
+    **sampling,
 ) -> list[tuple[str, bool]]:
-    """`generate` with a vllm.LLM; prompt i has the seed `seed` + i."""
+    """`generate` with a vllm.LLM; prompt i has the seed `seed` + i. sampling: temperature, top_p,
+    top_k and repetition_penalty, which vLLM calls the same."""
     from vllm import SamplingParams
 
     context = model.llm_engine.model_config.max_model_len
     ids = prompt_ids(tokenizer, prompts, context)
     options = [
         SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
+            **sampling,
             max_tokens=min(max_new_tokens, context - len(prompt)),
             seed=seed + number,
             stop_token_ids=sorted(stop_ids),
@@ -178,6 +179,20 @@ def stop_tokens(generation_config: GenerationConfig, tokenizer) -> set[int]:
     return {*([ends] if isinstance(ends, int) else ends or []), end_of_turn(tokenizer)[0]}
 
 
+def own_sampling(name: str) -> dict:
+    """top_p, top_k and repetition_penalty of a model's own generation config, with transformers'
+    values for what it does not set: the sampling of a bare model.generate(temperature=...)."""
+    try:
+        own = GenerationConfig.from_pretrained(resolve_model(name))
+    except OSError:  # it has none
+        own = GenerationConfig()
+    values = {"top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
+    return {
+        key: default if getattr(own, key) is None else getattr(own, key)
+        for key, default in values.items()
+    }
+
+
 def context_length(config) -> int:
     """Most tokens of prompt and answer together."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -185,8 +200,9 @@ def context_length(config) -> int:
 
 @functools.lru_cache(maxsize=1)  # mt_bench.py calls `answer` several times with one model
 def load_engine(engine: str, folder: str, batch_size: int, seed: int, engine_args: str = ""):
-    """A function (prompts, max_new_tokens=, temperature=, top_p=, seed=) -> [(text, finished)], by
-    "transformers" or "vllm". Raises InputError if vLLM is not installed."""
+    """A function (prompts, max_new_tokens=, seed=, **sampling) -> [(text, finished)], by
+    "transformers" or "vllm"; sampling: the other arguments of generate_tokens but batch_size.
+    Raises InputError if vLLM is not installed."""
     tokenizer, more = load_tokenizer(folder), parse_engine_args(engine_args)
     if engine == "transformers":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,13 +227,12 @@ def answer(
     engine: str = "transformers",
     engine_args: str = "",
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     batch_size: int = 8,
     seed: int = 0,
+    **sampling,
 ) -> list[tuple[str, bool]]:
     """Answer every prompt with the model in a folder or of a hub id, as `generate` does, and keep
-    the answers in `path`.
+    the answers in `path`. sampling: further arguments of generate_tokens.
 
     The file holds one JSON object a line: the settings, then {"index", "output", "finished"}.
     Batches and their seeds depend on the prompts and settings alone, so an interrupted run that is
@@ -226,12 +241,12 @@ def answer(
     prompt that fills the model's context.
     """
     folder = resolve_model(name)
+    sampling = {"temperature": 0.0, "top_p": 1.0} | sampling
     settings = {
         "model": name,
         "weights_sha256": weights_fingerprint(folder),
         "engine": engine,
-        "temperature": temperature,
-        "top_p": top_p,
+        **sampling,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "seed": seed,
@@ -260,9 +275,8 @@ def answer(
         new = run(
             [prompts[i] for i in batch],
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
             seed=seed + start,
+            **sampling,
         )
         answers |= {i: pair for i, pair in zip(batch, new) if i in missing}
         if path:

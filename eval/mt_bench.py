@@ -27,7 +27,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from data import InputError
-from eval.generate import answer, engine_options, short_name
+from eval.generate import answer, engine_options, own_sampling, short_name
 from eval.judge import MODEL, Judge, ask_all, open_judge
 from eval.plots import radar_figure
 from eval.report import GENERATION, file_sha256, make_parser, read_records, write_result
@@ -276,7 +276,7 @@ def main() -> None:
     if not args.generate_only:
         prompts, references = load_judge(data, args.reference, questions)
         judge = open_judge(args.judge, args.judge_base_url, JUDGE_TOKENS, temperature=0)
-    options = engine_options(args)
+    options = engine_options(args) | own_sampling(args.model)  # FastChat sets the temperature alone
     answers = generate_answers(args.model, questions, folder, options)
     path = folder / "model_answer" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -615,6 +615,7 @@ def test_mt_bench(mt_bench_data, model_folder, tmp_path):
     assert result["standard_errors"] == {"score": pytest.approx(error)}
     writing = [number % 7 + 1 for number in range(81, 90)] + [5] * 9
     assert scores["writing"] == pytest.approx(sum(writing) / 18)
+    assert result["settings"]["top_k"] == 50  # transformers' own: the model has none
     assert scores["unparsable"] == 2 and result["settings"]["spread_over_repeats"]["score"] == 0
     assert (folder / "radar.png").stat().st_size > 10_000 and "2 of 160 judgments" in again.stdout
     fastchat = importlib.util.find_spec("fastchat")

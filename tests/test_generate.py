@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 import model
 from data import InputError
 from eval import generate as generate_module
-from eval.generate import answer, generate, short_name
+from eval.generate import answer, generate, generate_tokens, own_sampling, short_name
 from eval.report import parse_engine_args
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +68,31 @@ def test_sampling_is_reproducible_and_bos_single():
     )
     assert first == again != other
     assert (seen[0] == tokenizer.bos_token_id).sum(dim=1).tolist() == [1] * 4
+
+
+def test_own_sampling_is_that_of_a_bare_call(model_folder, tmp_path):
+    """Against the call in FastChat's gen_model_answer.py, by which MT-Bench's answers are made."""
+    model, tokenizer = make_model("llama", seed=3), make_tokenizer()
+    assert own_sampling(str(model_folder))["top_k"] == 50  # transformers', where the model has none
+    model.generation_config.update(do_sample=True, top_k=4, top_p=0.8, repetition_penalty=1.5)
+    model.save_pretrained(tmp_path)
+    own = own_sampling(str(tmp_path))
+    assert own == {"top_p": 0.8, "top_k": 4, "repetition_penalty": 1.5}
+    ids = torch.tensor([tokenizer(CHATML_OF.format("hi"), add_special_tokens=False).input_ids])
+    for temperature in (0.0, 0.7):
+        options = {"max_new_tokens": 12, "temperature": temperature}
+        found = generate_tokens(model, tokenizer, ["hi"], seed=5, **options, **own)
+        torch.manual_seed(5)
+        sampled = {"temperature": temperature} if temperature else {}
+        bare = model.generate(
+            ids,
+            do_sample=temperature > 0,
+            max_new_tokens=12,
+            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            **sampled,
+        )
+        assert found == [bare[0, ids.shape[1] :].tolist()]
+        assert found != generate_tokens(model, tokenizer, ["hi"], seed=5, **options)
 
 
 def test_command_prints_side_by_side(model_folder, tmp_path):
@@ -175,7 +200,7 @@ def test_vllm_gets_the_same_requests(model_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", fake)
     prompts, settings = ["hi", "you"], {"temperature": 0.9, "max_new_tokens": 300}
     engine_args = "tensor_parallel_size=8,gpu_memory_utilization=0.5,dtype=auto,enforce_eager=true"
-    settings |= {"engine_args": engine_args}
+    settings |= {"engine_args": engine_args, "top_k": 20, "repetition_penalty": 1.1}
     answers = answer(str(model_folder), prompts, engine="vllm", **settings)
     numbers = {"tensor_parallel_size": 8, "gpu_memory_utilization": 0.5}
     assert seen["more"] == numbers | {"dtype": "auto", "enforce_eager": True}
@@ -188,6 +213,7 @@ def test_vllm_gets_the_same_requests(model_folder, monkeypatch):
     assert sorted(request["prompt_token_ids"] for request in seen["requests"]) == sorted(ids)
     first = seen["options"][0]
     assert (first.temperature, first.top_p) == (0.9, 1.0)
+    assert (first.top_k, first.repetition_penalty) == (20, 1.1)
     assert first.max_tokens == 256 - len(seen["requests"][0]["prompt_token_ids"])
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in first.stop_token_ids
     monkeypatch.setitem(sys.modules, "vllm", None)
