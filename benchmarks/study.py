@@ -54,6 +54,7 @@ START, START_RATE = "start", 1e-12
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 SEEDS = 3  # of the order of the pairs and of the sampled answers
+EQUAL_KL = 5  # nats an answer, at which losses are compared
 PROMPTS, NEW_TOKENS, BATCH = 300, 48, 150
 RECIPE = ROOT / "recipes" / "demo.yaml"
 FLAGS = {"max_steps": 20, "eval_every": 0, "save_every": 0, "wandb": "off"}
@@ -175,11 +176,14 @@ def interval(means: np.ndarray) -> tuple[float, float, float]:
 
 
 def group_runs(results: list[dict]) -> dict[tuple[str, float], list[dict]]:
-    """{(arm, learning rate): its finished runs}"""
+    """{(arm, learning rate): its finished runs}, each with the changes of the held-out mean
+    log-probs, in nats per token, as "chosen" and "rejected"."""
     groups = {}
-    for result in results:
-        if "error" not in result:
-            groups.setdefault((result["arm"], result["learning_rate"]), []).append(result)
+    for run in results:
+        if "error" not in run:
+            names = {side: f"eval/logps/{side}" for side in SIDES}
+            changes = {side: run["after"][n] - run["before"][n] for side, n in names.items()}
+            groups.setdefault((run["arm"], run["learning_rate"]), []).append(run | changes)
     return groups
 
 
@@ -187,20 +191,29 @@ def mean(runs: list[dict], key: str) -> float:
     return float(np.mean([np.mean(run[key]) for run in runs]))
 
 
-def best_rates(groups: dict) -> dict[str, float]:
-    """The learning rate at which each arm's answers have the highest mean reward."""
-    rates = {}
-    for arm, rate in groups:
-        rates.setdefault(arm, []).append(rate)
-    return {
-        arm: max(r, key=lambda rate: mean(groups[arm, rate], "reward")) for arm, r in rates.items()
-    }
+def log_kl(runs: list[dict]) -> float:
+    return math.log(max(mean(runs, "kl"), 1e-9))  # that of the start is 0
 
 
-def change(runs: list[dict], side: str) -> float:
-    """The change of the held-out mean log-prob, in nats per token."""
-    name = f"eval/logps/{side}"
-    return float(np.mean([run["after"][name] - run["before"][name] for run in runs]))
+def at_equal_kl(groups: dict, arm: str) -> list[tuple[float, list[dict]]]:
+    """The place on an arm's frontier that is compared, as [(weight, the runs of a rate)]: between
+    the two rates on both sides of EQUAL_KL, on the line over log KL; the nearest rate alone if they
+    all lie on one side."""
+    rates = [runs for (name, _), runs in groups.items() if name == arm]
+    rates.sort(key=log_kl)
+    for low, high in zip(rates, rates[1:]):
+        if log_kl(low) <= math.log(EQUAL_KL) <= log_kl(high):
+            weight = (math.log(EQUAL_KL) - log_kl(low)) / (log_kl(high) - log_kl(low))
+            return [(1 - weight, low), (weight, high)]
+    return [(1.0, min(rates, key=lambda runs: abs(log_kl(runs) - math.log(EQUAL_KL))))]
+
+
+def rewards(*places: list[tuple[float, list[dict]]]) -> list[np.ndarray]:
+    """resample's row of the reward at each place of at_equal_kl, over the seeds that all have."""
+    runs = [runs for place in places for _, runs in place]
+    common = set.intersection(*({run["seed"] for run in of_rate} for of_rate in runs))
+    rows = iter(resample(*([r for r in g if r["seed"] in common] for g in runs), key="reward"))
+    return [sum(weight * next(rows) for weight, _ in place) for place in places]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -211,24 +224,28 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def tables(setting: dict, results: list[dict]) -> str:
     """The generated part of docs/study.md."""
     groups = group_runs(results)
-    best = best_rates(groups)
-    simper = groups.get(("simper", best.get("simper")), [])
-    header = ["loss", "learning rate", "seeds", "reward [95 %]", "minus SimPER's [95 %]", "KL"]
-    header += ["words", "finished", "distinct", "Δ chosen", "Δ rejected"]
+    arms = [arm for arm in (START, *ARMS) if arm in {name for name, _ in groups}]
+    places = {arm: at_equal_kl(groups, arm) for arm in arms}
+    simper = places.get("simper", [])
+    header = ["loss", "KL", "reward [95 %]", "minus SimPER's [95 %]", "words", "finished"]
+    header += ["distinct", "Δ chosen", "Δ rejected", "seeds"]
     rows, every = [], []
-    for arm in filter(best.get, (START, *ARMS)):
-        runs = groups[arm, best[arm]]
-        reward, low, high = interval(resample(runs, key="reward")[0])
-        row = [arm, "–" if arm == START else f"{best[arm]:g}", str(len(runs))]
-        row += [f"{reward:.3f} [{low:.3f}, {high:.3f}]", "–"]
-        if arm not in (START, "simper") and len(runs) == len(simper):
-            difference, low, high = interval(np.subtract(*resample(runs, simper, key="reward")))
+    for arm, place in places.items():
+        row = [arm, f"{math.exp(sum(weight * log_kl(runs) for weight, runs in place)):.1f}"]
+        row += ["{:.3f} [{:.3f}, {:.3f}]".format(*interval(*rewards(place))), "–"]
+        if arm != "simper" and len(place) == len(simper) == 2:
+            difference, low, high = interval(np.subtract(*rewards(place, simper)))
             bold = "**" if low > 0 or high < 0 else ""  # an effect; the others are ties
             row[-1] = f"{bold}{difference:+.3f}{bold} [{low:+.3f}, {high:+.3f}]"
-        for key, digits in (("kl", 1), ("words", 1), ("finished", 2), ("distinct", 2)):
-            row.append(f"{round(mean(runs, key), digits) + 0.0:.{digits}f}")  # 0.0 has no sign
-        rows.append(row + [f"{change(runs, side):+.2f}" for side in SIDES])
-        cells = [groups.get((arm, rate)) for rate in LEARNING_RATES if arm != START]
+        for key, form in (
+            ("words", ".1f"),
+            ("finished", ".2f"),
+            ("distinct", ".2f"),
+            *((side, "+.2f") for side in SIDES),
+        ):
+            row.append(format(sum(weight * mean(runs, key) for weight, runs in place), form))
+        rows.append([*row, "/".join(str(len(runs)) for _, runs in place)])
+        cells = [groups.get((arm, rate)) for rate in LEARNING_RATES]
         every.append(
             [arm, *(f"{mean(c, 'reward'):.3f} ({mean(c, 'kl'):.1f})" if c else "" for c in cells)]
         )
@@ -243,7 +260,7 @@ def tables(setting: dict, results: list[dict]) -> str:
 def figures(results: list[dict], folder: Path) -> None:
     """study-frontier.png, study-rates.png and study-dynamics.png."""
     groups = group_runs(results)
-    best = best_rates(groups)
+    finished = {arm for arm, _ in groups}
     rivals = [arm for arm in LOSSES if arm == "simper" or arm not in ABLATIONS]
     panels = {"losses": rivals, "SimPER without its parts": ABLATIONS}
     for name, label in (
@@ -252,7 +269,7 @@ def figures(results: list[dict], folder: Path) -> None:
     ):
         with new_figure(folder / f"study-{name}.png", list(panels), (5.5, 4.0)) as axes:
             for axis, arms in zip(axes, panels.values()):
-                for arm in filter(best.get, arms):
+                for arm in filter(finished.__contains__, arms):
                     rates = [rate for rate in LEARNING_RATES if (arm, rate) in groups]
                     x = rates if name == "rates" else [mean(groups[arm, r], "kl") for r in rates]
                     means = [interval(resample(groups[arm, r], key="reward")[0]) for r in rates]
@@ -264,10 +281,10 @@ def figures(results: list[dict], folder: Path) -> None:
                 axis.axhline(start, color="grey", linestyle=":", label="before training")
                 axis.set(xscale="log", xlabel=label, ylabel="mean reward")
     start_steps = {run["seed"]: run["steps"] for run in groups[START, START_RATE]}
-    curves = {
-        arm: [subtract(run["steps"], start_steps[run["seed"]]) for run in groups[arm, best[arm]]]
-        for arm in filter(best.get, LOSSES)
-    }
+    curves = {}
+    for arm in filter(finished.__contains__, LOSSES):
+        _, runs = max(at_equal_kl(groups, arm), key=lambda part: part[0])
+        curves[arm] = [subtract(run["steps"], start_steps[run["seed"]]) for run in runs]
     changes = {
         "change of mean log-prob, chosen": lambda line: line["logps/chosen"],
         "change of mean log-prob, rejected": lambda line: line["logps/rejected"],

@@ -161,23 +161,29 @@ def test_differences_are_paired():
 
 
 def test_table_by_hand(monkeypatch):
-    for name, value in (WHOLE | {"LEARNING_RATES": (1.0, 2.0)}).items():
+    # KL is 2 and 4 nats at the two rates: on a scale of logarithms, √8 is in the middle.
+    changed = {"LEARNING_RATES": (1.0, 2.0), "EQUAL_KL": math.sqrt(8)}
+    for name, value in (WHOLE | changed).items():
         monkeypatch.setattr(study, name, value)
     results = [result("start", 1e-12, 0, [0.0, 0.0])]
     results += [result("simper", 1.0, 0, [0.5, 0.5]), result("simper", 2.0, 0, [0.2, 0.2])]
     results += [result("dpo", 1.0, 0, [0.1, 0.1]), result("dpo", 2.0, 0, [0.4, 0.4])]
-    results += [result("ipo", 2.0, 0, [0.2, 0.8])]
+    results += [result("ipo", 1.0, 0, [0.2, 0.6]), result("ipo", 2.0, 0, [0.1, 0.7])]
+    results += [result("kto", 2.0, 0, [0.2, 0.8])]
     results += [{"arm": "sft", "learning_rate": 1.0, "seed": 0, "error": "diverged"}]
     text = study.tables({"versions": "torch 9"}, results)
     cells = {row.split(" | ")[0]: row for row in text.splitlines()[4:9]}
-    assert "7 of 111 runs; torch 9. Diverged: sft at 1." in text
-    same = "2.0 | 20.0 | 0.50 | 0.50 | +0.50 | -0.25 |"
-    assert cells["| simper"] == f"| simper | 1 | 1 | 0.500 [0.500, 0.500] | – | {same}"
-    dpo = "| dpo | 2 | 1 | 0.400 [0.400, 0.400] | **-0.100** [-0.100, -0.100] | 4.0 |"
+    assert "9 of 111 runs; torch 9. Diverged: sft at 1." in text
+    same = "20.0 | 0.50 | 0.50 | +0.50 | -0.25"
+    assert cells["| start"] == f"| start | 0.0 | 0.000 [0.000, 0.000] | – | {same} | 1 |"
+    assert cells["| simper"] == f"| simper | 2.8 | 0.350 [0.350, 0.350] | – | {same} | 1/1 |"
+    dpo = "| dpo | 2.8 | 0.250 [0.250, 0.250] | **-0.100** [-0.100, -0.100] | 20.0 |"
     assert cells["| dpo"].startswith(dpo)
-    ipo = "| ipo | 2 | 1 | 0.500 [0.200, 0.800] | +0.000 [-0.300, +0.300] | 4.0 |"
+    ipo = "| ipo | 2.8 | 0.400 [0.150, 0.650] | +0.050 [-0.200, +0.300] | 20.0 |"
     assert cells["| ipo"].startswith(ipo)  # a tie
-    assert "| simper | 0.500 (2.0) | 0.200 (4.0) |" in text and "| ipo |  | 0.500 (4.0) |" in text
+    kto = "| kto | 4.0 | 0.500 [0.200, 0.800] | – | 20.0 |"  # does not pass √8
+    assert cells["| kto"].startswith(kto)
+    assert "| simper | 0.500 (2.0) | 0.200 (4.0) |" in text and "| kto |  | 0.500 (4.0) |" in text
 
 
 def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
