@@ -28,11 +28,15 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def resolve_model(name: str) -> str:
     """A hub id or a folder as it is; for "demo" the folder of the demo's model, as demo_model.
-    Raises InputError for a name that can only be a folder's, if there is none."""
+    Raises InputError for a name that can only be a folder's, if there is none, or the model is in
+    another one."""
     if name == "demo":
         return demo_model()
-    if (name.count("/") > 1 or name.startswith(("/", ".", "~"))) and not Path(name).is_dir():
+    path = Path(name)
+    if (name.count("/") > 1 or name.startswith(("/", ".", "~"))) and not path.is_dir():
         raise InputError(f"{name}: there is no such folder")
+    if (path / "final").is_dir() and not (path / "config.json").exists():
+        raise InputError(f"{name}: the model of this run is in {path / 'final'}")
     return name
 
 

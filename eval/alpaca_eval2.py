@@ -24,10 +24,9 @@ import yaml
 from huggingface_hub import hf_hub_download
 
 from data import InputError
-from demo.smollm2 import resolve_model
 from eval.generate import answer, engine_options, short_name
-from eval.judge import MODEL, api_key, open_judge
-from eval.report import GENERATION, file_sha256, make_parser, write_result
+from eval.judge import MODEL, Judge, api_key, open_judge
+from eval.report import GENERATION, file_sha256, make_parser, start_model, write_result
 from runtime import run_command
 
 # The authors' settings by recipe (the configs for alpaca_eval of SimPO and SimPER).
@@ -52,8 +51,7 @@ ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 def recipe_of(model: str) -> str:
     """The name of the recipe in DECODING that starts from the same model as the run whose final/
     `model` is; "greedy" if there is none."""
-    config = Path(resolve_model(model)).resolve().parent / "config.yaml"
-    start = yaml.safe_load(config.read_text())["model"] if config.is_file() else None
+    start = start_model(model)
     for name in DECODING.keys() - {"greedy"}:
         if yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["model"] == start:
             return name
@@ -95,8 +93,8 @@ def load_outputs(path: str) -> list[dict]:
 
 
 def prepare_judge(annotator: str, model: str, base_url: str, folder: Path):
-    """Import alpaca_eval and configure its judge's endpoint, in `folder`. → alpaca_eval and what
-    the judge says that it is.
+    """Import alpaca_eval and configure its judge's endpoint, in `folder`. → alpaca_eval and the
+    Judge.
 
     Raises InputError if the tool, the annotator or a file from the hub is missing, which the tool
     would report only after the judge has been paid, or if the judge does not answer.
@@ -119,29 +117,29 @@ def prepare_judge(annotator: str, model: str, base_url: str, folder: Path):
         raise InputError(f"there is no annotator {annotator}; choose from {', '.join(annotators)}")
     hub_file("df_gamed.csv", cache_dir=constants.DEFAULT_CACHE_DIR)  # for the length control
     judge = open_judge(model, base_url, max_tokens=1, temperature=1, logprobs=True)
-    if "max_tokens" not in judge.options:
-        raise InputError(f"the judge {model} refuses max_tokens, with which alpaca_eval asks")
     folder.mkdir(parents=True, exist_ok=True)
     client.write_text(yaml.safe_dump({"default": [{"base_url": base_url}]}))
-    return alpaca_eval, judge.version
+    return alpaca_eval, judge
 
 
-def judge(
+def run_judge(
     alpaca_eval,
+    judge: Judge,
     outputs: Path,
     reference: str,
     folder: Path,
     annotator: str,
-    judge_model: str,
     base_url: str,
 ) -> dict[str, float]:
     """Run the official evaluation and return its metrics for these outputs."""
     official = Path(alpaca_eval.constants.EVALUATORS_CONFIG_DIR)
     config = yaml.safe_load((official / annotator / "configs.yaml").read_text())[annotator]
     config["prompt_template"] = str(official / config["prompt_template"])
-    name = f"{annotator}_{judge_model}".replace("/", "_")
+    name = f"{annotator}_{judge.model}".replace("/", "_")
     # requires_chatml: a model with "instruct" in its name would get a plain completion request.
-    config["completions_kwargs"] |= {"model_name": judge_model, "requires_chatml": True}
+    config["completions_kwargs"] |= {"model_name": judge.model, "requires_chatml": True}
+    if "max_completion_tokens" in judge.options:  # the tool sends it on, and no max_tokens of None
+        config["completions_kwargs"] |= {"max_tokens": None, "max_completion_tokens": 1}
     (folder / name).mkdir(exist_ok=True)
     (folder / name / "configs.yaml").write_text(yaml.safe_dump({name: config}))
     # After an interruption, what this endpoint has judged is not paid for again; judgments that are
@@ -168,7 +166,7 @@ def judge(
         )
     except Exception as error:
         raise InputError(
-            f"alpaca_eval with the judge {judge_model} failed: {error!r}. Its judgments so far are "
+            f"alpaca_eval with the judge {judge.model} failed: {error!r}. Its judgments so far are "
             f"kept in {cache}: run the command again to continue"
         ) from error
     finally:
@@ -215,7 +213,7 @@ def main() -> None:
     if args.limit:
         reference, folder = reference[: args.limit], folder / f"limit-{args.limit}"
     elif not args.generate_only:
-        alpaca_eval, version = prepare_judge(
+        alpaca_eval, judge = prepare_judge(
             args.annotator, args.judge_model, args.judge_base_url, folder
         )
     recipe = args.decoding or recipe_of(args.model)
@@ -242,13 +240,13 @@ def main() -> None:
     if alpaca_eval is None:
         return
     load_outputs(str(outputs))  # checks them
-    metrics = judge(
+    metrics = run_judge(
         alpaca_eval,
+        judge,
         outputs,
         reference_file,
         folder,
         annotator=args.annotator,
-        judge_model=args.judge_model,
         base_url=args.judge_base_url,
     )
     errors = {
@@ -262,7 +260,8 @@ def main() -> None:
         "annotator": args.annotator,
         "judge_base_url": args.judge_base_url,
         "judge_model": args.judge_model,
-        "judge_version": version,
+        "judge_version": judge.version,
+        "reference_sha256": file_sha256(reference_file),
         "cut": cut,
         "empty": empty,
     }
@@ -273,7 +272,7 @@ def main() -> None:
         metrics,
         errors=errors,
         settings=settings,
-        inputs={Path(file).name: file_sha256(file) for file in (outputs, reference_file)},
+        inputs={"outputs": file_sha256(outputs), "reference": file_sha256(reference_file)},
         packages=("alpaca_eval", "openai"),
         wandb_mode=args.wandb,
     )
@@ -284,7 +283,10 @@ def main() -> None:
         print(f"{title:<28}{metrics[key]:>8.2f} % ± {errors[key]:.2f}")
     print(f"{'mean length (characters)':<28}{metrics['avg_length']:>8.0f}")
     if metrics["unjudged"]:
-        print(f"{metrics['unjudged']} of 805 got no readable judgment and do not count")
+        print(
+            f"{metrics['unjudged']} of 805 got no readable judgment and do not count; the "
+            "same command asks for them again"
+        )
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ from model import weights_fingerprint
 from runtime import run_command
 
 VLLM_BATCH = 512  # prompts in one call of vLLM, which forms its own batches
+NO_VLLM = "--engine vllm: vLLM is not installed. It needs an environment of its own: "
+NO_VLLM += "pip install -r requirements.txt -r eval/requirements.txt vllm"
 
 
 def generate(model, tokenizer, prompts: list, **options) -> list[tuple[str, bool]]:
@@ -161,7 +163,7 @@ def prompt_ids(tokenizer, prompts: list, context: int) -> list[list[int]]:
         if len(prompt) >= context:
             raise InputError(
                 f"prompt {number} has {len(prompt)} tokens and the model a context of {context}: "
-                "leave it out"
+                "leave it out, or raise max_model_len if --engine_args sets it"
             )
     return ids
 
@@ -179,18 +181,23 @@ def stop_tokens(generation_config: GenerationConfig, tokenizer) -> set[int]:
     return {*([ends] if isinstance(ends, int) else ends or []), end_of_turn(tokenizer)[0]}
 
 
+def own_generation(folder: str) -> GenerationConfig:
+    """The generation config that comes with a model, or that of its config."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:  # it has none
+        return GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        )
+
+
 def own_sampling(name: str) -> dict:
     """top_p, top_k and repetition_penalty of a model's own generation config, with transformers'
     values for what it does not set: the sampling of a bare model.generate(temperature=...)."""
-    try:
-        own = GenerationConfig.from_pretrained(resolve_model(name))
-    except OSError:  # it has none
-        own = GenerationConfig()
+    own = own_generation(resolve_model(name))
     values = {"top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
-    return {
-        key: default if getattr(own, key) is None else getattr(own, key)
-        for key, default in values.items()
-    }
+    set_here = {key: getattr(own, key) for key in values}
+    return values | {key: value for key, value in set_here.items() if value is not None}
 
 
 def context_length(config) -> int:
@@ -212,10 +219,8 @@ def load_engine(engine: str, folder: str, batch_size: int, seed: int, engine_arg
     try:
         from vllm import LLM
     except ImportError:
-        raise InputError(
-            "--engine vllm needs vLLM, which is not installed: pip install vllm"
-        ) from None
-    stop_ids = stop_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
+        raise InputError(NO_VLLM) from None
+    stop_ids = stop_tokens(own_generation(folder), tokenizer)
     model = LLM(model=folder, seed=seed, **more)
     return functools.partial(generate_with_vllm, model, tokenizer, stop_ids)
 
@@ -252,10 +257,13 @@ def answer(
         "seed": seed,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }
+    settings |= {"engine_args": engine_args} if engine_args else {}
     answers = read_answers(path, settings) if path else {}
     if len(answers) == len(prompts):
         return [answers[i] for i in range(len(prompts))]
     context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    limit = parse_engine_args(engine_args).get("max_model_len")
+    context = min(context, limit) if isinstance(limit, int) else context
     order = longest_first(prompt_ids(load_tokenizer(folder), prompts, context))
     run = load_engine(engine, folder, batch_size, seed, engine_args)
     size = VLLM_BATCH if engine == "vllm" else batch_size
@@ -341,6 +349,8 @@ def load_prompts(source: str, count: int = 0) -> list:
                     raise InputError("its prompt, chosen or rejected is empty")
         except InputError as error:
             raise InputError(f"{source}, row {index}: {error}") from None
+    if not prompts:
+        raise InputError(f"{source}: the two sides of every pair answer different prompts")
     return prompts
 
 
@@ -432,9 +442,7 @@ def main() -> None:
         print(f"\n{len(prompts)} prompts, scored by {args.score}")
         load_engine.cache_clear()  # makes room for a reward model
         scored = [(answers, score_answers(scorer, prompts, answers)) for answers in columns]
-        print_scores(
-            [(short_name(n), *summary(*s, args.threshold)) for n, s in zip(args.models, scored)]
-        )
+        print_scores([(n, *summary(*s, args.threshold)) for n, s in zip(args.models, scored)])
 
 
 if __name__ == "__main__":

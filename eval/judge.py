@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from data import InputError
 
 MODEL = "meta-llama/Llama-3.3-70B-Instruct"
 URL = "http://localhost:8000/v1"
+REFUSALS = 5  # after so many in a row, the judge is at fault and not what it is asked
 ADVICE = "see the top of eval/judge.py for a judge of your own, or choose --generate_only"
 
 
@@ -49,8 +50,8 @@ def open_judge(model: str, url: str, max_tokens: int, temperature: float, logpro
 
     Models that refuse max_tokens are asked for max_completion_tokens, and models that take their
     own temperature only are given none. Raises InputError, in one line, if openai is not installed,
-    if the endpoint, the key or the model is not there, and if log-probs are asked for and do not
-    come.
+    if the endpoint, the key or the model is not there, and if log-probs, where they are asked for,
+    or else a text does not come.
     """
     try:
         from openai import BadRequestError, OpenAI, OpenAIError
@@ -74,8 +75,17 @@ def open_judge(model: str, url: str, max_tokens: int, temperature: float, logpro
                 del options["temperature"]
             else:
                 raise InputError(f"the judge {model} at {url}: {text}; {ADVICE}") from error
-        except OpenAIError as error:
+        except (OpenAIError, ValueError) as error:  # a ValueError: what came is not JSON
             raise InputError(f"the judge {model} at {url}: {error}; {ADVICE}") from error
+    try:
+        text = first_text(reply)
+    except InputError as error:
+        raise InputError(f"the judge {model} at {url}: {error}; {ADVICE}") from error
+    if not logprobs and not text:
+        raise InputError(
+            f"the judge {model} at {url} answers with no text within {max_tokens} tokens, as do "
+            f"models that reason for longer; {ADVICE}"
+        )
     if logprobs and not getattr(reply.choices[0].logprobs, "content", None):
         raise InputError(
             f"the judge {model} at {url} gives no log-probs, by which AlpacaEval 2 weighs its "
@@ -95,41 +105,61 @@ def ask_all(
     """Ask the judge for every task {key: messages} → {key: record(key, the judge's text)}. The
     records are appended to `path` as they come.
 
-    workers: calls at a time. Raises InputError if a call fails, after the results of the calls that
-    are running are written.
+    workers: calls at a time. A task that the judge refuses (as too long, or by a filter) or answers
+    with no text gets the record of an empty text and, as "refused", the reason: asked again, it
+    would be refused again. Raises InputError if a call fails, or REFUSALS are refused in a row; the
+    calls that are running then, or when the user interrupts, are still recorded.
     """
-    from openai import OpenAIError
+    from openai import BadRequestError, OpenAIError, UnprocessableEntityError
 
-    failed = threading.Event()
+    records, refused = {}, {}  # refused: {key: reason}, since the last text
+    lock, stop = threading.Lock(), threading.Event()
 
-    def ask(messages: list[dict]) -> str:
-        if failed.is_set():
-            raise CancelledError
-        reply = judge.client.chat.completions.create(
-            model=judge.model, messages=messages, **judge.options
-        )
-        return reply.choices[0].message.content or ""
+    def keep(key: Hashable, text: str, **more) -> None:
+        records[key] = record(key, text) | more
+        print(json.dumps(records[key]), file=file, flush=True)
+
+    def ask(key: Hashable) -> None:
+        if stop.is_set():
+            return
+        create = judge.client.chat.completions.create
+        try:
+            reply = create(model=judge.model, messages=tasks[key], **judge.options)
+            text, reason = first_text(reply), "it answers with no text"
+        except (BadRequestError, UnprocessableEntityError) as error:
+            text, reason = "", str(error)
+        with lock:
+            if text:
+                keep(key, text)
+            else:
+                refused[key] = reason
+            if len(refused) >= REFUSALS:
+                raise InputError(f"{REFUSALS} refusals in a row, the last: {reason}")
+            if text or len(records) + len(refused) == len(tasks):
+                for other, reason in refused.items():
+                    keep(other, "", refused=reason)
+                refused.clear()
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    records, failure = {}, None
-    with ThreadPoolExecutor(workers) as pool, open(path, "a") as file:
-        futures = {pool.submit(ask, messages): key for key, messages in tasks.items()}
+    with open(path, "a") as file, ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(ask, key) for key in tasks]
         progress = {"desc": judge.model, "unit": "judgment", "dynamic_ncols": True}
-        for future in tqdm(as_completed(futures), total=len(tasks), **progress):
-            try:
-                text = future.result()
-            except CancelledError:
-                continue
-            except OpenAIError as error:
-                failure = failure or error
-                failed.set()  # no further calls; what the running ones bring is still written
-                continue
-            key = futures[future]
-            records[key] = record(key, text)
-            print(json.dumps(records[key]), file=file, flush=True)
-    if failure:
-        raise InputError(
-            f"the judge {judge.model} failed: {failure!r}. Its other judgments are kept in {path}: "
-            "run the command again to continue"
-        )
+        try:
+            for future in tqdm(as_completed(futures), total=len(tasks), **progress):
+                future.result()
+        except (OpenAIError, ValueError) as error:
+            raise InputError(
+                f"the judge {judge.model} failed: {error!r}. Its other judgments are kept in "
+                f"{path}: run the command again to continue"
+            ) from error
+        finally:
+            stop.set()  # no further calls
     return records
+
+
+def first_text(reply) -> str:
+    """The text of a chat completion, "" if it has none. Raises InputError for anything else that an
+    endpoint answers with status 200."""
+    if not getattr(reply, "choices", None):
+        raise InputError(f"its answer is no chat completion: {str(reply)[:200]!r}")
+    return reply.choices[0].message.content or ""

@@ -14,18 +14,19 @@ writes no leaderboard.json. Needs lm_eval (eval/requirements.txt). The data sets
 the working directory, such as openai/gsm8k.
 """
 
+import hashlib
+import importlib.util
 import json
 import math
-import os
 import random
-import shutil
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from data import InputError, load_tokenizer
 from demo.smollm2 import resolve_model
-from eval.generate import short_name
+from eval.generate import NO_VLLM, short_name
 from eval.report import make_parser, parse_engine_args, write_result
 from model import weights_fingerprint
 from runtime import run_command
@@ -125,8 +126,7 @@ def read_finished(path: Path, model: str, settings: dict[str, dict]) -> dict:
     of other weights, or if one of the benchmarks in `settings` is there with others."""
     if not path.exists():
         return {"scores": {}, "standard_errors": {}, "settings": {}, "inputs_sha256": {}}
-    result = json.loads(path.read_text())
-    problem = ""
+    result, problem = json.loads(path.read_text()), ""
     if result["weights_sha256"] != weights_fingerprint(resolve_model(model)):
         problem = "other weights"
     for benchmark in settings.keys() & result["settings"].keys():
@@ -146,7 +146,10 @@ def check_data(manager, benchmarks: list[str]) -> None:
         try:
             manager.load([BENCHMARKS[benchmark][0]])
         except Exception as error:
-            raise InputError(f"the data of {benchmark} cannot be loaded: {error!r}") from error
+            raise InputError(
+                f"the data of {benchmark} cannot be loaded: {error!r}. Without network access, see "
+                "docs/evaluation.md"
+            ) from error
     if "IFEval" in benchmarks:
         import nltk
 
@@ -183,9 +186,14 @@ def main() -> None:
         raise InputError(
             f"lm_eval is not installed ({error}): pip install -r eval/requirements.txt"
         ) from error
+    if args.engine == "vllm" and not importlib.util.find_spec("vllm"):
+        raise InputError(NO_VLLM)
     source = resolve_model(args.model)
+    template = load_tokenizer(source).chat_template
+    if args.apply_chat_template == "true" and not template:
+        raise InputError(f"--apply_chat_template true: {args.model} has no chat template")
     chat = {benchmark: args.apply_chat_template == "true" for benchmark in args.benchmarks}
-    if args.apply_chat_template == "leaderboard" and load_tokenizer(source).chat_template:
+    if args.apply_chat_template == "leaderboard" and template:
         chat = {b: BENCHMARKS[b][0].startswith("leaderboard_") for b in args.benchmarks}
     settings = {
         benchmark: {
@@ -193,13 +201,14 @@ def main() -> None:
             "shots": BENCHMARKS[benchmark][1],
             "engine": args.engine,
             "lm_eval": lm_eval.__version__,
+            **({"engine_args": args.engine_args} if args.engine_args else {}),
         }
         for benchmark in args.benchmarks
     }
     folder = Path(args.output_dir) / short_name(args.model) / "leaderboard"
     path, cache = folder.with_name("leaderboard.json"), folder / "cache"
-    result = read_finished(path, args.model, settings)
-    missing = [b for b in args.benchmarks if args.limit or b not in result["settings"]]
+    done = {} if args.limit else read_finished(path, args.model, settings)["settings"]
+    missing = [benchmark for benchmark in args.benchmarks if benchmark not in done]
     for benchmark in args.benchmarks:
         if benchmark not in missing:
             print(f"{benchmark}: is in {path}")
@@ -212,6 +221,8 @@ def main() -> None:
             size = args.batch_size if device == "cuda" or args.batch_size != "auto" else 1
             options |= {"device": device, "batch_size": size}
         model = get_model(args.engine.replace("transformers", "hf"))(pretrained=source, **options)
+    engine = f"{weights_fingerprint(source)} {args.engine} {args.engine_args}"
+    of_model = hashlib.sha256(engine.encode()).hexdigest()[:16]
     for benchmark in missing:
         task, shots, _ = BENCHMARKS[benchmark]
         results = lm_eval.simple_evaluate(
@@ -223,8 +234,8 @@ def main() -> None:
             apply_chat_template=chat[benchmark],
             fewshot_as_multiturn=chat[benchmark],
             log_samples=True,
-            # Answers so far, by their prompt. Not of other weights or another engine.
-            use_cache=str(cache / f"{weights_fingerprint(source)[:16]}_{args.engine}"),
+            # Answers so far, by their prompt. Not of other weights or of another engine.
+            use_cache=str(cache / f"{benchmark}_{of_model}"),
         )
         if results is None:  # the first process of several has them all
             continue
@@ -243,24 +254,22 @@ def main() -> None:
             print(f"{name:<28}{value:>8.2f} %{error}", flush=True)
         if args.limit:
             continue
-        result["scores"] |= scores
-        result["standard_errors"] |= errors
-        result["settings"][benchmark] = settings[benchmark]
-        # Of all questions, prompts and targets; from the tracker.
-        result["inputs_sha256"] |= results["task_hashes"]
-        write_result(
-            folder.parent,
-            "leaderboard",
-            args.model,
-            result["scores"],
-            errors=result["standard_errors"],
-            settings=result["settings"],
-            inputs=result["inputs_sha256"],
-            packages=("lm_eval",),
-            wandb_mode=args.wandb if benchmark == missing[-1] else "off",
-        )
-    if os.environ.get("RANK", "0") == "0":
-        shutil.rmtree(cache, ignore_errors=True)
+        with FileLock(f"{path}.lock"):  # another run may add another benchmark meanwhile
+            result = read_finished(path, args.model, settings)
+            write_result(
+                folder.parent,
+                "leaderboard",
+                args.model,
+                result["scores"] | scores,
+                errors=result["standard_errors"] | errors,
+                settings=result["settings"] | {benchmark: settings[benchmark]},
+                # Of all questions, prompts and targets; from the tracker.
+                inputs=result["inputs_sha256"] | results["task_hashes"],
+                packages=("lm_eval",),
+                wandb_mode=args.wandb if benchmark == missing[-1] else "off",
+            )
+        for file in cache.glob(f"{benchmark}_*"):
+            file.unlink()
     if args.limit:
         print(f"--limit {args.limit}: a quick look; no leaderboard.json is written")
 

@@ -325,7 +325,6 @@ def main() -> None:
         print(f"--limit {args.limit}: a quick look; no mt_bench.json is written")
     else:
         names = ("question.jsonl", "judge_prompts.jsonl", f"{args.reference}.jsonl")
-        files = [*(data / file for file in names), path]
         write_result(
             folder.parent,
             "mt_bench",
@@ -333,7 +332,8 @@ def main() -> None:
             scores,
             errors=errors,
             settings=settings,
-            inputs={file.name: file_sha256(file) for file in files},
+            inputs={file: file_sha256(data / file) for file in names}
+            | {"answers": file_sha256(path)},
             packages=("openai",),
             wandb_mode=args.wandb,
         )

@@ -55,7 +55,6 @@ def new_figure(
     path: str | Path,
     titles: list[str],
     panel_size: tuple[float, float] = (4.2, 3.1),
-    legend_columns: int = 7,
     projection: str | None = None,
 ) -> Iterator[list]:
     """One matplotlib axes for each title, at most three in a row, to draw on. When the block ends,
@@ -82,7 +81,9 @@ def new_figure(
         axis.set_title(title, fontsize=10)
     yield figure.axes
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=legend_columns, frameon=False)
+    longest = max(map(len, handles[1]), default=0)
+    per_row = max(1, int(size[0] * 10 / (longest + 8)))  # ten characters an inch
+    figure.legend(*handles, loc="outside lower center", ncols=per_row, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -141,7 +142,7 @@ def radar_figure(scores: dict[str, dict[str, float]], path: str | Path) -> None:
     model. Raises InputError if matplotlib is not installed."""
     names = [n for n in next(iter(scores.values())) if n in CATEGORIES]
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-    with new_figure(path, [""], (6, 5), legend_columns=3, projection="polar") as (axis,):
+    with new_figure(path, [""], (6, 5), projection="polar") as (axis,):
         for model, values in scores.items():
             line = [values.get(name, np.nan) for name in names]
             axis.plot([*angles, angles[0]], [*line, line[0]], label=model)
@@ -170,6 +171,8 @@ def main() -> None:
     try:
         if args.radar:
             files = {Path(run).name: Path(run) / "mt_bench.json" for run in args.runs}
+            if len(files) < len(args.runs):
+                raise InputError("two of the folders have the same name, which is their label")
             missing = [str(file) for file in files.values() if not file.is_file()]
             if missing:
                 raise InputError(f"{', '.join(missing)}: there is no such file")

@@ -90,7 +90,7 @@ def density_figure(inverse: dict[str, np.ndarray], path: Path) -> None:
         "inverse perplexity, rejected": lambda p: p[:, 1],
         "inverse perplexity, margin": lambda p: p[:, 0] - p[:, 1],
     }
-    with new_figure(path, list(views), panel_size=(13 / 3, 3.6), legend_columns=4) as axes:
+    with new_figure(path, list(views), panel_size=(13 / 3, 3.6)) as axes:
         for axis, view in zip(axes, views.values()):
             shown = {name: view(values) for name, values in inverse.items()}
             edges = np.histogram_bin_edges(np.concatenate(list(shown.values())), bins="fd")
@@ -157,8 +157,11 @@ def main() -> None:
         categories = [str(row.get("category") or row.get("subset") or "") for row in of_rows]
         for category in sorted({*categories} - {""}):
             of_category = np.array(categories) == category
-            category_scores, _ = score(sums[of_category], lengths[of_category])
-            scores[f"accuracy/{category}"] = category_scores["accuracy"]
+            own = None if reference is None else reference[of_category]
+            found = score(sums[of_category], lengths[of_category], own)
+            for values, more in zip((scores, errors), found):
+                for kind in {"accuracy", "accuracy_implicit"} & more.keys():
+                    values[f"{kind}/{category}"] = more[kind]
         folder = Path(args.output_dir) / name
         write_result(
             folder,

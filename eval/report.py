@@ -3,6 +3,7 @@ of them.
 
     python -m eval.report results/*                          # prints the tables
     python -m eval.report results/* --output report          # and writes report.md and report.csv
+    python -m eval.report results/* --by_start_model         # tables for each of several set-ups
 
 Every benchmark of eval/ writes one JSON file, OUTPUT_DIR/MODEL/BENCHMARK.json. A table has a row
 for each model and a column for each score, with its standard error where that is known. A column
@@ -28,7 +29,7 @@ from data import InputError
 from demo.smollm2 import resolve_model
 from eval.judge import URL
 from model import weights_fingerprint
-from runtime import run_command
+from runtime import run_command, write_whole
 
 # Arguments that several commands have, as argparse's add_argument takes them.
 SHARED_ARGUMENTS = {
@@ -54,6 +55,9 @@ LEADERBOARD = (
 # Tables: {title: {(benchmark, score): column}}
 TABLES = {
     "Open LLM Leaderboard": {("leaderboard", name): name for name in LEADERBOARD},
+    "Open LLM Leaderboard 2, normalized": {
+        ("leaderboard", f"normalized/{name}"): name for name in LEADERBOARD[:6]
+    },
     "Instruction following": {
         ("alpaca_eval2", "length_controlled_winrate"): "AlpacaEval 2 LC %",
         ("alpaca_eval2", "win_rate"): "AlpacaEval 2 WR %",
@@ -71,7 +75,7 @@ TABLES = {
 # The settings that must be equal for scores to be compared.
 DECODING = ("temperature", "top_p", "max_new_tokens")
 CONDITIONS = {
-    "alpaca_eval2": ("annotator", "judge_model", "judge_version", *DECODING),
+    "alpaca_eval2": ("annotator", "judge_model", "judge_version", "reference_sha256", *DECODING),
     "mt_bench": ("judge", "judge_version", "reference", "repeats"),
     "win_rate": ("judge", "judge_version", "data", "num_prompts", *DECODING),
     "preference": ("data", "max_length", "max_prompt_length"),
@@ -117,6 +121,14 @@ def read_records(path: Path) -> list[dict]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def start_model(model: str) -> str:
+    """The model that training started from, by the config.yaml of the run whose final/ `model` is;
+    of any other model the model itself."""
+    config = Path(resolve_model(model)).resolve().parent / "config.yaml"
+    values = yaml.safe_load(config.read_text()) if config.is_file() else None
+    return values.get("model", model) if isinstance(values, dict) else model
+
+
 def print_scores(columns: list[tuple[str, dict[str, float], dict[str, float]]]) -> None:
     """Print [(model, scores, standard errors)] side by side, with a row for each score."""
     names = list(dict.fromkeys(name for _, scores, _ in columns for name in scores))
@@ -153,6 +165,7 @@ def write_result(
     result = {
         "benchmark": benchmark,
         "model": model,
+        "start_model": start_model(model),
         "scores": scores,
         "standard_errors": errors or {},
         "settings": settings or {},
@@ -161,7 +174,7 @@ def write_result(
         "weights_sha256": weights_fingerprint(resolve_model(model)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    (folder / f"{benchmark}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(folder / f"{benchmark}.json", json.dumps(result, indent=1) + "\n")
     if wandb_mode == "off":
         return
     import wandb
@@ -238,11 +251,12 @@ def conditions(result: dict, score: str) -> dict:
     """What a score was obtained under, as far as it decides whether it can be compared."""
     settings = result["settings"]
     if result["benchmark"] == "leaderboard":  # each benchmark has its own
-        own = settings.get(score, {})
+        own = settings.get(score.removeprefix("normalized/"), {})
         return {name: own.get(name) for name in ("apply_chat_template", "shots", "lm_eval")}
     found = {name: settings.get(name) for name in CONDITIONS[result["benchmark"]]}
-    if result["benchmark"] == "preference":
-        found["files"] = sorted(digest[:12] for digest in result["inputs_sha256"].values())
+    if result["benchmark"] in ("preference", "mt_bench"):
+        files = {k: v for k, v in result["inputs_sha256"].items() if k != "answers"}
+        found["files"] = sorted(digest[:12] for digest in files.values())
     return found
 
 
@@ -324,8 +338,19 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of one model's results each")
     parser.add_argument("--output", default="", help="also write OUTPUT.md and OUTPUT.csv")
+    parser.add_argument(
+        "--by_start_model", action="store_true", help="tables for each model that runs started from"
+    )
     args = parser.parse_args()
-    nonempty = tables(read_results(args.folders))
+    results, groups = read_results(args.folders), {}
+    for name, of_model in results.items():
+        start = next(iter(of_model.values())).get("start_model", "") if args.by_start_model else ""
+        groups.setdefault(start, {})[name] = of_model
+    nonempty = [
+        (f"{title}, from {start}" if start else title, *table)
+        for start, group in sorted(groups.items())
+        for title, *table in tables(group)
+    ]
     if not nonempty:
         raise InputError("none of the results has a score that a table shows")
     text = "\n".join(markdown(*table) for table in nonempty)

@@ -71,14 +71,15 @@ def judge_prompt(prompt: list | str, ours: str, chosen: str, ours_first: bool) -
 
 
 def parse_verdict(judgment: str) -> str:
-    """ "A", "B" or "TIE": the last line, "" if it is none of them.
+    """ "A", "B" or "TIE": the last line, also in the form of these examples; "" if it is none of
+    them.
 
-    >>> parse_verdict("Both do.\\n**TIE**"), parse_verdict("It does.\\nB."), parse_verdict("A or B")
-    ('TIE', 'B', '')
+    >>> [parse_verdict(line) for line in ("**A**", "Answer: B", "It is a tie.", "A or B")]
+    ['A', 'B', 'TIE', '']
     """
     lines = judgment.strip().splitlines() or [""]
-    match = re.fullmatch(r"\W*(A|B|TIE)\W*", lines[-1])
-    return match[1] if match else ""
+    match = re.fullmatch(r"(?:.*\b(?i:answer|verdict|is|a)\b)?\W*(A|B|(?i:tie))\W*", lines[-1])
+    return match[1].upper() if match else ""
 
 
 def judge_all(

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +28,8 @@ from test_train import write_pairs
 
 from data import InputError, load_pairs
 from eval import alpaca_eval2 as alpaca_eval2_module
-from eval import leaderboard, preference, report
+from eval import judge as judge_module
+from eval import leaderboard, preference, report, win_rate
 from eval import mt_bench as mt_bench_module
 from eval.judge import Judge, open_judge
 from eval.preference import score
@@ -99,6 +101,8 @@ def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
             "implicit_reward/margin": (rewards[:, 0] - rewards[:, 1]).mean(),
             "accuracy/even": correct[::2].mean(),
             "accuracy/odd": correct[1::2].mean(),
+            "accuracy_implicit/even": (rewards[:, 0] > rewards[:, 1])[::2].mean(),
+            "accuracy_implicit/odd": (rewards[:, 0] > rewards[:, 1])[1::2].mean(),
             "inverse_perplexity/chosen": np.exp(means[:, 0]).mean(),
             "inverse_perplexity/rejected": np.exp(means[:, 1]).mean(),
             "inverse_perplexity/margin": (np.exp(means[:, 0]) - np.exp(means[:, 1])).mean(),
@@ -110,6 +114,8 @@ def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
             "pairs": 9,
         }
         assert result["scores"] == pytest.approx(expected, rel=1e-5)
+        error = correct[::2].std(ddof=1) / math.sqrt(5)
+        assert result["standard_errors"]["accuracy/even"] == pytest.approx(error)
         assert result["inputs_sha256"] == {str(data): report.file_sha256(data)}
         assert "torch" in result["versions"]
         lines = read_lines(tmp_path / "results" / name / "preference_pairs.jsonl")
@@ -202,6 +208,56 @@ def test_report_footnotes_what_it_cannot_compare(model_folder, tmp_path):
     assert "| b | 8.00 ± 0.25 | – |" in chat and "a, c: judge new; b: judge old" in chat
 
 
+def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
+    """AlpacaEval against two references and MT-Bench with two files of questions are not compared;
+    the answers differ anyway. Normalized scores have the settings of their benchmark."""
+    shots = {"GPQA": {"shots": 0, "lm_eval": "0.4", "apply_chat_template": False}}
+    for name in ("a", "b"):
+        settings = {"reference_sha256": f"reference of {name}", "temperature": 0.5}
+        scores = {"length_controlled_winrate": 50.0}
+        write(tmp_path / name, model_folder, "alpaca_eval2", scores, settings=settings)
+        inputs = {"question.jsonl": f"{name}1", "gpt-4.jsonl": "2", "answers": f"{name}3"}
+        write(tmp_path / name, model_folder, "mt_bench", {"score": 7.0}, inputs=inputs)
+        scores = {"GPQA": 30.0, "normalized/GPQA": 6.7}
+        write(tmp_path / name, model_folder, "leaderboard", scores, settings=shots)
+    results = report.read_results([str(tmp_path / name) for name in ("a", "b")])
+    _, normalized, chat = report.tables(results)
+    assert normalized[:2] == (
+        "Open LLM Leaderboard 2, normalized",
+        ["model", "GPQA", "average rank"],
+    )
+    assert normalized[3] == [""]
+    references, files = chat[3]
+    assert references == "a: reference_sha256 reference of a; b: reference_sha256 reference of b"
+    assert files == "a: files ['2', 'a1']; b: files ['2', 'b1']"
+
+
+def test_report_by_start_model(model_folder, tmp_path):
+    """Results of two set-ups in one folder: each model beside the one that it was trained from."""
+    for name, start in (("one", "org/base"), ("two", "org/base"), ("three", "org/other")):
+        final = tmp_path / name / "final"
+        shutil.copytree(model_folder, final)
+        (tmp_path / name / "config.yaml").write_text(f"model: {start}\n")
+        write(tmp_path / "results" / name, final, "mt_bench", {"score": 7.0})
+    (tmp_path / "results" / "hub").mkdir()
+    result = json.loads((tmp_path / "results" / "one" / "mt_bench.json").read_text())
+    base = json.dumps(result | {"model": "org/base", "start_model": "org/base"})
+    (tmp_path / "results" / "hub" / "mt_bench.json").write_text(base)
+    folders = sorted((tmp_path / "results").iterdir())
+    done = command("report", *folders, "--by_start_model")
+    titles = re.findall(r"\*\*(Instruction.*)\*\*|^\| (\w+) \| \W*7", done.stdout, re.MULTILINE)
+    assert [a or b for a, b in titles] == [
+        "Instruction following, from org/base",
+        *("hub", "one", "two"),
+        "Instruction following, from org/other",
+        "three",
+    ], done.stderr
+    assert command("report", *folders).stdout.count("Instruction following") == 1
+    assert report.start_model("org/base") == "org/base"
+    (tmp_path / "one" / "config.yaml").write_text("- a list\n")
+    assert report.start_model(str(tmp_path / "one" / "final")) == str(tmp_path / "one" / "final")
+
+
 def test_report_refuses_what_it_cannot_compare(model_folder, other_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     assert report.read_results([str(tmp_path / "empty")]) == {}
@@ -259,14 +315,17 @@ def judge_server(reply, asks_probes: bool = False):
                 "model": request["model"],
                 "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
             }
-            if isinstance(answer, tuple):
+            if isinstance(answer, str) or "choices" in answer:
+                body = answer
+            elif isinstance(answer, tuple):
                 status, message, error = answer
                 body = {"error": {"message": message, "code": error, "type": error}}
             else:
                 body["choices"] = [{"index": 0, "finish_reason": "stop"} | answer]
-            content = json.dumps(body).encode()
+            content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            kind = "text/html" if isinstance(body, str) and body[0] == "<" else "application/json"
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -300,6 +359,9 @@ def refuse(status: int, message: str, code: str, name: str = ""):
         (refuse(500, "The server had an error", "server_error"), "500.*server had an error"),
         (refuse(400, "logprobs are not supported", "unsupported", "logprobs"), "400.*logprobs are"),
         (refuse(0, "", "", "nothing"), "gives no log-probs, by which AlpacaEval 2 weighs"),
+        (lambda request: "<html>Sign in</html>", "no chat completion: '<html>Sign in</html>'"),
+        (lambda request: "not JSON", "Expecting value"),
+        (lambda request: {"choices": None}, "no chat completion: 'ChatCompletion"),
     ],
 )
 def test_a_judge_that_cannot_judge_is_one_line(reply, message):
@@ -327,6 +389,9 @@ def test_a_judge_is_asked_as_its_endpoint_wants_it():
     with judge_server(reply, True) as (url, _):
         judge = open_judge("new", url, max_tokens=2048, temperature=0)
     assert judge.options == {"max_completion_tokens": 2048} and judge.version == "new"
+    with judge_server(lambda request: {"message": {"role": "assistant"}}, True) as (url, _):
+        with pytest.raises(InputError, match="new at .* with no text within 2048 tokens"):
+            open_judge("new", url, max_tokens=2048, temperature=0)
     with judge_server(choose) as (url, _):
         judge = open_judge("old", url, max_tokens=1, temperature=1, logprobs=True)
     assert judge.options["max_tokens"] == 1 and judge.options["temperature"] == 1
@@ -405,15 +470,20 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
     """The judge drops a connection, and its quota is spent after 300 judgments. When there is a new
     one, the same command asks for the judgments that are missing."""
     failing = True
+    asked_at_all = {"message": {"role": "assistant", "content": "m"}, "logprobs": {"content": [{}]}}
 
     def reply(request: dict):
+        if not failing and "max_tokens" in request:  # as another version of its endpoint
+            return 400, "Use 'max_completion_tokens' instead.", "unsupported_parameter"
+        if "Answer with one letter" in request["messages"][-1]["content"]:
+            return asked_at_all
         if failing and len(requests) == 100:
             return None
         if failing and len(requests) > 301:
             return 429, "You exceeded your current quota", "insufficient_quota"
         return choose(request)
 
-    with judge_server(reply) as (url, requests):
+    with judge_server(reply, True) as (url, requests):
         flags = ("--judge_base_url", url, "--judge_model", "mock")
         spent = alpaca_eval2(alpaca, model_folder, tmp_path, *flags, OPENAI_API_KEY="sk-secret")
         (line,) = (line for line in spent.stderr.splitlines() if line.startswith("error: "))
@@ -425,8 +495,9 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
         done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags, OPENAI_API_KEY="sk-secret")
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(requests) - asked == 805 - 288
-    keys = ("model", "max_tokens", "top_logprobs", "logprobs")
-    assert {tuple(request[key] for key in keys) for request in requests} == {("mock", 1, 5, True)}
+    keys = ("model", "max_tokens", "max_completion_tokens", "top_logprobs", "logprobs")
+    asked = {tuple(map(request.get, keys)) for request in requests}
+    assert asked == {("mock", 1, None, 5, True), ("mock", None, 1, 5, True)}
     result = json.loads((tmp_path / "tiny" / "alpaca_eval2.json").read_text())
     scores = result["scores"]
     preferences = [preference_of(i) for i in range(805)]
@@ -669,6 +740,78 @@ def test_a_failing_judge_loses_no_judgment(mt_bench_data, tmp_path):
     assert {record["score"] for record in records} == {5}
 
 
+class MockJudge:
+    """A Judge whose answer to a task is `reply(its number)`: a text, None, or an error to raise."""
+
+    def __init__(self, reply):
+        self.calls, self.reply = [], reply
+        self.client = SimpleNamespace(chat=SimpleNamespace(completions=self))
+        self.model, self.options = "mock", {}
+
+    def create(self, model, messages):
+        self.calls.append(messages)
+        answer = self.reply(messages)
+        if isinstance(answer, Exception):
+            raise answer
+        message = SimpleNamespace(content=answer)
+        return SimpleNamespace(choices=answer != "" and [SimpleNamespace(message=message)])
+
+
+def ask(judge, numbers, path: Path, workers: int = 1) -> dict:
+    record = lambda number, text: {"index": number, "judgment": text}  # noqa: E731
+    return judge_module.ask_all(judge, {n: n for n in numbers}, record, path, workers)
+
+
+def refusal() -> Exception:
+    import httpx
+    from openai import BadRequestError
+
+    request = httpx.Request("POST", "http://judge")
+    return BadRequestError("too long", response=httpx.Response(400, request=request), body=None)
+
+
+def test_what_the_judge_refuses_is_a_record(tmp_path):
+    """Two prompts that are refused, and one whose answer is empty, among others: they are recorded
+    with the reason, and everything ends. A judge that refuses all of them is at fault."""
+    path = tmp_path / "judgments.jsonl"
+    answers = {3: refusal(), 4: refusal(), 9: None}
+    records = ask(MockJudge(lambda n: answers.get(n, "A")), range(10), path)
+    assert [n for n in range(10) if records[n]["judgment"] == "A"] == [0, 1, 2, 5, 6, 7, 8]
+    assert {n: records[n]["refused"] for n in answers} == {
+        3: "too long",
+        4: "too long",
+        9: "it answers with no text",
+    }
+    kept = sorted(report.read_records(path), key=lambda r: r["index"])
+    assert kept == [records[number] for number in range(10)]
+    judge = MockJudge(lambda n: refusal())
+    with pytest.raises(InputError, match="5 refusals in a row, the last: too long.*to continue"):
+        ask(judge, range(100), tmp_path / "none.jsonl", workers=4)
+    assert len(judge.calls) < 5 + 2 * 4 and report.read_records(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("problem", ["interrupt", "answer"])
+def test_every_judgment_that_was_paid_is_kept(tmp_path, monkeypatch, problem):
+    """When the user interrupts, or an answer is no chat completion: no further call begins."""
+
+    def interrupted(futures, **options):
+        for number, future in enumerate(futures):
+            if number == 5 and problem == "interrupt":
+                raise KeyboardInterrupt
+            yield future
+
+    def reply(n):
+        time.sleep(0.002)
+        return "" if n == 20 and problem == "answer" else "A"
+
+    monkeypatch.setattr(judge_module, "tqdm", interrupted)
+    judge, path = MockJudge(reply), tmp_path / "judgments.jsonl"
+    with pytest.raises(KeyboardInterrupt if problem == "interrupt" else InputError):
+        ask(judge, range(500), path, workers=4)
+    kept = len(report.read_records(path))
+    assert kept == len(judge.calls) - (problem == "answer") and kept < 500
+
+
 def test_mt_bench_temperatures_and_second_turns(mt_bench_data, model_folder, tmp_path, monkeypatch):
     """The model is called with FastChat's temperatures, and in the second turn with its own first
     answer."""
@@ -732,6 +875,18 @@ def test_scores_are_read_as_fastchat_does(text, expected):
 
 
 # ---- Win rate against the chosen responses -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, verdict",
+    [
+        *(("A", "A"), ("**B**", "B"), ("TIE", "TIE"), ("Tie.", "TIE"), ("Answer: A", "A")),
+        *(("The better answer is **B**.", "B"), ("It is a tie.", "TIE"), ("Verdict: TIE", "TIE")),
+        *(("A or B", ""), ("Neither is a", ""), ("Both. A", ""), ("", "")),
+    ],
+)
+def test_verdicts(line, verdict):
+    assert win_rate.parse_verdict(f"A and B differ.\n{line}\n") == verdict
 
 
 def test_win_rate(model_folder, tmp_path):
@@ -863,7 +1018,7 @@ def write_datasets(folder: Path) -> None:
 
 
 LEADERBOARD_RUNS = """
-import os, sys
+import json, os, sys
 from lm_eval.models.huggingface import HFLM
 from data import InputError
 from eval import leaderboard
@@ -916,31 +1071,45 @@ def test_leaderboard_with_the_harness(tmp_path):
         """
 collect, generate = leaderboard.collect, HFLM.generate_until
 flags = "--benchmarks GSM8K --apply_chat_template true"
+path = "results/tiny/leaderboard.json"
+
+def meanwhile(results, benchmark):  # another run has written its benchmark
+    result = json.load(open(path))
+    result["scores"]["other"] = 1.0
+    json.dump(result, open(path, "w"))
+    return collect(results, benchmark)
+
 leaderboard.collect = stop
 try:
     run(flags)  # everything is answered, nothing is written
 except KeyboardInterrupt:
-    print("interrupted:", not os.path.exists("results/tiny/leaderboard.json"))
-leaderboard.collect, HFLM.generate_until = collect, stop
+    print("interrupted:", not os.path.exists(path))
+leaderboard.collect = collect
+run("--benchmarks Winogrande --limit 1")
+HFLM.generate_until = stop
 run(flags)  # nothing is asked again
-print("cache:", os.path.exists("results/tiny/leaderboard/cache"))
+cache = os.listdir("results/tiny/leaderboard/cache")
+print("cache:", {name.split("_")[0] for name in cache})
 HFLM.generate_until = generate
 try:
     run("")
 except InputError as error:
     print("refused:", error)
+leaderboard.collect = meanwhile
 names = [name for name in leaderboard.BENCHMARKS if name != "GSM8K"]
 run(f"--benchmarks {' '.join(names)}")
+run("--benchmarks IFEval --apply_chat_template true --limit 1")  # writes nothing: not refused
 run(flags)
 """,
         cache="another cache",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "interrupted: True" in done.stdout and "cache: False" in done.stdout
+    assert "interrupted: True" in done.stdout and "cache: {'Winogrande'}" in done.stdout
     assert "refused: results/tiny/leaderboard.json: holds results of GSM8K with" in done.stdout
     assert done.stdout.rstrip().endswith("GSM8K: is in results/tiny/leaderboard.json")
     assert "Winogrande: chat template not applied" in done.stdout
     result = json.loads((folder / "leaderboard.json").read_text())
+    assert result["scores"].pop("other") == 1.0
     chat = {name: values["apply_chat_template"] for name, values in result["settings"].items()}
     assert chat == dict.fromkeys(leaderboard.BENCHMARKS, False) | {"GSM8K": True}
     assert result["settings"]["ARC-Challenge"]["shots"] == 25
@@ -1192,6 +1361,20 @@ def test_a_leaderboard_of_other_weights_is_refused(model_folder, other_folder, t
     with pytest.raises(InputError, match="GSM8K with .*False.*True.*another --output_dir"):
         leaderboard.read_finished(path, model, other)
     assert leaderboard.read_finished(path, model, {"BBH": {}})["scores"] == {"GSM8K": 1.0}
+
+
+def test_leaderboard_without_vllm_or_a_template(tmp_path, monkeypatch):
+    make_model("llama").save_pretrained(tmp_path / "plain")
+    make_tokenizer(chat_template=None).save_pretrained(tmp_path / "plain")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for flags, message in (
+        (["--engine", "vllm"], "vLLM is not installed. It needs an environment of its own"),
+        (["--apply_chat_template", "true"], "plain has no chat template"),
+    ):
+        args = [str(tmp_path / "plain"), "--output_dir", str(tmp_path / "results"), *flags]
+        monkeypatch.setattr(sys, "argv", ["leaderboard", *args])
+        with pytest.raises(InputError, match=message):
+            leaderboard.main()
 
 
 def test_leaderboard_without_its_data(model_folder, tmp_path, monkeypatch):

@@ -78,6 +78,8 @@ def test_own_sampling_is_that_of_a_bare_call(model_folder, tmp_path):
     model.save_pretrained(tmp_path)
     own = own_sampling(str(tmp_path))
     assert own == {"top_p": 0.8, "top_k": 4, "repetition_penalty": 1.5}
+    (tmp_path / "generation_config.json").unlink()
+    assert own_sampling(str(tmp_path)) == own_sampling(str(model_folder))
     ids = torch.tensor([tokenizer(CHATML_OF.format("hi"), add_special_tokens=False).input_ids])
     for temperature in (0.0, 0.7):
         options = {"max_new_tokens": 12, "temperature": temperature}
@@ -161,6 +163,11 @@ def test_answers_of_other_settings_are_not_mixed(model_folder, tmp_path, change)
 
 
 def test_a_prompt_that_fills_the_context(model_folder):
+    limit = {"engine": "vllm", "engine_args": "max_model_len=20"}
+    with pytest.raises(
+        InputError, match=r"prompt 2 has \d+ tokens .* context of 20: .*max_model_l"
+    ):
+        answer(str(model_folder), ["a", "b", "c " * 30], **limit)
     with pytest.raises(InputError, match=r"prompt 1 has \d+ tokens and the model a context of 256"):
         answer(str(model_folder), ["a", "b " * 300])
     calls, plain = [], make_model("llama")
@@ -218,14 +225,16 @@ def test_vllm_gets_the_same_requests(model_folder, monkeypatch):
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in first.stop_token_ids
     monkeypatch.setitem(sys.modules, "vllm", None)
     generate_module.load_engine.cache_clear()
-    with pytest.raises(InputError, match="pip install vllm"):
+    with pytest.raises(InputError, match="pip install .* vllm"):
         answer(str(model_folder), ["hi"], engine="vllm")
 
 
 def test_names_of_models(tmp_path):
     (tmp_path / "mine" / "final").mkdir(parents=True)
-    for folder in ("mine", "mine/final", "mine/final/"):
+    for folder in ("mine/final", "mine/final/"):
         assert short_name(f"{tmp_path}/{folder}") == "mine"
+    with pytest.raises(InputError, match="mine: the model of this run is in .*mine/final"):
+        short_name(f"{tmp_path}/mine")
     assert short_name("meta-llama/Meta-Llama-3-8B") == "Meta-Llama-3-8B"
 
 

@@ -241,6 +241,25 @@ def test_plotted_lines_are_the_metrics(tmp_path, monkeypatch):
         plots.plot({"x": [run, run[:1]]}, figure, panels)
 
 
+def test_a_legend_stays_in_its_figure(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    run = [{"step": step, "a": 1.0} for step in (1, 2)]
+    curves = {f"runs/llama-3-8b-instruct-{n}": [run] for n in range(7)}
+    plots.plot(curves, str(tmp_path / "figure.png"), {"a": lambda line: line["a"]})
+    scores = {
+        f"a-model-of-an-ordinary-name-{n}": dict.fromkeys(plots.CATEGORIES, 5.0) for n in "abc"
+    }
+    plots.radar_figure(scores, tmp_path / "radar.png")
+    for figure in drawn:
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert len(drawn) == 2
+
+
 def test_plots_of_nothing(tmp_path):
     with pytest.raises(InputError, match="there is no such file"):
         plots.read_run(str(tmp_path / "nowhere"))
