@@ -52,6 +52,7 @@ ARMS |= {
 # A run that does not change the model: its metrics and answers are those of the start.
 START, START_RATE = "start", 1e-12
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
+IN_DYNAMICS = ("dpo", "simpo", "ipo", "sft")  # beside the ablations: as many as can be told apart
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 SEEDS = 3  # of the order of the pairs and of the sampled answers
 EQUAL_KL = 5  # nats an answer, at which losses are compared
@@ -263,26 +264,31 @@ def figures(results: list[dict], folder: Path) -> None:
     finished = {arm for arm, _ in groups}
     rivals = [arm for arm in LOSSES if arm == "simper" or arm not in ABLATIONS]
     panels = {"losses": rivals, "SimPER without its parts": ABLATIONS}
-    for name, label in (
-        ("frontier", "KL from the start, nats an answer"),
-        ("rates", "learning rate"),
+    for name, label, ticks in (
+        ("frontier", "KL from the start, nats an answer", (0.3, 1, 3, 10, 30, 100)),
+        ("rates", "learning rate", LEARNING_RATES),
     ):
         with new_figure(folder / f"study-{name}.png", list(panels), (5.5, 4.0)) as axes:
+            from matplotlib import colormaps
+
+            colors = dict(zip(LOSSES, colormaps["tab20"].colors)) | {"simper": "black"}
             for axis, arms in zip(axes, panels.values()):
                 for arm in filter(finished.__contains__, arms):
                     rates = [rate for rate in LEARNING_RATES if (arm, rate) in groups]
                     x = rates if name == "rates" else [mean(groups[arm, r], "kl") for r in rates]
                     means = [interval(resample(groups[arm, r], key="reward")[0]) for r in rates]
                     y, low, high = map(np.array, zip(*means))
-                    width = 2.5 if arm == "simper" else 1.2
-                    errors = (y - low, high - y)
-                    axis.errorbar(x, y, errors, label=arm, marker=".", lw=width, elinewidth=0.7)
+                    style = {"lw": 2.5 if arm == "simper" else 1.2, "color": colors[arm]}
+                    style |= {"marker": ".", "elinewidth": 0.7}
+                    axis.errorbar(x, y, (y - low, high - y), label=arm, **style)
                 start = mean(groups[START, START_RATE], "reward")
                 axis.axhline(start, color="grey", linestyle=":", label="before training")
                 axis.set(xscale="log", xlabel=label, ylabel="mean reward")
+                axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axis.minorticks_off()
     start_steps = {run["seed"]: run["steps"] for run in groups[START, START_RATE]}
-    curves = {}
-    for arm in filter(finished.__contains__, LOSSES):
+    curves = {}  # each at the rate that counts most at equal KL
+    for arm in filter(finished.__contains__, (*ABLATIONS, *IN_DYNAMICS)):
         _, runs = max(at_equal_kl(groups, arm), key=lambda part: part[0])
         curves[arm] = [subtract(run["steps"], start_steps[run["seed"]]) for run in runs]
     changes = {

@@ -58,7 +58,7 @@ def new_figure(
     projection: str | None = None,
 ) -> Iterator[list]:
     """One matplotlib axes for each title, at most three in a row, to draw on. When the block ends,
-    the figure gets the legend of the first axes and is saved to `path`.
+    the figure gets a legend of all labels and is saved to `path`.
 
     panel_size: width and height of each panel in inches. Raises InputError if matplotlib is not
     installed.
@@ -80,10 +80,14 @@ def new_figure(
         axis = figure.add_subplot(rows, columns, place, projection=projection)
         axis.set_title(title, fontsize=10)
     yield figure.axes
-    handles = figure.axes[0].get_legend_handles_labels()
-    longest = max(map(len, handles[1]), default=0)
+    handles = {}
+    for axis in figure.axes:
+        of_axis, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, of_axis))
+    longest = max(map(len, handles), default=0)
     per_row = max(1, int(size[0] * 10 / (longest + 8)))  # ten characters an inch
-    figure.legend(*handles, loc="outside lower center", ncols=per_row, frameon=False)
+    where = {"loc": "outside lower center", "ncols": per_row, "frameon": False}
+    figure.legend(handles.values(), handles.keys(), **where)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
