@@ -157,6 +157,9 @@ def test_prompts(tmp_path):
             InputError, match=r"rows.jsonl, row 1: .*\{\"prompt\": text or messages"
         ):
             load_prompts(str(path))
+    path.write_text(json.dumps(pair | {"rejected": "\n\nHuman: other\n\nAssistant: b"}) + "\n")
+    with pytest.raises(InputError, match="every pair answer different prompts"):
+        load_prompts(str(path))
 
 
 # ---- Scorers -------------------------------------------------------------------------------------
