@@ -28,8 +28,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def resolve_model(name: str) -> str:
     """A hub id or a folder as it is; for "demo" the folder of the demo's model, as demo_model.
-    Raises InputError for a name that can only be a folder's, if there is none, or the model is in
-    another one."""
+    Raises InputError for a name that can only be a folder's, if there is none, and for the folder
+    of a run, whose model is in its final/."""
     if name == "demo":
         return demo_model()
     path = Path(name)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from data import (
     InputError,
@@ -45,7 +45,7 @@ from eval.report import (
     read_records,
 )
 from eval.score import load_scorer, score_answers, summary
-from model import weights_fingerprint
+from model import generation_config, load_config, weights_fingerprint
 from runtime import run_command
 
 VLLM_BATCH = 512  # prompts in one call of vLLM, which forms its own batches
@@ -181,23 +181,13 @@ def stop_tokens(generation_config: GenerationConfig, tokenizer) -> set[int]:
     return {*([ends] if isinstance(ends, int) else ends or []), end_of_turn(tokenizer)[0]}
 
 
-def own_generation(folder: str) -> GenerationConfig:
-    """The generation config that comes with a model, or that of its config."""
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except OSError:  # it has none
-        return GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        )
-
-
 def own_sampling(name: str) -> dict:
     """top_p, top_k and repetition_penalty of a model's own generation config, with transformers'
     values for what it does not set: the sampling of a bare model.generate(temperature=...)."""
-    own = own_generation(resolve_model(name))
+    folder = resolve_model(name)
+    own = generation_config(folder, load_config(folder), load_tokenizer(folder))
     values = {"top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
-    set_here = {key: getattr(own, key) for key in values}
-    return values | {key: value for key, value in set_here.items() if value is not None}
+    return {key: own.get(key, value) for key, value in values.items()}
 
 
 def context_length(config) -> int:
@@ -220,7 +210,7 @@ def load_engine(engine: str, folder: str, batch_size: int, seed: int, engine_arg
         from vllm import LLM
     except ImportError:
         raise InputError(NO_VLLM) from None
-    stop_ids = stop_tokens(own_generation(folder), tokenizer)
+    stop_ids = {*generation_config(folder, load_config(folder), tokenizer)["eos_token_id"]}
     model = LLM(model=folder, seed=seed, **more)
     return functools.partial(generate_with_vllm, model, tokenizer, stop_ids)
 
@@ -261,7 +251,7 @@ def answer(
     answers = read_answers(path, settings) if path else {}
     if len(answers) == len(prompts):
         return [answers[i] for i in range(len(prompts))]
-    context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    context = context_length(load_config(folder))
     limit = parse_engine_args(engine_args).get("max_model_len")
     context = min(context, limit) if isinstance(limit, int) else context
     order = longest_first(prompt_ids(load_tokenizer(folder), prompts, context))

@@ -134,6 +134,7 @@ def ask_all(
             else:
                 refused[key] = reason
             if len(refused) >= REFUSALS:
+                stop.set()
                 raise InputError(f"{REFUSALS} refusals in a row, the last: {reason}")
             if text or len(records) + len(refused) == len(tasks):
                 for other, reason in refused.items():

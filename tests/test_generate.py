@@ -76,6 +76,7 @@ def test_own_sampling_is_that_of_a_bare_call(model_folder, tmp_path):
     assert own_sampling(str(model_folder))["top_k"] == 50  # transformers', where the model has none
     model.generation_config.update(do_sample=True, top_k=4, top_p=0.8, repetition_penalty=1.5)
     model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     own = own_sampling(str(tmp_path))
     assert own == {"top_p": 0.8, "top_k": 4, "repetition_penalty": 1.5}
     (tmp_path / "generation_config.json").unlink()
