@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from demo.smollm2 import demo_model
 from eval.generate import generate_tokens, load_prompts, prompt_ids, stop_tokens
 from eval.plots import new_figure, plot
 from eval.report import read_records
-from eval.score import load_scorer
+from eval.score import load_scorer, score_answers
 from loss import LOSSES
 from runtime import read_lines, run_command, write_whole
 
@@ -62,12 +63,10 @@ FLAGS = {"max_steps": 20, "eval_every": 0, "save_every": 0, "wandb": "off"}
 SCORER = f"{ROOT / 'demo' / 'sentiment.py'}:score"
 NEW_PROMPTS = ROOT / "demo" / "new_prompts.jsonl"
 SIDES = ("chosen", "rejected")
-LOGGED = {
-    "step",
-    "accuracy",
-    *(f"{name}/{s}" for name in ("logps", "gradient_weight") for s in SIDES),
-}
+LOGGED = re.compile(r"(eval/)?(step|accuracy|logps/\w+|gradient_weight/\w+)")
 JUDGING = threading.Lock()  # one model at a time: torch has one stream of random numbers
+FORMATS = {"words": ".1f", "finished": ".2f", "distinct": ".2f"}
+FORMATS |= {f"Δ {side}": "+.2f" for side in SIDES}
 BEGIN, END = "<!-- the tables: written by benchmarks/study.py -->", "<!-- end of the tables -->"
 
 
@@ -88,10 +87,8 @@ def run(arm: str, rate: float, seed: int, output: Path, threads: int) -> dict:
         if not last.startswith("FloatingPointError"):  # no result: the run must be repeated
             raise RuntimeError(f"{' '.join(command)}: {last}")
         return {"error": last}
-    lines = [
-        {key: value for key, value in line.items() if key.removeprefix("eval/") in LOGGED}
-        for line in read_lines(output / "metrics.jsonl")
-    ]
+    lines = read_lines(output / "metrics.jsonl")
+    lines = [{k: v for k, v in line.items() if LOGGED.fullmatch(k)} for line in lines]
     evaluations = [line for line in lines if "eval/accuracy" in line]
     steps = [line for line in lines if "accuracy" in line]
     kept = {"before": evaluations[0], "after": evaluations[-1], "steps": steps}
@@ -110,17 +107,16 @@ def judge(folder: str, seed: int) -> dict:
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
     words = [text.split() for text in texts]
     pairs = [pair for answer in words for pair in zip(answer, answer[1:])]
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    rows = [{"prompt": prompt, "answer": text} for prompt, text in zip(messages, texts)]
     stop_ids = stop_tokens(model.generation_config, tokenizer)
+    finished = [ids[-1] in stop_ids for ids in answers]
     asked = prompt_ids(tokenizer, prompts, context=2**31)
     third = slice(seed % 3, None, 3)  # for a mean as exact as is needed; with three seeds, of all
     kl = divergences(model, load(demo_model()), asked[third], answers[third])
     return {
-        "reward": load_scorer(SCORER)(rows),
+        "reward": score_answers(load_scorer(SCORER), prompts, list(zip(texts, finished))),
         "kl": kl,
         "words": [len(answer) for answer in words],
-        "finished": [ids[-1] in stop_ids for ids in answers],
+        "finished": finished,
         "distinct": len({*pairs}) / max(len(pairs), 1),  # share of distinct pairs of words
         "examples": texts[:3],
     }
@@ -178,12 +174,12 @@ def interval(means: np.ndarray) -> tuple[float, float, float]:
 
 def group_runs(results: list[dict]) -> dict[tuple[str, float], list[dict]]:
     """{(arm, learning rate): its finished runs}, each with the changes of the held-out mean
-    log-probs, in nats per token, as "chosen" and "rejected"."""
+    log-probs, in nats per token, as "Δ chosen" and "Δ rejected"."""
     groups = {}
     for run in results:
         if "error" not in run:
-            names = {side: f"eval/logps/{side}" for side in SIDES}
-            changes = {side: run["after"][n] - run["before"][n] for side, n in names.items()}
+            ends = ((side, run["after"], run["before"]) for side in SIDES)
+            changes = {f"Δ {s}": a[f"eval/logps/{s}"] - b[f"eval/logps/{s}"] for s, a, b in ends}
             groups.setdefault((run["arm"], run["learning_rate"]), []).append(run | changes)
     return groups
 
@@ -228,8 +224,7 @@ def tables(setting: dict, results: list[dict]) -> str:
     arms = [arm for arm in (START, *ARMS) if arm in {name for name, _ in groups}]
     places = {arm: at_equal_kl(groups, arm) for arm in arms}
     simper = places.get("simper", [])
-    header = ["loss", "KL", "reward [95 %]", "minus SimPER's [95 %]", "words", "finished"]
-    header += ["distinct", "Δ chosen", "Δ rejected", "seeds"]
+    header = ["loss", "KL", "reward [95 %]", "minus SimPER's [95 %]", *FORMATS, "seeds"]
     rows, every = [], []
     for arm, place in places.items():
         row = [arm, f"{math.exp(sum(weight * log_kl(runs) for weight, runs in place)):.1f}"]
@@ -238,12 +233,7 @@ def tables(setting: dict, results: list[dict]) -> str:
             difference, low, high = interval(np.subtract(*rewards(place, simper)))
             bold = "**" if low > 0 or high < 0 else ""  # an effect; the others are ties
             row[-1] = f"{bold}{difference:+.3f}{bold} [{low:+.3f}, {high:+.3f}]"
-        for key, form in (
-            ("words", ".1f"),
-            ("finished", ".2f"),
-            ("distinct", ".2f"),
-            *((side, "+.2f") for side in SIDES),
-        ):
+        for key, form in FORMATS.items():
             row.append(format(sum(weight * mean(runs, key) for weight, runs in place), form))
         rows.append([*row, "/".join(str(len(runs)) for _, runs in place)])
         cells = [groups.get((arm, rate)) for rate in LEARNING_RATES]
@@ -328,11 +318,7 @@ def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
         with lock, open(path, "a") as file:
             results.append(result)
             print(json.dumps(result), file=file)
-            print(
-                f"{len(results)} of {len(plan)} finished: {name}",
-                result.get("error", ""),
-                flush=True,
-            )
+            print(f"{len(results)} of {len(plan)}: {name}", result.get("error", ""), flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, [entry for entry in plan if entry not in done]))
@@ -358,7 +344,10 @@ def main() -> None:
         run_all(results, args.results, args.output_dir.resolve(), args.jobs)
     if not any(result["arm"] == START for result in results):
         raise InputError(f"{args.results} does not hold a finished run of the start")
-    report(setting, results, args.page)
+    before, _, rest = args.page.read_text().partition(BEGIN)
+    written = f"{BEGIN}\n\n{tables(setting, results)}\n\n{END}"
+    args.page.write_text(before + written + rest.partition(END)[2])
+    figures(results, args.page.parent)
 
 
 def this_setting() -> dict:
@@ -377,14 +366,6 @@ def read_results(path: Path) -> tuple[dict, list[dict]]:
     """(the setting, the finished runs) of a results file; ({}, []) if there is none."""
     lines = read_records(path)
     return (lines[0], lines[1:]) if lines else ({}, [])
-
-
-def report(setting: dict, results: list[dict], page: Path) -> None:
-    """Write the tables into the page, in place of earlier ones, and the figures beside it."""
-    before, _, rest = (page.read_text() if page.exists() else f"{BEGIN}{END}\n").partition(BEGIN)
-    text = tables(setting, results)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
-    figures(results, page.parent)
 
 
 if __name__ == "__main__":
