@@ -31,8 +31,11 @@ class InputError(ValueError):
     """The user's input is at fault: the message says what is wrong, where, and what to do."""
 
 
-# 26 July 2024, which is Llama-3.1's own default.
-DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%y": "24", "%Y": "2024"}
+# Put before a chat template: today is 26 July 2024, Llama-3.1's own default. The tokens of another
+# day would be those of another run. (+: the template's own first line break stays.)
+DATE = "{% macro strftime_now(f) %}{{ f | replace('%d', '26') | replace('%m', '07')"
+DATE += " | replace('%b', 'Jul') | replace('%B', 'July') | replace('%y', '24')"
+DATE += " | replace('%Y', '2024') }}{% endmacro +%}"
 DROPPED = ("empty", "identical", "different prompts", "end of turn inside")
 COLUMNS = ("prompt", "chosen", "rejected")
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -142,8 +145,17 @@ def parse_row(row: dict) -> tuple[list | str, str, str] | None:
     The prompt is a list of messages, or text where the row has text. Only the last assistant turn
     is the answer. Raises InputError for a row in none of the formats.
     """
+    context = []
     prompt, chosen, rejected = (row.get(column) for column in COLUMNS)
-    if isinstance(chosen, str) and isinstance(rejected, str):
+    if is_conversation(chosen) and is_conversation(rejected):
+        (*context, last), (*other, other_last) = as_messages(chosen), as_messages(rejected)
+        if last["role"] == other_last["role"] == "assistant":
+            if context != other:
+                return None
+            chosen, rejected = last["content"], other_last["content"]
+            if context and (not is_conversation(prompt) or as_messages(prompt) == context):
+                return context, chosen, rejected  # a prompt column as text is redundant here
+    if not context and isinstance(chosen, str) and isinstance(rejected, str):
         if chosen.startswith("\n\nHuman:"):
             marker = "\n\nAssistant:"
             context, found, chosen = chosen.rpartition(marker)
@@ -155,20 +167,7 @@ def parse_row(row: dict) -> tuple[list | str, str, str] | None:
             return prompt, chosen, rejected
         elif is_conversation(prompt) and prompt[-1]["role"] != "assistant":
             return as_messages(prompt), chosen, rejected
-    elif is_conversation(chosen) and is_conversation(rejected):
-        (*context, chosen), (*other, rejected) = as_messages(chosen), as_messages(rejected)
-        if chosen["role"] == rejected["role"] == "assistant":
-            answers = chosen["content"], rejected["content"]
-            if context != other:
-                return None
-            if context and (not is_conversation(prompt) or as_messages(prompt) == context):
-                return context, *answers  # a prompt column as text is redundant here
-            if not context and isinstance(prompt, str) and prompt.strip():
-                return prompt, *answers
-            if not context and is_conversation(prompt) and prompt[-1]["role"] != "assistant":
-                return as_messages(prompt), *answers
-    values = [row.get(column) for column in COLUMNS]
-    if any(v == [] or isinstance(v, str) and not v.strip() for v in values):
+    if any(v == [] or isinstance(v, str) and not v.strip() for v in map(row.get, COLUMNS)):
         return [], "", ""
     kinds = {column: type(value).__name__ for column, value in row.items()}
     raise InputError(f"in none of the accepted formats; its columns are {kinds}.\n{FORMATS}")
@@ -227,15 +226,9 @@ def tokenizer_digests(tokenizer) -> dict[str, str]:
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
-    """The conversation by the chat template. One that writes today's date writes DATE: the tokens
-    of another day would be those of another run."""
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        dated = "".join(f" | replace('{key}', '{value}')" for key, value in DATE.items())
-        template = f"{{%- macro strftime_now(f) -%}}{{{{ f{dated} }}}}{{%- endmacro -%}}{template}"
-    return tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, **options
-    )
+    """The conversation by the chat template, with DATE for today."""
+    dated = DATE + tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, **options)
 
 
 def prompt_text(tokenizer, prompt: list | str, header: bool = True) -> str:
@@ -502,10 +495,6 @@ def spread_pairs(
     >>> spread_pairs([7, 0, 3], {0: 3, 3: 4, 7: 5}, ranks=2, micro_batch_tokens=8)
     [[[0, 3], [7]]]
     """
-    if len(indices) < ranks:
-        raise InputError(
-            f"{len(indices)} pairs cannot be spread over {ranks} ranks: each needs at least one"
-        )
     longest_first = sorted(indices, key=lambda i: -pair_tokens[i])
     total, longest = sum(pair_tokens[i] for i in indices), pair_tokens[longest_first[0]]
     if longest > micro_batch_tokens:
@@ -526,7 +515,7 @@ def spread_pairs(
     raise InputError(
         f"{len(indices)} pairs cannot be spread over {ranks} ranks in micro-batches of at most "
         f"micro_batch_tokens={micro_batch_tokens} tokens: raise it, or make the number of pairs a "
-        "multiple of the ranks'"
+        "multiple of the ranks', each of which needs at least one"
     )
 
 
@@ -570,10 +559,9 @@ class MicroBatch:
 
     def to(self, device) -> "MicroBatch":
         """The same on `device`."""
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        moved = {k: tensor.to(device, non_blocking=True) for k, tensor in tensors.items()}
-        reference = tuple(tensor.to(device, non_blocking=True) for tensor in self.reference)
-        return replace(self, **moved, reference=reference)
+        move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
+        moved = {k: move(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved, reference=tuple(map(move, self.reference)))
 
 
 def pack(pairs: list[tuple[list[int], list[int], list[int]]]) -> MicroBatch:
@@ -582,16 +570,15 @@ def pack(pairs: list[tuple[list[int], list[int], list[int]]]) -> MicroBatch:
     keys, key_starts, query_starts = [], [0], [0]
     for prompt, chosen, rejected in pairs:
         p, c, r, start = len(prompt), len(chosen), len(rejected), len(input_ids)
+        middle, end = start + p + c, start + p + c + r
         input_ids += [*prompt, *chosen, *rejected]
         position_ids += [*range(p + c), *range(p, p + r)]
-        predictors += [*range(start + p - 1, start + p + c - 1)]
-        predictors += [start + p - 1, *range(start + p + c, start + p + c + r - 1)]
+        predictors += [*range(start + p - 1, middle - 1), start + p - 1, *range(middle, end - 1)]
         targets += [*chosen, *rejected]
         segments.append((p, c, r))
-        keys += [*range(start, start + p + c), *range(start, start + p)]
-        keys += range(start + p + c, start + p + c + r)
+        keys += [*range(start, middle), *range(start, start + p), *range(middle, end)]
         key_starts += [len(keys) - p - r, len(keys)]
-        query_starts += [start + p + c, start + p + c + r]
+        query_starts += [middle, end]
     return MicroBatch(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),

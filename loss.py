@@ -6,13 +6,12 @@ import torch.nn.functional as F
 
 
 def simper_loss(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The loss of every preference pair:
+    """The loss of every preference pair, of a prompt x, a chosen response y_w and a rejected y_l:
 
-        L = exp( 1/|y_l| Σ_t log p(y_l,t | x, y_l,<t) ) − exp( 1/|y_w| Σ_t log p(y_w,t | x, y_w,<t)
-        )
+        L = −exp( 1/|y_w| log p(y_w | x) ) + exp( 1/|y_l| log p(y_l | x) ) = −p_w + p_l
 
-    with x the prompt, y_w the chosen and y_l the rejected response. exp(mean log-likelihood) is the
-    inverse perplexity of a response, the geometric mean of its tokens' probabilities.
+    p_w and p_l are the inverse perplexities of the two responses, the geometric means of their
+    tokens' probabilities.
 
     token_logps: (tokens,) float32 or float64, log-probs of the response tokens, pair after pair,
         chosen before rejected.
@@ -20,19 +19,14 @@ def simper_loss(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
         least 1.
     Returns (pairs,) losses in the dtype of token_logps.
 
-    Both inverse perplexities are in (0, 1), so a loss is in (−1, 1): negative as soon as the chosen
-    response is the likelier one per token, and −1 would be a model that is certain of every chosen
-    and of no rejected response.
-
-    The gradient, with θ the model's parameters, p_w and p_l the two inverse perplexities:
+    Both inverse perplexities are in (0, 1), so a loss is in (−1, 1), and negative as soon as the
+    chosen response is the likelier one per token. The gradient, with θ the model's parameters, is
 
         ∇L = p_l · 1/|y_l| ∇ log p(y_l | x) − p_w · 1/|y_w| ∇ log p(y_w | x)
 
     Each side is weighted by its own inverse perplexity and so is bounded; what is already unlikely
-    is pushed down less.
-
-    Compared with DPO there is no reference model, no β and no sigmoid; compared with SimPO there is
-    no β, no margin γ and no sigmoid that couples the two sides. Nothing is left to tune.
+    is pushed down less. Unlike DPO, it has no reference model; unlike SimPO, no margin γ; unlike
+    both, no β and no sigmoid that couples the two sides. Nothing is left to tune.
     """
     mean_logps = sum_logps(token_logps, lengths) / lengths  # the length normalization
     chosen, rejected = mean_logps.exp().unbind(dim=1)  # inverse perplexities
@@ -77,9 +71,7 @@ def rrhf_loss(token_logps, lengths, lambda_=1.0):
 
 def slic_hf_loss(token_logps, lengths, delta=1.0, lambda_=0.1):
     """max(0, δ − s_w + s_l) − λ s_w (Zhao et al. 2023, arXiv 2305.10425; their second term is of
-    the SFT data's response). TRL's loss "hinge" is not this one: it has a reference and no second
-    term.
-    """
+    the SFT data's response). TRL's "hinge" is another: it has a reference and no second term."""
     chosen, rejected = sum_logps(token_logps, lengths).unbind(dim=1)
     return F.relu(delta - chosen + rejected) - lambda_ * chosen
 

@@ -211,15 +211,11 @@ def packed_attention(
         visible = visible.tril(m - n).triu(m - n - window + 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, **options)
 
-    outputs = []
-    sizes = [size for p, c, r in micro_batch.segments for size in (p + c, r)]
-    parts = list(zip(*(x.split(sizes, dim=2) for x in (query, key, value))))
-    for (p, _, _), first, rejected in zip(micro_batch.segments, parts[::2], parts[1::2]):
-        q, k, v = first  # of prompt and chosen
-        outputs.append(attend(q, k, v))
-        k, v = (torch.cat((x[:, :, :p], y), dim=2) for x, y in zip((k, v), rejected[1:]))
-        outputs.append(attend(rejected[0], k, v))
-    return torch.cat([out.transpose(1, 2) for out in outputs], dim=1), None
+    query_sizes = [n for p, c, r in micro_batch.segments for n in (p + c, r)]
+    key_sizes = [n for p, c, r in micro_batch.segments for n in (p + c, p + r)]
+    key, value = (x.index_select(2, micro_batch.keys) for x in (key, value))
+    parts = query.split(query_sizes, 2), key.split(key_sizes, 2), value.split(key_sizes, 2)
+    return torch.cat([attend(*part).transpose(1, 2) for part in zip(*parts)], dim=1), None
 
 
 def varlen_attention(query, key, value, sliding_window, micro_batch: MicroBatch, options: dict):
@@ -394,18 +390,14 @@ def load_weights(model: PackedModel, folder: str) -> None:
     state = stored_tensors(model.model)
     dcp.load(state, storage_reader=read())
     for name, tensor in state.items():
-        mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if not mine.sum().isfinite():
+        if not tensor.sum().isfinite():
             raise InputError(f"{folder}: {name} is not finite: its file is damaged")
     for name in read().read_metadata().state_dict_metadata:
         if name in model.model.state_dict() and name not in state:
             parameter = model.model.get_parameter(name)  # tied to another one, and in the file, too
             other = torch.empty_like(parameter)
             dcp.load({name: other}, storage_reader=read())
-            mine, its = (t.to_local() if isinstance(t, DTensor) else t for t in (parameter, other))
-            differs = (mine != its).any().int()
-            dist.all_reduce(differs, op=dist.ReduceOp.MAX)
-            if differs.item():
+            if not torch.equal(parameter, other):  # on any rank
                 raise InputError(f"{folder}: the config ties {name}, the file holds another one")
 
 
@@ -426,13 +418,12 @@ def weights_folder(name: str) -> str:
     """
     folder = fetch_weights(name)
     with torch.device("meta"):
-        model = build_model(load_config(name)).model
-    shapes = {key: tensor.shape for key, tensor in stored_tensors(model).items()}
+        needed = stored_tensors(build_model(load_config(name)).model)
     try:
         stored = dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
     except Exception:  # no safetensors, or broken ones: transformers will say how
         stored = {}
-    if all(key in stored and stored[key].size == shape for key, shape in shapes.items()):
+    if all(key in stored and stored[key].size == value.shape for key, value in needed.items()):
         return folder
     converted = CACHE_DIR / "weights" / weights_fingerprint(name)
     converted.parent.mkdir(parents=True, exist_ok=True)
@@ -493,13 +484,11 @@ def self_check(model: PackedModel, device: str, longest: int, tolerance: float) 
     bfloat16, rounding alone can do that); if its logits are not what its head gives, as in models
     that scale or cap them; or if attention or its gradient is wrong by more than a tenth.
     """
-    generator = torch.Generator().manual_seed(0)
-    words = model.model.get_input_embeddings().weight.shape[0]
+    words, random = model.model.get_input_embeddings().weight.shape[0], np.random.default_rng(0)
 
-    def random_pairs(*sizes: tuple[int, int, int]) -> list[tuple[list[int], ...]]:
+    def random_pairs(*sizes: tuple[int, int, int]) -> list[list[list[int]]]:
         """Pairs of random tokens, of these numbers of tokens in prompt, chosen and rejected."""
-        rows = [torch.randint(words, (sum(n),), generator=generator).split(n) for n in sizes]
-        return [tuple(ids.tolist() for ids in row) for row in rows]
+        return [[random.integers(words, size=n).tolist() for n in row] for row in sizes]
 
     pairs = random_pairs((7, 5, 9), (4, 8, 3), (max(2, longest - 8), 8, 6))
 
@@ -522,10 +511,9 @@ def self_check(model: PackedModel, device: str, longest: int, tolerance: float) 
     name = type(model.model).__name__
     try:
         packed, plain = model(pack(pairs).to(device)), plain_logps()
-        difference = (packed - plain).abs().max()
-        exceeds = (~(difference <= tolerance)).int()  # also if it is NaN
-        dist.all_reduce(exceeds, op=dist.ReduceOp.MAX)  # what follows is collective
-        if exceeds.item():
+        difference = (packed - plain).abs().max().nan_to_num(torch.inf)
+        dist.all_reduce(difference, op=dist.ReduceOp.MAX)  # what follows is collective
+        if difference > tolerance:
             tolerance = max(tolerance, 5 * (plain_logps("eager") - plain).abs().max().item())
         head = model.head_difference(torch.tensor(sum(pairs[0], []), device=device)).item()
         model.model.set_attn_implementation("checked")
@@ -587,8 +575,7 @@ def response_logps(model: PackedModel, pairs: Dataset, micro_batches: list) -> t
     device, chosen and rejected. micro_batches: of spread_pairs. Collective."""
     rank, device = dist.get_rank(), next(model.parameters()).device
     sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
-    progress = tqdm(micro_batches, "log-probs", disable=rank > 0, dynamic_ncols=True)
-    for shares in progress:
+    for shares in tqdm(micro_batches, "log-probs", disable=rank > 0, dynamic_ncols=True):
         batch = pack_rows(pairs, shares[rank]).to(device)
         sums[shares[rank]] = sum_logps(model(batch).double(), batch.lengths)
     model.reshard()
@@ -606,14 +593,8 @@ def reference_logps(
     """
     found, file = [None], None
     if dist.get_rank() == 0:
-        code = inspect.getsource(sys.modules[__name__])  # of a fork, too, which may have edited it
-        what = (
-            fingerprint(pairs),
-            weights_fingerprint(name),
-            code,
-            dtype,
-            transformers.__version__,
-        )
+        what = (fingerprint(pairs), weights_fingerprint(name), dtype, transformers.__version__)
+        what += (inspect.getsource(sys.modules[__name__]),)  # which a fork may have edited
         key = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
         file = CACHE_DIR / "reference" / f"{key}.npy"
         try:

@@ -37,14 +37,16 @@ from data import CACHE_DIR, InputError
 from loss import LOSSES
 
 # What may differ between a run and its resumption: none of these changes the pairs of a step or
-# their gradient.
+# their gradient. (Of the chat template, the text is compared and not the file's name.)
 FREE_TO_CHANGE = {"output_dir", "micro_batch_tokens", "activation_checkpointing", "compile"}
 FREE_TO_CHANGE |= {"replicas", "wandb", "resume", "eval_data", "eval_every", "save_every"}
-FREE_TO_CHANGE |= {"keep_checkpoints", "log_every", "chat_template"}  # whose text is compared
+FREE_TO_CHANGE |= {"keep_checkpoints", "log_every", "chat_template", "held-out tokens"}
 
 ROOT = Path(__file__).resolve().parent
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 DISK_FAULTS += (errno.EEXIST, errno.ENOTDIR)  # a file where a folder should be
+# The held-out metrics that the terminal shows.
+SHOWN = ("accuracy", "inverse_perplexity/chosen", "inverse_perplexity/rejected", "loss")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there if and only if the driver is loaded
 FILE_BYTES = 2**30  # of all ranks' shards that begin in one file of a checkpoint
 
@@ -85,13 +87,6 @@ def disk_fault(error: BaseException) -> str | None:
     )
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises InputError where argparse would print its usage and exit."""
-
-    def error(self, message: str):
-        raise InputError(message)
-
-
 def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"'{text}' is not true or false")
@@ -99,17 +94,15 @@ def true_or_false(text: str) -> bool:
 
 
 def parse_args(config_class: type, args: list[str], description: str = ""):
-    """A command line, [RECIPE.yaml] [--name value ...], → config_class: defaults, then the recipe
-    (by default the demo's), then the flags.
-
-    config_class: a dataclass whose fields have a help text in their metadata. Raises InputError for
-    an unknown name, with the nearest one, and for a value of the wrong kind.
-    """
-    parser = Parser(
+    """A command line, [RECIPE.yaml] [--name value ...], → config_class, a dataclass whose fields
+    have a help text in their metadata: defaults, then the recipe (by default the demo's), then the
+    flags. Raises InputError for an unknown name, with the nearest one, and for a wrong value."""
+    parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given is not in the result
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("recipe", nargs="?", help="a file of `name: value` lines; default: demo's")
     for option in fields(config_class):
@@ -125,7 +118,7 @@ def parse_args(config_class: type, args: list[str], description: str = ""):
         unknown = [name for name in names if name not in config_class.__dataclass_fields__]
         try:
             known, rest = parser.parse_known_args([] if unknown else args)
-        except InputError as error:
+        except argparse.ArgumentError as error:
             raise InputError(f"{place}: {error}") from None
         for name in unknown + [arg.split("=")[0].lstrip("-") for arg in rest]:
             near = difflib.get_close_matches(name, config_class.__dataclass_fields__, 1, 0.5)
@@ -168,49 +161,36 @@ def check_config(config) -> None:
     positive = ("batch_size", "num_epochs", "log_every", "micro_batch_tokens", "replicas")
     positive += ("learning_rate", "max_grad_norm")
     not_negative = ("max_steps", "eval_every", "save_every", "keep_checkpoints", "seed")
-    choices = {"dtype": ("auto", "float32", "bfloat16")}
+    choices = {"loss": LOSSES, "dtype": ("auto", "float32", "bfloat16")}
     choices["wandb"] = ("auto", "online", "offline", "off")
     for name, value in asdict(config).items():
         if name in ("model", "train_data", "output_dir") and not value:
             raise InputError(f"{name} is needed: give --{name}, or set it in the recipe")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{name} must be a finite number, not {value}")
-        if name in positive and not value > 0:
-            raise InputError(f"{name} must be positive, not {value}")
+        if name in positive and not 0 < value < math.inf:
+            raise InputError(f"{name} must be a positive number, not {value}")
         if name in not_negative and value < 0:
             raise InputError(f"{name} must not be negative, not {value}")
         if value not in choices.get(name, (value,)):
             raise InputError(f"{name} must be one of {', '.join(choices[name])}, not {value}")
     if not 0 <= config.warmup_ratio <= 1:
         raise InputError(f"warmup_ratio must be between 0 and 1, not {config.warmup_ratio}")
-    if not 0 < config.max_prompt_length < config.max_length:
-        limit, length = config.max_prompt_length, config.max_length
-        raise InputError(f"max_prompt_length={limit} must be positive, below max_length={length}")
 
 
 def choose_loss(name: str, arguments: str) -> Callable:
     """The function `name`_loss of loss.py, with `arguments` ("beta=2.5,gamma=0.5") bound to it.
-
-    Raises InputError, with the right names, for an unknown loss or argument, and for a value that
-    is not a finite number.
-    """
-    if name not in LOSSES:
-        raise InputError(f"loss: there is no '{name}'; loss.py has {', '.join(LOSSES)}")
+    Raises InputError for an unknown argument, and for a value that is not a finite number."""
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    known = ", ".join(f"{key}={default}" for key, default in defaults.items()) or "none"
+    known = ", ".join(f"{key}={value}" for key, value in defaults.items()) or "no arguments"
     values = {}
     for text in filter(None, arguments.replace(" ", "").split(",")):
         key, _, value = text.partition("=")
-        if key not in defaults:
-            problem = f"the loss {name} has no argument '{key}'; its arguments: {known}"
-            raise InputError(f"loss_args: {problem}")
         try:
             values[key] = float(value)
         except ValueError:
             values[key] = math.nan
-        if not math.isfinite(values[key]):
-            raise InputError(f"loss_args: {key} must be a number, as in {known}, not '{value}'")
+        if key not in defaults or not math.isfinite(values[key]):
+            raise InputError(f"loss_args: '{text}' does not fit the loss {name}, which has {known}")
     return functools.partial(LOSSES[name], **values)
 
 
@@ -219,7 +199,8 @@ def choose_loss(name: str, arguments: str) -> Callable:
 
 def start_process() -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device) of this process, from torchrun's environment; one process
-    without it. Raises InputError if only a part of that environment is there."""
+    without it. Raises InputError if only a part of that environment is there, or if there are GPUs
+    that torch cannot use and CUDA_VISIBLE_DEVICES does not hide: the run would take the CPU."""
     rank, ranks, place, processes = 0, 1, 0, 1
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
@@ -236,8 +217,7 @@ def start_process() -> tuple[int, int, torch.device]:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     if torch.cuda.is_available():
-        if processes > torch.cuda.device_count():
-            count = torch.cuda.device_count()
+        if processes > (count := torch.cuda.device_count()):
             raise InputError(f"{processes} processes for {count} GPUs: lower --nproc_per_node")
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)
@@ -245,35 +225,27 @@ def start_process() -> tuple[int, int, torch.device]:
         # half a second a call.
         torch.backends.cuda.enable_cudnn_sdp(False)
         return rank, ranks, device
-    refuse_unusable_gpus()
+    if NVIDIA_DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        version = NVIDIA_DRIVER.read_text().split("\n")[0]
+        raise InputError(
+            f"this machine has NVIDIA GPUs that torch cannot use. Its driver: {version}; torch "
+            f"{torch.__version__} is built for CUDA {torch.version.cuda}. Update the driver, or "
+            "install a torch built for its CUDA (`nvidia-smi` shows it). To train on the CPU, set "
+            "CUDA_VISIBLE_DEVICES to an empty string."
+        )
     if rank == 0:
         print(f"no GPU: {ranks} process(es) on the CPU", flush=True)
     if processes > 1:  # torchrun gives each of them one thread; they can share all cores
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // processes))
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and ranks == 1 else None
-    if hasattr(libc, "mallopt"):
+    libc = ctypes.CDLL(None)
+    if ranks == 1 and hasattr(libc, "mallopt"):
         # glibc hands large freed buffers back to the kernel, and a sixth of every step went into
         # getting them again. (Between the buffers of a sharded model, memory would lie unused.)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: none of them is mapped on its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     return rank, ranks, torch.device("cpu")
-
-
-def refuse_unusable_gpus() -> None:
-    """Raise InputError if this machine has NVIDIA GPUs that torch cannot use, unless they are
-    hidden by CUDA_VISIBLE_DEVICES: the run would silently take the CPU."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if hidden or not NVIDIA_DRIVER.exists():
-        return
-    version = NVIDIA_DRIVER.read_text().split("\n")[0]
-    build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
-    raise InputError(
-        f"this machine has NVIDIA GPUs that torch cannot use. Its driver: {version}; torch "
-        f"{torch.__version__} {build}. Update the driver, or install a torch built for its CUDA "
-        "(`nvidia-smi` shows it). To train on the CPU, set CUDA_VISIBLE_DEVICES to an empty string."
-    )
 
 
 def start_group(device: torch.device) -> None:
@@ -287,8 +259,7 @@ def start_group(device: torch.device) -> None:
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines count restarts differently
             # After a restart, torchrun's store still holds the addresses of the failed attempt.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    options |= {"store": store, "rank": rank, "world_size": ranks}
-    dist.init_process_group(**options)
+    dist.init_process_group(**options, store=store, rank=rank, world_size=ranks)
 
 
 def watch_sigterm() -> threading.Event:
@@ -301,8 +272,7 @@ def watch_sigterm() -> threading.Event:
 def max_over_ranks(device: torch.device, *values) -> list[float]:
     """The largest over all ranks of each value, a number or a () tensor. Collective; one wait for
     the GPU."""
-    values = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
-    maxima = torch.stack(values)
+    maxima = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
     return maxima.tolist()
 
@@ -318,16 +288,9 @@ def peak_memory(device: torch.device) -> float:
 # ---- The log -------------------------------------------------------------------------------------
 
 
-# The held-out metrics that the terminal shows.
-SHOWN = ("accuracy", "inverse_perplexity/chosen", "inverse_perplexity/rejected", "loss")
-
-
 class Logger:
-    """Writes config.yaml, metrics.jsonl and, if wanted, to wandb. On ranks above 0 it does nothing;
-    it never waits for other ranks.
-
-    state: of find_checkpoint. Raises InputError if another run writes to output_dir.
-    """
+    """Writes config.yaml, metrics.jsonl and, if wanted, to wandb; on ranks above 0, nothing. Never
+    waits for other ranks. Raises InputError if another run writes to output_dir."""
 
     def __init__(self, config, state: dict):
         self.on = dist.get_rank() == 0
@@ -342,10 +305,9 @@ class Logger:
             raise InputError(f"{output}: another run is writing to it") from None
         except OSError:
             pass  # a file system without locks
-        modules = (torch, transformers, datasets)
-        versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
-        head = f"# {versions}\n# {dist.get_world_size()} ranks; "
-        head += "SHA-256 of what it is made of:\n"
+        versions = [f"{m.__name__} {m.__version__}" for m in (torch, transformers, datasets)]
+        head = f"# {', '.join(versions)}\n"
+        head += f"# {dist.get_world_size()} ranks; SHA-256 of what it is made of:\n"
         head += "".join(f"# {name}: {digest}\n" for name, digest in state["digests"].items())
         values = yaml.safe_dump(asdict(config), sort_keys=False)
         write_whole(output / "config.yaml", head + values)
@@ -372,12 +334,8 @@ class Logger:
             self.wandb.log(metrics, step=2 * metrics["step"] + ("eval/loss" in metrics))
         if "eval/loss" in metrics:
             self.evaluations.append(metrics)
-            accuracy, chosen, rejected = (metrics[f"eval/{name}"] for name in SHOWN[:3])
-            tqdm.write(
-                f"held-out pairs after step {metrics['step']}: accuracy {accuracy:.3f}, "
-                f"inverse perplexity {chosen:.3f} chosen, {rejected:.3f} rejected",
-                file=sys.stderr,
-            )
+            shown = ", ".join(f"{name} {metrics[f'eval/{name}']:.3f}" for name in SHOWN)
+            tqdm.write(f"held-out pairs after step {metrics['step']}: {shown}", file=sys.stderr)
 
     def close(self) -> str:
         """End the log. Returns the first and the last held-out metrics as a table, or "" on other
@@ -391,12 +349,11 @@ class Logger:
             return ""
         first, last = self.evaluations[0], self.evaluations[-1]
         before = f"step {first['step']}" if first["step"] else "before"
-        rows = [f"\n{'held-out pairs':<30}{before:>9}  → {'after':>8}\n"]
+        table = f"\n{'held-out pairs':<30}{before:>9}  → {'after':>8}\n"
         for name in SHOWN:
-            rows.append(
-                f"{name:<30}{first[f'eval/{name}']:>9.4f}  → {last[f'eval/{name}']:>8.4f}\n"
-            )
-        return "".join(rows)
+            old, new = first[f"eval/{name}"], last[f"eval/{name}"]
+            table += f"{name:<30}{old:>9.4f}  → {new:>8.4f}\n"
+        return table
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -444,22 +401,16 @@ def start_wandb(config):
     if config.wandb == "auto" and not logged_in:
         return None
     output = Path(config.output_dir)
-    if not (output / "wandb_run_id").exists():
-        write_whole(output / "wandb_run_id", uuid.uuid4().hex)
-    start = functools.partial(
-        wandb.init,
-        project="simper",
-        name=output.name,
-        id=(output / "wandb_run_id").read_text(),
-        resume="allow",
-        dir=output,
-        config=asdict(config),
-    )
+    file = output / "wandb_run_id"
+    if not file.exists():
+        write_whole(file, uuid.uuid4().hex)
+    settings = {"project": "simper", "name": output.name, "dir": output, "config": asdict(config)}
+    settings |= {"id": file.read_text(), "resume": "allow"}
     try:
-        run = start(mode="offline" if config.wandb == "offline" else "online")
+        run = wandb.init(mode="online" if logged_in else "offline", **settings)
     except Exception as error:  # never a reason to lose a run
         tqdm.write(f"wandb is offline: {error}. Later: `wandb sync`.", file=sys.stderr)
-        run = start(mode="offline")
+        run = wandb.init(mode="offline", **settings)
     run.define_metric("*", step_metric="step")  # the axis of its figures
     return run
 
@@ -471,10 +422,9 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
     """The checkpoint to resume from, if any, and the state to start with: that of its trainer.json,
     or a new one. With resume=never, an existing output_dir is set aside. Collective.
 
-    digests: SHA-256 of what the run is made of, by name (training tokens, weights and so on); None
-    on a rank that leaves it to others. Raises InputError if the checkpoint is of a run with others
-    or with other settings (unless resume=anyway), and if ranks differ in them.
-    """
+    digests: SHA-256 of what the run is made of, by name; None on a rank that leaves it to others.
+    Raises InputError if the checkpoint is of a run with others or with other settings (unless
+    resume=anyway), and if ranks differ in them."""
     mine = asdict(config) | digests
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
@@ -483,18 +433,17 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
         if names:
             problem = f"rank {rank} and rank 0 do not have the same {', '.join(names)}"
             raise InputError(f"{problem}: every machine needs the same files and flags")
-    found = [None, None, None]
+    found = [None]
     if dist.get_rank() == 0:
         try:
-            found[:2] = choose_checkpoint(config, digests)
+            found = [choose_checkpoint(config, digests)]
         except InputError as error:
-            found[2] = str(error)
+            found = [error]
     # Not each rank by itself: a shared file system may show them different things.
     dist.broadcast_object_list(found, src=0)
-    checkpoint, state, problem = found
-    if problem:
-        raise InputError(problem)
-    return checkpoint, state
+    if isinstance(found[0], InputError):
+        raise found[0]
+    return found[0]
 
 
 def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]:
@@ -512,24 +461,17 @@ def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dic
     if checkpoint:
         state |= json.loads((checkpoint / "trainer.json").read_text())
         # Checkpoints of earlier versions have less in them.
-        settings = {option.name: option.default for option in fields(config)} | state["config"]
-        old = {"training tokens": "data_sha256", "held-out tokens": "heldout_sha256"}
-        before = digests | {k: state[v] for k, v in old.items() if v in state}
-        before |= state.get("digests", {})
+        before = {option.name: option.default for option in fields(config)} | digests
+        before |= state["config"] | state.get("digests", {})
         changed = [
-            f"{name} was {settings[name]}, is {value}"
-            for name, value in asdict(config).items()
-            if name not in FREE_TO_CHANGE and settings[name] != value
+            f"other {name}" if name in digests else f"{name} was {before[name]}, is {value}"
+            for name, value in (asdict(config) | digests).items()
+            if name not in FREE_TO_CHANGE and before[name] != value
         ]
-        other = [k for k, v in digests.items() if v != before[k] and k != "held-out tokens"]
-        changed += [f"the {name} differ{'s' * (name[-1] != 's')}" for name in other]
         if changed:
             text = f"{checkpoint} is of another run: {'; '.join(changed)}"
             if config.resume != "anyway":
-                raise InputError(
-                    f"{text}. Use --resume never, another --output_dir, or --resume anyway to go "
-                    "on all the same."
-                )
+                raise InputError(f"{text}. Use --resume never or anyway, or another --output_dir")
             tqdm.write(f"going on, but {text}", file=sys.stderr)
     own = (output / "checkpoints").resolve()
     state["in_output_dir"] = bool(checkpoint) and checkpoint.resolve().parent == own
@@ -548,13 +490,11 @@ def is_whole(folder: Path) -> bool:
     """Whether every file of a checkpoint is there, of the size that it was saved with."""
     try:
         state = json.loads((folder / "trainer.json").read_text())
-        config, step, sizes = (state[name] for name in ("config", "step", "sizes"))
-    except (OSError, ValueError, LookupError, TypeError):  # not there, or damaged
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        whole = state["sizes"].items() <= sizes.items()
+        return whole and isinstance(state["config"], dict) and isinstance(state["step"], int)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
         return False
-    if not (isinstance(config, dict) and isinstance(step, int) and isinstance(sizes, dict)):
-        return False
-    files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    return all(files.get(name) == size for name, size in sizes.items())
 
 
 def checkpoint_tensors(model, optimizer) -> dict:
@@ -573,10 +513,8 @@ def checkpoint_tensors(model, optimizer) -> dict:
 
 def save_checkpoint(model, optimizer, config, state: dict) -> None:
     """Write checkpoints/step_N: sharded safetensors and trainer.json, nothing that is unpickled on
-    loading. Collective.
-
-    The folder gets its name when all ranks have written, so that it is whole or not there.
-    """
+    loading. The folder gets its name when all ranks have written, so that it is whole or not there.
+    Collective."""
     output, began = Path(config.output_dir), time.perf_counter()
     folder = output / "checkpoints" / f"step_{state['step']}"
     scratch = folder.with_name(folder.name + ".part")
@@ -591,8 +529,7 @@ def save_checkpoint(model, optimizer, config, state: dict) -> None:
         file_numbers[name] = 1 + size // FILE_BYTES
         size += tensor.numel() * tensor.element_size()
     writer = dcp.HuggingFaceStorageWriter(str(scratch), file_numbers, save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
-    dist.barrier()
+    dcp.save(tensors, storage_writer=writer)  # returns when all ranks have written
     if dist.get_rank() == 0:
         sizes = {file.name: file.stat().st_size for file in scratch.iterdir()}
         write_whole(scratch / "trainer.json", json.dumps(state | {"sizes": sizes}, indent=1))
@@ -624,9 +561,7 @@ def load_checkpoint(folder: Path, model, optimizer, step: int) -> None:
         dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader)
     except (Exception, dcp.CheckpointException) as error:
         reason = str(error).strip().split("\n")[-1]
-        advice = (
-            "If it is damaged, move it away: the checkpoint before it is taken, if there is one"
-        )
+        advice = "If it is damaged, move it away: the one before it is taken, if there is one"
         raise InputError(f"{folder} cannot be read ({reason}). {advice}") from error
     for state in optimizer.state.values():
         state["step"].fill_(step)

@@ -228,10 +228,8 @@ def train(config: Config) -> None:
 
 def make_schedule(config: Config, pair_tokens: np.ndarray, ranks: int) -> list:
     """What every step does: result[step][m][rank] are the indices of the pairs in the rank's
-    micro-batch m. pair_tokens: (pairs,) distinct tokens of each pair.
-
-    Raises InputError if a step cannot be spread over the ranks.
-    """
+    micro-batch m. pair_tokens: (pairs,) distinct tokens of each pair. Raises InputError if a step
+    cannot be spread over the ranks."""
     count, size = len(pair_tokens), config.batch_size
     if count < size:
         raise InputError(f"{count} pairs do not fill one batch: lower batch_size={size}")
@@ -241,10 +239,8 @@ def make_schedule(config: Config, pair_tokens: np.ndarray, ranks: int) -> list:
 
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """The learning rate of `step` (counted from 0): linear warm-up from 0, then half a cosine to 0.
-
-    As transformers' get_cosine_schedule_with_warmup, which the authors use.
-    """
+    """The learning rate of `step` (counted from 0): linear warm-up from 0, then half a cosine to 0,
+    as transformers' get_cosine_schedule_with_warmup, which the authors use."""
     warmup = math.ceil(total_steps * config.warmup_ratio)
     if step < warmup:
         return config.learning_rate * step / warmup
@@ -254,11 +250,8 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 
 def rehearse(model, optimizer, pairs: Dataset, pair_tokens, schedule: list, device) -> None:
     """Run forward and backward of the micro-batch with the most tokens on one rank, with Adam's
-    state in place, and forget the result: a run that does not fit the memory fails now and not
-    hours later. Collective.
-
-    The error gets a note that says what to do, on the ranks that ran out of memory.
-    """
+    state in place, and forget the result: a run that does not fit the memory fails now, with a note
+    on what to do, and not hours later. Collective."""
 
     def cost(shares: list[list[int]]) -> int:
         return max(pair_tokens[share].sum() for share in shares)

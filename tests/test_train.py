@@ -473,14 +473,14 @@ def test_resume_with_other_data_is_refused(base, three_runs, tmp_path, capsys):
     original = Path(base["train_data"]).read_text()
     try:
         Path(base["train_data"]).write_text(changed)
-        with pytest.raises(InputError, match="run: the training tokens differ. Use"):
+        with pytest.raises(InputError, match="run: other training tokens. Use"):
             run(base | {"max_steps": 3}, tmp_path / "run")
         lines = run(base | {"max_steps": 4, "resume": "anyway"}, tmp_path / "run")
     finally:
         Path(base["train_data"]).write_text(original)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 4]  # 3 was evaluated as the last
     error = capsys.readouterr().err
-    assert "going on, but" in error and "max_steps was 3, is 4; the training tokens differ" in error
+    assert "going on, but" in error and "max_steps was 3, is 4; other training tokens" in error
 
 
 def test_resume_with_another_model_or_template_says_so(base, three_runs, model_folder, tmp_path):
@@ -493,12 +493,12 @@ def test_resume_with_another_model_or_template_says_so(base, three_runs, model_f
     checkpoint.write_text(json.dumps(state))
     values = base | {"max_steps": 3, "model": str(tmp_path / "model")}
     make_model("llama", seed=1).save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="run: the weights differ. Use"):
+    with pytest.raises(InputError, match="run: other weights. Use"):
         run(values, tmp_path / "run")
     make_model("llama").save_pretrained(tmp_path / "model")
     tokenizer = make_tokenizer(CHATML.replace("{% for", "{{ 'Be kind.' }}{% for", 1))
     tokenizer.save_pretrained(tmp_path / "model")
-    message = "run: the chat template differs; the training tokens differ. Use"
+    message = "run: other chat template; other training tokens. Use"
     with pytest.raises(InputError, match=message):
         run(values, tmp_path / "run")
     # A checkpoint of a version that did not know these hashes is taken.
@@ -1125,7 +1125,8 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(base, tmp_path, monkeypatch):
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01\n")
     monkeypatch.setattr(runtime, "NVIDIA_DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for build, said in ((None, "is a CPU build"), ("13.0", "is built for CUDA 13.0")):
+    for build in (None, "13.0"):
+        said = f"is built for CUDA {build}"
         monkeypatch.setattr(torch.version, "cuda", build)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         with pytest.raises(
