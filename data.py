@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 import torch
 from filelock import FileLock
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 if sys.version_info < (3, 11):  # noqa: UP036
@@ -36,7 +37,7 @@ class InputError(ValueError):
 DATE = "{% macro strftime_now(f) %}{{ f | replace('%d', '26') | replace('%m', '07')"
 DATE += " | replace('%b', 'Jul') | replace('%B', 'July') | replace('%y', '24')"
 DATE += " | replace('%Y', '2024') }}{% endmacro +%}"
-DROPPED = ("empty", "identical", "different prompts", "end of turn inside")
+DROPPED = ("empty", "identical", "different prompts", "end of turn inside", "refused by template")
 COLUMNS = ("prompt", "chosen", "rejected")
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 FORMATS = """Accepted rows (further columns are ignored):
@@ -58,6 +59,7 @@ def load_rows(source: str) -> datasets.Dataset:
     Raises InputError, naming the source and, for JSON lines, the line, when it cannot be read.
     """
     path, _, name = source.partition(":")
+    kind = FILE_TYPES.get(Path(source.lower().removesuffix(".gz")).suffix)
     try:
         if not source:
             raise InputError("a source is empty: give a file, a folder or a hub id")
@@ -70,8 +72,8 @@ def load_rows(source: str) -> datasets.Dataset:
             rows = splits[name].with_format(None)
             # datasets names a folder's rows by how they were made, not by what they are.
             rows._fingerprint = name + files_digest(sorted(Path(path).rglob("*.arrow")))
-        elif Path(source).is_file() or uncompressed(source).suffix in FILE_TYPES:
-            rows = load_file(source)
+        elif kind or Path(source).is_file():
+            rows = load_file(source, kind)
         else:
             name, *config, split = source.split(":") if ":" in source else (source, "train")
             rows = datasets.load_dataset(name, *config, split=split)
@@ -81,10 +83,6 @@ def load_rows(source: str) -> datasets.Dataset:
     if len(rows) == 0:
         raise InputError(f"{source}: has no rows")
     return rows
-
-
-def uncompressed(path: str) -> Path:
-    return Path(path.lower().removesuffix(".gz"))
 
 
 def files_digest(paths: list[Path]) -> str:
@@ -102,12 +100,10 @@ def file_digest(path: Path, size: int, time: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def load_file(path: str) -> datasets.Dataset:
-    """The rows of one local file. Raises InputError if it is missing, of an unknown type, malformed
-    or without rows."""
+def load_file(path: str, kind: str | None) -> datasets.Dataset:
+    """The rows of one local file; kind: of FILE_TYPES. Raises InputError if there are none."""
     if not Path(path).is_file():
         raise InputError(f"no such file (working directory: {os.getcwd()})")
-    kind = FILE_TYPES.get(uncompressed(path).suffix)
     if kind is None or path.lower().endswith(".parquet.gz"):
         raise InputError("its type is not .jsonl, .json, .csv (also .gz) or .parquet")
     content = Path(path).read_bytes()
@@ -422,7 +418,11 @@ def tokenize_row(
             elif chosen == rejected:  # no preference is left: the two sides' gradients cancel
                 status = "identical"
     except Exception as error:
-        raise InputError(f"{source}, row {index}: {error}") from None
+        # HH has a few dialogues in which one side speaks twice; Gemma's and Mistral's templates
+        # want turns.
+        if not (isinstance(error, TemplateError) and isinstance(parsed[0], str)):
+            raise InputError(f"{source}, row {index}: {error}") from None
+        status = "refused by template"
     lengths = [len(prompt), len(chosen), len(rejected)]
     ids = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "lengths": lengths}
     return ids | {"source": source, "row": index, "status": status}
@@ -430,8 +430,7 @@ def tokenize_row(
 
 def pair_lengths(pairs: datasets.Dataset) -> np.ndarray:
     """Tokens of prompt, chosen and rejected of every pair of load_pairs: (pairs, 3) int64."""
-    table = pairs.select_columns("lengths").with_format("arrow")[:]
-    return flat_column(table, "lengths").reshape(-1, 3).astype(np.int64)
+    return np.array(pairs["lengths"][:])
 
 
 def longest_sequence(pairs: datasets.Dataset) -> int:

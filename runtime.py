@@ -67,7 +67,7 @@ def run_command(main: Callable[[], None]) -> None:
         if rank == "0":
             sys.exit(f"error: {problem}")
         # As a rule all ranks meet the same error: rank 0 reports it, and torchrun ends the others.
-        time.sleep(5)
+        time.sleep(10)
         sys.exit(f"error on rank {rank}: {problem}")
 
 
@@ -239,6 +239,7 @@ def start_process() -> tuple[int, int, torch.device]:
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // processes))
+    torch.set_flush_denormal(True)  # simper_sum's gradients made a step sixteen times as slow
     libc = ctypes.CDLL(None)
     if ranks == 1 and hasattr(libc, "mallopt"):
         # glibc hands large freed buffers back to the kernel, and a sixth of every step went into
@@ -297,7 +298,6 @@ class Logger:
         if not self.on:
             return
         output = Path(config.output_dir)
-        output.resolve().mkdir(parents=True, exist_ok=True)  # where a link points to
         self.lock = os.open(output, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -317,10 +317,11 @@ class Logger:
         kept = [line for line in read_lines(self.path) if line["step"] <= state["step"]]
         kept = kept if state["in_output_dir"] else []
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        # The evaluations that can be compared: those of the same held-out pairs.
-        same = state["heldout_unchanged"]
-        self.evaluations = [line for line in kept if "eval/loss" in line and same]
-        self.wandb = start_wandb(config)
+        if not (state["in_output_dir"] and state["heldout_unchanged"]):
+            state["comparable_from"] = len(kept)  # earlier lines are of other held-out pairs
+        comparable = kept[state["comparable_from"] :]
+        self.evaluations = [line for line in comparable if "eval/loss" in line]
+        self.wandb = start_wandb(config, state["in_output_dir"])
 
     def write(self, metrics: dict) -> None:
         """Log one line; `metrics` has the key "step"."""
@@ -385,9 +386,9 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def start_wandb(config):
-    """A wandb run, or None. Never asks for anything: without a login, `auto` is off and `online` is
-    an error."""
+def start_wandb(config, resumed: bool):
+    """A wandb run, that of the output_dir if resumed, or None. Never asks for anything: without a
+    login, `auto` is off and `online` is an error."""
     if config.wandb == "off":
         return None
     import wandb
@@ -402,7 +403,7 @@ def start_wandb(config):
         return None
     output = Path(config.output_dir)
     file = output / "wandb_run_id"
-    if not file.exists():
+    if not (resumed and file.exists()):
         write_whole(file, uuid.uuid4().hex)
     settings = {"project": "simper", "name": output.name, "dir": output, "config": asdict(config)}
     settings |= {"id": file.read_text(), "resume": "allow"}
@@ -443,21 +444,33 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
     dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], InputError):
         raise found[0]
-    return found[0]
+    checkpoint, state, probe = found[0]
+    seen = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, probe.exists())
+    if dist.get_rank() == 0:
+        probe.unlink()
+    if not all(seen):
+        problem = f"{config.output_dir} of rank {seen.index(False)} is not that of rank 0"
+        raise InputError(f"{problem}: it must be on a file system that all machines share")
+    return checkpoint, state
 
 
-def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]:
-    """find_checkpoint, on rank 0."""
+def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict, Path]:
+    """find_checkpoint, on rank 0; and a file in output_dir that all ranks must see."""
     output = Path(config.output_dir)
     if config.resume == "never" and output.exists():  # set aside: nothing is lost
         folder = output.resolve()  # a link stays where it is
         os.rename(folder, f"{folder}.{datetime.now():%Y%m%d-%H%M%S}")
-    checkpoint = next(filter(is_whole, checkpoints(output)), None)
+    checkpoint = newest = next(filter(is_whole, checkpoints(output)), None)
+    own = (output / "checkpoints").resolve()
     if config.resume not in ("auto", "never", "anyway"):
         checkpoint = Path(config.resume)
         if not is_whole(checkpoint):
             raise InputError(f"resume={checkpoint}: no whole checkpoint is there")
-    state, before = {"step": 0, "evaluated": False}, digests
+        if newest and checkpoint.resolve().parent == own and not checkpoint.samefile(newest):
+            advice = "move it away, or use another --output_dir"  # it would pass for this run's
+            raise InputError(f"resume={checkpoint}: {newest} has more steps: {advice}")
+    state, before = {"step": 0, "evaluated": False, "comparable_from": 0}, digests
     if checkpoint:
         state |= json.loads((checkpoint / "trainer.json").read_text())
         # Checkpoints of earlier versions have less in them.
@@ -473,10 +486,12 @@ def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dic
             if config.resume != "anyway":
                 raise InputError(f"{text}. Use --resume never or anyway, or another --output_dir")
             tqdm.write(f"going on, but {text}", file=sys.stderr)
-    own = (output / "checkpoints").resolve()
     state["in_output_dir"] = bool(checkpoint) and checkpoint.resolve().parent == own
     state["heldout_unchanged"] = before["held-out tokens"] == digests["held-out tokens"]
-    return checkpoint, state | {"config": asdict(config), "digests": digests}
+    output.resolve().mkdir(parents=True, exist_ok=True)  # where a link points to
+    probe = output / f".{uuid.uuid4().hex}"
+    probe.touch()
+    return checkpoint, state | {"config": asdict(config), "digests": digests}, probe
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -539,7 +554,8 @@ def save_checkpoint(model, optimizer, config, state: dict) -> None:
         os.rename(scratch, folder)
         sync(folder.parent)  # before an older one goes
         if config.keep_checkpoints:
-            for old in checkpoints(output)[config.keep_checkpoints :]:
+            kept = [*filter(is_whole, checkpoints(output))][: config.keep_checkpoints]
+            for old in {*checkpoints(output)} - {*kept}:
                 shutil.rmtree(old)
         size, seconds = sum(sizes.values()) / 1e9, time.perf_counter() - began
         tqdm.write(f"wrote {folder}: {size:.1f} GB in {seconds:.0f} s", file=sys.stderr)

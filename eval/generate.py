@@ -45,7 +45,7 @@ from eval.report import (
     read_records,
 )
 from eval.score import load_scorer, score_answers, summary
-from model import generation_config, load_config, weights_fingerprint
+from model import generation_config, load_config, model_fingerprint
 from runtime import run_command
 
 VLLM_BATCH = 512  # prompts in one call of vLLM, which forms its own batches
@@ -239,7 +239,7 @@ def answer(
     sampling = {"temperature": 0.0, "top_p": 1.0} | sampling
     settings = {
         "model": name,
-        "weights_sha256": weights_fingerprint(folder),
+        "model_sha256": model_fingerprint(folder),
         "engine": engine,
         **sampling,
         "max_new_tokens": max_new_tokens,

@@ -28,7 +28,7 @@ from data import InputError, load_tokenizer
 from demo.smollm2 import resolve_model
 from eval.generate import NO_VLLM, short_name
 from eval.report import make_parser, parse_engine_args, write_result
-from model import weights_fingerprint
+from model import model_fingerprint
 from runtime import run_command
 
 # {benchmark: (the harness's task or group, shots, metrics whose mean is the score)}
@@ -127,7 +127,7 @@ def read_finished(path: Path, model: str, settings: dict[str, dict]) -> dict:
     if not path.exists():
         return {"scores": {}, "standard_errors": {}, "settings": {}, "inputs_sha256": {}}
     result, problem = json.loads(path.read_text()), ""
-    if result["weights_sha256"] != weights_fingerprint(resolve_model(model)):
+    if result["model_sha256"] != model_fingerprint(resolve_model(model)):
         problem = "other weights"
     for benchmark in settings.keys() & result["settings"].keys():
         if result["settings"][benchmark] != settings[benchmark]:
@@ -221,7 +221,7 @@ def main() -> None:
             size = args.batch_size if device == "cuda" or args.batch_size != "auto" else 1
             options |= {"device": device, "batch_size": size}
         model = get_model(args.engine.replace("transformers", "hf"))(pretrained=source, **options)
-    engine = f"{weights_fingerprint(source)} {args.engine} {args.engine_args}"
+    engine = f"{model_fingerprint(source)} {args.engine} {args.engine_args}"
     of_model = hashlib.sha256(engine.encode()).hexdigest()[:16]
     for benchmark in missing:
         task, shots, _ = BENCHMARKS[benchmark]

@@ -28,7 +28,7 @@ import yaml
 from data import InputError
 from demo.smollm2 import resolve_model
 from eval.judge import URL
-from model import weights_fingerprint
+from model import model_fingerprint
 from runtime import run_command, write_whole
 
 # Arguments that several commands have, as argparse's add_argument takes them.
@@ -171,7 +171,7 @@ def write_result(
         "settings": settings or {},
         "inputs_sha256": inputs or {},
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "weights_sha256": weights_fingerprint(resolve_model(model)),
+        "model_sha256": model_fingerprint(resolve_model(model)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_whole(folder / f"{benchmark}.json", json.dumps(result, indent=1) + "\n")
@@ -206,7 +206,7 @@ def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
         if folder.is_file():  # such as preference.png, in results/*
             continue
         contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-        keys = {"benchmark", "scores", "weights_sha256"}
+        keys = {"benchmark", "scores", "model_sha256"}
         of_model = {
             content["benchmark"]: content
             for content in contents
@@ -222,7 +222,7 @@ def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
             raise InputError(
                 f"{folder}: there is another folder of that name; a table has one row for each name"
             )
-        if len({result["weights_sha256"] for result in of_model.values()}) > 1:
+        if len({result["model_sha256"] for result in of_model.values()}) > 1:
             raise InputError(
                 f"{folder}: {', '.join(of_model)} are results of different weights; evaluate them "
                 "again"

@@ -295,6 +295,14 @@ def model_with(change=nothing, **changes):
     return setup
 
 
+def held_out(row: dict, **flags):
+    def setup(place) -> dict:
+        (place.folder / "held.jsonl").write_text(json.dumps(row))
+        return flags | {"eval_data": place.folder / "held.jsonl"}
+
+    return setup
+
+
 def other_model(kind: str, **options):
     """A tiny random model of another kind, with the same tokenizer."""
 
@@ -423,6 +431,11 @@ INPUTS = [
         give(micro_batch_tokens=16),
         ["a pair of ", "is longer than micro_batch_tokens=16: raise it, or lower max_length"],
     ),
+    (
+        "too long a held-out pair",
+        held_out(LONG, micro_batch_tokens=40),
+        ["eval_data: a pair of ", "is longer than micro_batch_tokens=40: raise it"],
+    ),
     # Tokenizer and model
     (
         "no such folder",
@@ -482,6 +495,16 @@ INPUTS = [
         "weights of another shape",
         weights_with("model.norm.weight", lambda tensor: torch.ones(16)),
         ["model.norm.weight"],
+    ),
+    (
+        "quantized weights",
+        model_with(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"}),
+        ["/model: its weights are quantized; give the model before quantization"],
+    ),
+    (
+        "weights that are there twice",
+        model_with(lambda f: shutil.copy(f / "model.safetensors", f / "model.fp16.safetensors")),
+        ["/model: more than one .safetensors file holds model.embed_tokens.weight: remove one"],
     ),
     (
         "weights that are missing",

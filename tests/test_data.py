@@ -382,7 +382,8 @@ def test_dropped_and_truncated_rows_are_counted(write):
     source = write(rows)
     pairs, report = load_pairs(source, CHAT, 15, 13)
     dropped = (
-        "6 of 8 rows dropped (3 empty, 2 identical, 1 different prompts, 0 end of turn inside)"
+        "6 of 8 rows dropped (3 empty, 2 identical, 1 different prompts, 0 end of turn inside, "
+        "0 refused by template)"
     )
     assert report == f"2 pairs from {source}: {dropped}, 50.0% of the pairs truncated"
     assert list(pairs["row"]) == [0, 7] and list(pairs["lengths"]) == [[13, 2, 2], [13, 2, 2]]
@@ -488,6 +489,20 @@ def test_fingerprint_is_of_the_tokens_and_their_order(write):
 
 
 # ---- Batches -------------------------------------------------------------------------------------
+
+
+def test_dialogues_that_the_template_refuses_are_counted(write):
+    """Some of HH have one side speak twice, which Gemma's and Mistral's templates do not render."""
+    turns = "{% for m in messages %}{% if (m.role == 'user') != (loop.index % 2 == 1) %}"
+    turns += "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+    good = "\n\nHuman: a?\n\nAssistant: b\n\nHuman: c?\n\nAssistant:"
+    rows = [
+        {"chosen": p + " d", "rejected": p + " e"}
+        for p in (good, good.replace("Human: c", "Assistant: c"))
+    ]
+    _, report = load_pairs(write(rows), make_tokenizer(turns + CHATML), 100, 90)
+    assert "1 of 2 rows dropped" in report and "1 refused by template" in report
+    assert "0 of 2 rows dropped" in load_pairs(write(rows), make_tokenizer(), 100, 90)[1]
 
 
 def test_step_indices_are_pinned():  # every run ever made depends on them
@@ -613,7 +628,7 @@ def test_the_command_line_shows_tokens_and_statistics_or_one_line_of_error(write
         "  chosen (2 tokens, scored): plus|<|im_end|>",
         "  rejected (2 tokens, scored): what|<|im_end|>",
         f"2 pairs from {source}: 1 of 3 rows dropped (1 empty, 0 identical, "
-        "0 different prompts, 0 end of turn inside), "
+        "0 different prompts, 0 end of turn inside, 0 refused by template), "
         "0.0% of the pairs truncated",
         "tokens        mean  median    95 %     max",
         "prompt          13      13      13      13",

@@ -261,14 +261,16 @@ def test_weights_of_the_hub_are_fetched_before_they_are_hashed(model_folder, tmp
 
     def download(name, allow_patterns, ignore_patterns):
         asked.append((name, allow_patterns))
-        if allow_patterns == "*.safetensors":
+        if allow_patterns == ["*.safetensors", "config.json"]:
             shutil.copy(model_folder / "model.safetensors", tmp_path)
+            shutil.copy(model_folder / "config.json", tmp_path)
         return str(tmp_path)
 
     monkeypatch.setattr(model, "snapshot_download", download)
-    of_folder = model.weights_fingerprint(str(model_folder))
-    assert model.weights_fingerprint("someone/model") == of_folder
-    assert asked == [("someone/model", "*.safetensors")]  # not the same weights again as .bin
+    of_folder = model.model_fingerprint(str(model_folder))
+    assert model.model_fingerprint("someone/model") == of_folder
+    # Not the same weights again as .bin.
+    assert asked == [("someone/model", ["*.safetensors", "config.json"])]
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no weights"):
-        model.weights_fingerprint(str(tmp_path / "empty"))
+        model.model_fingerprint(str(tmp_path / "empty"))

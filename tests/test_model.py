@@ -537,6 +537,42 @@ def test_a_large_export_is_split_into_files(group, model_folder, tmp_path, monke
         assert torch.equal(again.get_parameter(key), parameter)
 
 
+DEEPSEEK = TINY | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,  # half the width of its queries and keys
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+def test_deepseek_trains_packed_and_keeps_its_float32_biases(group, tmp_path):
+    """Values of another width than keys, and a buffer that decides which experts are chosen."""
+    reference = make_other("deepseek_v3", DEEPSEEK)
+    biases = {k: b for k, b in reference.named_buffers() if "e_score_correction_bias" in k}
+    for bias in biases.values():
+        bias.copy_(5 + torch.arange(4) / 1024)  # equal in bfloat16
+    reference.save_pretrained(tmp_path / "source")
+    model = load_model(str(tmp_path / "source"), "cpu", torch.float32)
+    (logps, gradients), (expected, plain_gradients) = (
+        packed_results(model),
+        plain_results(reference),
+    )
+    assert_near(logps, expected)
+    assert_near(gradients, plain_gradients)
+    export(model, str(tmp_path / "source"), make_tokenizer(), tmp_path / "final", torch.bfloat16)
+    exported = load_file(tmp_path / "final" / "model.safetensors")
+    assert biases and all(torch.equal(exported[k], bias) for k, bias in biases.items())
+    assert exported["model.norm.weight"].dtype == torch.bfloat16
+
+
 WRONG = {  # models that packing gets wrong, and why
     "granite": TINY
     | {"num_key_value_heads": 2, "logits_scaling": 1.05},  # divides its logits after the head

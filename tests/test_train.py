@@ -331,15 +331,35 @@ def test_another_number_of_ranks_resumes(base, three_runs, tmp_path, started, re
         assert mine == pytest.approx(its, rel=1e-5, abs=1e-6)
 
 
-def test_damaged_checkpoint_is_passed_over(base, three_runs, tmp_path, capsys):
+def test_damaged_checkpoint_is_passed_over(base, three_runs, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     shutil.copytree(three_runs["one"][0], output)
     shutil.rmtree(output / "final")
     shutil.rmtree(output / "checkpoints" / "step_3")
     shard = next((output / "checkpoints" / "step_2").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    run(base | {"max_steps": 3, "save_every": 0}, output)
+    values = base | {"max_steps": 3, "save_every": 2, "keep_checkpoints": 1}
+    monkeypatch.setattr(runtime, "watch_sigterm", lambda: Signals(0))
+    (output / "checkpoints" / "step_9").mkdir()  # damaged, too, and the one with the most steps
+    with pytest.raises(SystemExit):
+        run(values, output)
     assert f"resuming from {output / 'checkpoints' / 'step_1'}" in capsys.readouterr().out
+    # What is damaged does not count as kept.
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_2"]
+
+
+def test_an_older_checkpoint_goes_on_elsewhere(base, three_runs, tmp_path):
+    """In its own folder, the newer ones would pass for those of the run that begins there."""
+    shutil.copytree(three_runs["one"][0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    older = tmp_path / "run" / "checkpoints" / "step_1"
+    values = base | {"max_steps": 3, "resume": str(older)}
+    with pytest.raises(InputError, match="step_1: .*step_3 has more steps: move it away, or use"):
+        run(values, tmp_path / "run")
+    assert run(values, tmp_path / "other")[-1]["step"] == 3
+    for step in (2, 3):
+        (older.parent / f"step_{step}").rename(tmp_path / f"step_{step}")
+    assert timeless(run(values, tmp_path / "run")) == timeless(three_runs["one"][1])
 
 
 def test_torchrun_heals_and_sigterm_saves_and_the_same_command_goes_on(base, tmp_path):
@@ -410,6 +430,13 @@ def test_sigterm_at_any_moment_loses_no_line(base, tmp_path, monkeypatch):
         assert timeless(lines) == timeless(read_metrics(tmp_path / "1000"))
     evaluation_batches = 2
     assert quiet == 2 + 3 * evaluation_batches
+
+
+def test_metrics_wait_for_their_line_without_the_graph_of_their_step(base, tmp_path, monkeypatch):
+    rows, mean_over_ranks = [], train.mean_over_ranks
+    monkeypatch.setattr(train, "mean_over_ranks", lambda r: rows.extend(r) or mean_over_ranks(r))
+    run(base | {"max_steps": 1, "log_every": 1}, tmp_path / "run")
+    assert rows and not any(values.requires_grad for row in rows for values in row.values())
 
 
 def test_log_every_with_a_stop_in_between_reports_every_step_once(base, tmp_path, monkeypatch):
@@ -493,9 +520,17 @@ def test_resume_with_another_model_or_template_says_so(base, three_runs, model_f
     checkpoint.write_text(json.dumps(state))
     values = base | {"max_steps": 3, "model": str(tmp_path / "model")}
     make_model("llama", seed=1).save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="run: other weights. Use"):
+    with pytest.raises(InputError, match="run: other model files. Use"):
         run(values, tmp_path / "run")
     make_model("llama").save_pretrained(tmp_path / "model")
+    config = (tmp_path / "model" / "config.json").read_text()
+    assert "rope_theta" in config
+    (tmp_path / "model" / "config.json").write_text(
+        config.replace('"rope_theta": 1', '"rope_theta": 9')
+    )
+    with pytest.raises(InputError, match="run: other model files. Use"):
+        run(values, tmp_path / "run")
+    (tmp_path / "model" / "config.json").write_text(config)
     tokenizer = make_tokenizer(CHATML.replace("{% for", "{{ 'Be kind.' }}{% for", 1))
     tokenizer.save_pretrained(tmp_path / "model")
     message = "run: other chat template; other training tokens. Use"
@@ -586,9 +621,12 @@ def test_other_held_out_pairs_have_a_before_of_their_own(base, three_runs, tmp_p
     lines = run(base | {"max_steps": 3, "eval_data": other}, tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 3]
     table = capsys.readouterr().out
-    assert re.search(
-        rf"held-out pairs +step 2 .*\naccuracy +{lines[3]['eval/accuracy']:.4f} ", table
-    )
+    before = rf"held-out pairs +step 2 .*\naccuracy +{lines[3]['eval/accuracy']:.4f} "
+    assert re.search(before, table)
+    # And also when the next resumption finds them as they were.
+    shutil.rmtree(tmp_path / "run" / "final")
+    run(base | {"max_steps": 3, "eval_data": other}, tmp_path / "run")
+    assert re.search(before, capsys.readouterr().out)
 
 
 def test_torn_files_block_no_restart(base, three_runs, tmp_path):
@@ -619,7 +657,7 @@ def test_the_newest_checkpoint_has_the_most_steps(base, three_runs, tmp_path, ca
 
 def test_two_runs_in_one_folder(base, tmp_path):
     """The second is refused before it changes a file."""
-    values = base | {"max_steps": 300, "eval_every": 0, "save_every": 0}
+    values = base | {"max_steps": 5000, "eval_every": 0, "save_every": 0}
     first = subprocess.Popen(
         command(values, tmp_path / "run", 1), cwd=ROOT, stderr=subprocess.DEVNULL
     )
@@ -643,14 +681,34 @@ def different_data(rank: int, folder: Path) -> None:
     config = Config(model="m", train_data="d", output_dir=str(folder / "run"))
     with pytest.raises(InputError, match="rank 1 and rank 0 do not have the same training tokens"):
         runtime.find_checkpoint(config, {"training tokens": f"hash {rank}"})
-    with pytest.raises(InputError, match="rank 1 and rank 0 do not have the same weights"):
-        runtime.find_checkpoint(config, {"training tokens": "", "weights": f"hash {rank}"})
+    with pytest.raises(InputError, match="rank 1 and rank 0 do not have the same model files"):
+        runtime.find_checkpoint(config, {"training tokens": "", "model files": f"hash {rank}"})
+    torch.distributed.destroy_process_group()
+
+
+def different_folders(rank: int, folder: Path) -> None:
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    (folder / str(rank)).mkdir()
+    os.chdir(folder / str(rank))  # as on two machines without a common file system
+    digests = {"training tokens": "", "held-out tokens": ""}
+    config = Config(model="m", train_data="d", output_dir="run")
+    with pytest.raises(InputError, match="run of rank 1 is not that of rank 0: it must be on a"):
+        runtime.find_checkpoint(config, digests)
+    config = Config(model="m", train_data="d", output_dir=str(folder / "shared"))
+    assert runtime.find_checkpoint(config, digests)[0] is None
     torch.distributed.destroy_process_group()
 
 
 def test_ranks_with_different_data_are_refused(tmp_path):
     torch.multiprocessing.spawn(different_data, (tmp_path,), nprocs=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_different_folders_are_refused(tmp_path):
+    """Each would write its half of a checkpoint, and none could be read."""
+    torch.multiprocessing.spawn(different_folders, (tmp_path,), nprocs=2)
+    assert not list((tmp_path / "0" / "run").iterdir() or (tmp_path / "shared").iterdir())
 
 
 def test_a_linked_output_dir_stays_where_it_points_to(base, tmp_path):
@@ -707,6 +765,7 @@ def test_wandb_holds_every_line_once_in_a_run_that_is_stopped_and_killed(
     monkeypatch.setattr(wandb, "login", lambda **_: True)
     monkeypatch.setattr(wandb, "init", lambda **settings: Run(**settings))
     values = base | {"max_steps": 4, "save_every": 3, "eval_every": 1, "wandb": "online"}
+    values["keep_checkpoints"] = 2
     output = tmp_path / "run"
     for quiet in (6, 6):  # SIGTERM in the evaluation after step 2, then after step 4
         monkeypatch.setattr(runtime, "watch_sigterm", lambda: Signals(quiet))  # noqa: B023
@@ -717,6 +776,12 @@ def test_wandb_holds_every_line_once_in_a_run_that_is_stopped_and_killed(
     lines = run(values, output)
     assert len(ids) == 1 and timeless(rows.values()) == timeless(lines)
     assert [line["step"] for line in lines] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    # A run from the start in the same folder is another one: wandb would drop its steps.
+    for name in ("checkpoints", "final"):
+        shutil.rmtree(output / name)
+    rows.clear()
+    lines = run(values | {"learning_rate": 2e-3}, output)
+    assert len(ids) == 2 and timeless(rows.values()) == timeless(lines)
 
 
 # ---- Exactness: whole trajectories against the textbook's step -----------------------------------
@@ -904,6 +969,12 @@ def test_other_weights_have_another_reference(base, tmp_path, counted):
     (line,) = run(values | {"model": str(other)}, tmp_path / "second")
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert not torch.allclose(*counted)
+    # The config decides, too, what the weights compute.
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"rope_theta": 1', '"rope_theta": 9'))
+    (line,) = run(values | {"model": str(other)}, tmp_path / "third")
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(counted) == 3 and not torch.allclose(*counted[1:])
 
 
 @pytest.mark.parametrize("name", train.LOSSES)
