@@ -671,7 +671,7 @@ def test_two_runs_in_one_folder(base, tmp_path):
             run(values | {"max_steps": 1}, tmp_path / "run")
         assert (tmp_path / "run" / "config.yaml").read_text() == config
     finally:
-        first.kill()
+        first.terminate()  # which the launcher passes on
         first.wait()
 
 
