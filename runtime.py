@@ -425,7 +425,7 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
 
     digests: SHA-256 of what the run is made of, by name; None on a rank that leaves it to others.
     Raises InputError if the checkpoint is of a run with others or with other settings (unless
-    resume=anyway), and if ranks differ in them."""
+    resume=anyway), and if ranks differ in them or in what they see of output_dir."""
     mine = asdict(config) | digests
     ranks = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
@@ -434,29 +434,31 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
         if names:
             problem = f"rank {rank} and rank 0 do not have the same {', '.join(names)}"
             raise InputError(f"{problem}: every machine needs the same files and flags")
-    found = [None]
+    output = Path(config.output_dir)
+    found = [None, output / f".{uuid.uuid4().hex}"]
     if dist.get_rank() == 0:
         try:
-            found = [choose_checkpoint(config, digests)]
+            found[0] = choose_checkpoint(config, digests)
+            output.resolve().mkdir(parents=True, exist_ok=True)  # where a link points to
+            found[1].touch()
         except InputError as error:
-            found = [error]
+            found[0] = error
     # Not each rank by itself: a shared file system may show them different things.
     dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], InputError):
-        raise found[0]
-    checkpoint, state, probe = found[0]
-    seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, probe.exists())
+    result, probe = found
+    if isinstance(result, InputError):
+        raise result
+    dist.all_gather_object(ranks, probe.exists())
     if dist.get_rank() == 0:
         probe.unlink()
-    if not all(seen):
-        problem = f"{config.output_dir} of rank {seen.index(False)} is not that of rank 0"
+    if not all(ranks):
+        problem = f"{output} of rank {ranks.index(False)} is not that of rank 0"
         raise InputError(f"{problem}: it must be on a file system that all machines share")
-    return checkpoint, state
+    return result
 
 
-def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict, Path]:
-    """find_checkpoint, on rank 0; and a file in output_dir that all ranks must see."""
+def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]:
+    """find_checkpoint, on rank 0."""
     output = Path(config.output_dir)
     if config.resume == "never" and output.exists():  # set aside: nothing is lost
         folder = output.resolve()  # a link stays where it is
@@ -488,10 +490,7 @@ def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dic
             tqdm.write(f"going on, but {text}", file=sys.stderr)
     state["in_output_dir"] = bool(checkpoint) and checkpoint.resolve().parent == own
     state["heldout_unchanged"] = before["held-out tokens"] == digests["held-out tokens"]
-    output.resolve().mkdir(parents=True, exist_ok=True)  # where a link points to
-    probe = output / f".{uuid.uuid4().hex}"
-    probe.touch()
-    return checkpoint, state | {"config": asdict(config), "digests": digests}, probe
+    return checkpoint, state | {"config": asdict(config), "digests": digests}
 
 
 def checkpoints(output: Path) -> list[Path]:
