@@ -32,8 +32,8 @@ class InputError(ValueError):
     """The user's input is at fault: the message says what is wrong, where, and what to do."""
 
 
-# Put before a chat template: today is 26 July 2024, Llama-3.1's own default. The tokens of another
-# day would be those of another run. (+: the template's own first line break stays.)
+# Put before a chat template, it makes today 26 July 2024, which is Llama-3.1's own default: the
+# real date would change the tokens from day to day. (+: the template's first line break stays.)
 DATE = "{% macro strftime_now(f) %}{{ f | replace('%d', '26') | replace('%m', '07')"
 DATE += " | replace('%b', 'Jul') | replace('%B', 'July') | replace('%y', '24')"
 DATE += " | replace('%Y', '2024') }}{% endmacro +%}"
@@ -101,7 +101,8 @@ def file_digest(path: Path, size: int, time: int) -> bytes:
 
 
 def load_file(path: str, kind: str | None) -> datasets.Dataset:
-    """The rows of one local file; kind: of FILE_TYPES. Raises InputError if there are none."""
+    """The rows of one local file; kind: of FILE_TYPES, or None for another. Raises InputError if
+    it is missing, of another type, malformed or without rows."""
     if not Path(path).is_file():
         raise InputError(f"no such file (working directory: {os.getcwd()})")
     if kind is None or path.lower().endswith(".parquet.gz"):
@@ -348,7 +349,8 @@ def load_pairs(
     rejected]; source, row (where the pair comes from). Cached on disk. Any number of processes may
     call this: one tokenizes while the others wait at a file lock, not in a collective, whose
     timeout a large data set would exceed.
-    Raises InputError, naming source and row, for a row in no accepted format.
+    Raises InputError, naming source and row, for a row in no accepted format or that the chat
+    template does not render.
     """
     if not 0 < max_prompt_length < max_length:
         raise InputError(
@@ -418,9 +420,9 @@ def tokenize_row(
             elif chosen == rejected:  # no preference is left: the two sides' gradients cancel
                 status = "identical"
     except Exception as error:
-        # HH has a few dialogues in which one side speaks twice; Gemma's and Mistral's templates
-        # want turns.
-        if not (isinstance(error, TemplateError) and isinstance(parsed[0], str)):
+        # In a few of HH's dialogues one side speaks twice; Gemma's and Mistral's templates want
+        # the roles to alternate.
+        if not (isinstance(error, TemplateError) and str(parsed[0]).startswith("\n\nHuman:")):
             raise InputError(f"{source}, row {index}: {error}") from None
         status = "refused by template"
     lengths = [len(prompt), len(chosen), len(rejected)]
@@ -430,7 +432,8 @@ def tokenize_row(
 
 def pair_lengths(pairs: datasets.Dataset) -> np.ndarray:
     """Tokens of prompt, chosen and rejected of every pair of load_pairs: (pairs, 3) int64."""
-    return np.array(pairs["lengths"][:])
+    table = pairs.select_columns("lengths").with_format("arrow")[:]
+    return flat_column(table, "lengths").reshape(-1, 3).astype(np.int64)
 
 
 def longest_sequence(pairs: datasets.Dataset) -> int:
@@ -513,8 +516,8 @@ def spread_pairs(
             return [members[m * ranks : (m + 1) * ranks] for m in range(count)]
     raise InputError(
         f"{len(indices)} pairs cannot be spread over {ranks} ranks in micro-batches of at most "
-        f"micro_batch_tokens={micro_batch_tokens} tokens: raise it, or make the number of pairs a "
-        "multiple of the ranks', each of which needs at least one"
+        f"micro_batch_tokens={micro_batch_tokens} tokens: raise it, or make the number of pairs "
+        "(in training, batch_size) a multiple of the number of ranks; each needs at least one"
     )
 
 

@@ -401,7 +401,7 @@ def load_weights(model: PackedModel, folder: str) -> None:
             parameter = model.model.get_parameter(name)  # tied to another one, and in the file, too
             other = torch.empty_like(parameter)
             dcp.load({name: other}, storage_reader=read())
-            if not torch.equal(parameter, other):  # on any rank
+            if not torch.equal(parameter, other):  # the whole tensors, also if they are sharded
                 raise InputError(f"{folder}: the config ties {name}, the file holds another one")
 
 
@@ -415,8 +415,9 @@ def stored_tensors(model) -> dict[str, torch.Tensor]:
 def weights_folder(name: str) -> str:
     """A folder that holds the weights of a folder or hub id as safetensors with the model's own
     names: the folder itself (a hub id's is fetched) or, where its files are of another kind or name
-    their tensors otherwise, a copy in the cache that is converted once. Any number of processes may
-    call this at a time; they wait at a file lock and not in a collective.
+    their tensors otherwise, a copy in the cache, converted once for each version of transformers.
+    Any number of processes may call this at a time; they wait at a file lock and not in a
+    collective.
 
     Raises InputError if weights are quantized, missing, there twice, or do not fit the config.
     """
@@ -435,7 +436,9 @@ def weights_folder(name: str) -> str:
         raise InputError(f"{folder}: more than one .safetensors file holds {twice[0]}: remove one")
     if all(key in stored and stored[key].size == value.shape for key, value in needed.items()):
         return folder
-    key = f"{model_fingerprint(name)}-{transformers.__version__}"  # which renames tensors
+    key = (
+        f"{model_fingerprint(name)}-{transformers.__version__}"  # versions name tensors differently
+    )
     converted = CACHE_DIR / "weights" / key
     converted.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{converted}.lock"):
@@ -493,9 +496,10 @@ def self_check(model: PackedModel, device: str, longest: int, tolerance: float) 
     And compare packed_attention in every layer with one masked attention in float32. Collective.
 
     Raises InputError if a log-prob differs by more than `tolerance`, or by more than five times
-    what the model's own forward differs between its attention implementation and the eager one (in
-    bfloat16, rounding alone can do that); if its logits are not what its head gives, as in models
-    that scale or cap them; or if attention or its gradient is wrong by more than a tenth.
+    what the model's own forward differs between its attention implementation and the eager one on
+    prompts of at most 2,000 tokens (in bfloat16, rounding alone can do that); if its logits are not
+    what its head gives, as in models that scale or cap them; or if attention or its gradient is
+    wrong by more than a tenth.
     """
     words, random = model.model.get_input_embeddings().weight.shape[0], np.random.default_rng(0)
 

@@ -229,9 +229,9 @@ def start_process() -> tuple[int, int, torch.device]:
         version = NVIDIA_DRIVER.read_text().split("\n")[0]
         raise InputError(
             f"this machine has NVIDIA GPUs that torch cannot use. Its driver: {version}; torch "
-            f"{torch.__version__} is built for CUDA {torch.version.cuda}. Update the driver, or "
-            "install a torch built for its CUDA (`nvidia-smi` shows it). To train on the CPU, set "
-            "CUDA_VISIBLE_DEVICES to an empty string."
+            f"{torch.__version__} is built for CUDA {torch.version.cuda or '(none: a CPU build)'}. "
+            "Update the driver, or install a torch built for its CUDA (`nvidia-smi` shows it). To "
+            "train on the CPU, set CUDA_VISIBLE_DEVICES to an empty string."
         )
     if rank == 0:
         print(f"no GPU: {ranks} process(es) on the CPU", flush=True)
@@ -448,11 +448,16 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
     result, probe = found
     if isinstance(result, InputError):
         raise result
-    dist.all_gather_object(ranks, probe.exists())
+    waited = 0
+    while not probe.exists() and waited < 60:  # NFS may remember for so long what was not there
+        time.sleep(1)
+        waited += 1
+    seen = [None] * len(ranks)
+    dist.all_gather_object(seen, probe.exists())
     if dist.get_rank() == 0:
         probe.unlink()
-    if not all(ranks):
-        problem = f"{output} of rank {ranks.index(False)} is not that of rank 0"
+    if not all(seen):
+        problem = f"{output} of rank {seen.index(False)} is not that of rank 0"
         raise InputError(f"{problem}: it must be on a file system that all machines share")
     return result
 
@@ -464,14 +469,13 @@ def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dic
         folder = output.resolve()  # a link stays where it is
         os.rename(folder, f"{folder}.{datetime.now():%Y%m%d-%H%M%S}")
     checkpoint = newest = next(filter(is_whole, checkpoints(output)), None)
-    own = (output / "checkpoints").resolve()
     if config.resume not in ("auto", "never", "anyway"):
         checkpoint = Path(config.resume)
         if not is_whole(checkpoint):
             raise InputError(f"resume={checkpoint}: no whole checkpoint is there")
-        if newest and checkpoint.resolve().parent == own and not checkpoint.samefile(newest):
-            advice = "move it away, or use another --output_dir"  # it would pass for this run's
-            raise InputError(f"resume={checkpoint}: {newest} has more steps: {advice}")
+        if newest and not checkpoint.samefile(newest):  # which would pass for this run's
+            advice = "go on from it (--resume auto), move it away, or use another --output_dir"
+            raise InputError(f"resume={checkpoint}: {newest} is there, too: {advice}")
     state, before = {"step": 0, "evaluated": False, "comparable_from": 0}, digests
     if checkpoint:
         state |= json.loads((checkpoint / "trainer.json").read_text())
@@ -488,6 +492,7 @@ def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dic
             if config.resume != "anyway":
                 raise InputError(f"{text}. Use --resume never or anyway, or another --output_dir")
             tqdm.write(f"going on, but {text}", file=sys.stderr)
+    own = (output / "checkpoints").resolve()
     state["in_output_dir"] = bool(checkpoint) and checkpoint.resolve().parent == own
     state["heldout_unchanged"] = before["held-out tokens"] == digests["held-out tokens"]
     return checkpoint, state | {"config": asdict(config), "digests": digests}
@@ -554,7 +559,7 @@ def save_checkpoint(model, optimizer, config, state: dict) -> None:
         sync(folder.parent)  # before an older one goes
         if config.keep_checkpoints:
             kept = [*filter(is_whole, checkpoints(output))][: config.keep_checkpoints]
-            for old in {*checkpoints(output)} - {*kept}:
+            for old in {*checkpoints(output)} - {*kept}:  # what is damaged goes, too
                 shutil.rmtree(old)
         size, seconds = sum(sizes.values()) / 1e9, time.perf_counter() - began
         tqdm.write(f"wrote {folder}: {size:.1f} GB in {seconds:.0f} s", file=sys.stderr)

@@ -195,7 +195,7 @@ def train(config: Config) -> None:
         tokens_since_log += pair_tokens[indices].sum()
 
         saves = config.save_every and (step == last or step % config.save_every == 0)
-        # Also before a checkpoint, where a resumed run's first line begins.
+        # Also before a checkpoint or an evaluation, after which a resumed run's first line begins.
         if stop or saves or step == last or step in evaluate_at or step % config.log_every == 0:
             means = mean_over_ranks(metrics_since_log)
             line = {"step": step, "epoch": step / steps_per_epoch} | means

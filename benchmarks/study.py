@@ -42,8 +42,8 @@ from loss import LOSSES
 from runtime import read_lines, run_command, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-# What is compared: every loss with the hyperparameters of its paper, which are the defaults in
-# loss.py, and for DPO and SimPO others from their papers.
+# What is compared: every loss with the hyperparameters of its paper or its authors' code, which are
+# the defaults in loss.py, and for DPO and SimPO others from their papers.
 ARMS = {loss: {"loss": loss} for loss in LOSSES}
 ARMS |= {f"dpo {args}": {"loss": "dpo", "loss_args": args} for args in ("beta=0.01", "beta=1")}
 ARMS |= {
@@ -178,8 +178,11 @@ def group_runs(results: list[dict]) -> dict[tuple[str, float], list[dict]]:
     groups = {}
     for run in results:
         if "error" not in run:
-            ends = ((side, run["after"], run["before"]) for side in SIDES)
-            changes = {f"Δ {s}": a[f"eval/logps/{s}"] - b[f"eval/logps/{s}"] for s, a, b in ends}
+            changes = {
+                f"Δ {side}": run["after"][f"eval/logps/{side}"]
+                - run["before"][f"eval/logps/{side}"]
+                for side in SIDES
+            }
             groups.setdefault((run["arm"], run["learning_rate"]), []).append(run | changes)
     return groups
 

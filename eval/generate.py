@@ -232,7 +232,7 @@ def answer(
     The file holds one JSON object a line: the settings, then {"index", "output", "finished"}.
     Batches and their seeds depend on the prompts and settings alone, so an interrupted run that is
     started again continues with the first unfinished batch and ends with the same answers. Raises
-    InputError if the file holds answers for different prompts, weights or settings, and for a
+    InputError if the file holds answers for different prompts, models or settings, and for a
     prompt that fills the model's context.
     """
     folder = resolve_model(name)
@@ -297,7 +297,7 @@ def read_answers(path: Path, settings: dict) -> dict[int, tuple[str, bool]]:
         path.write_text(json.dumps(settings) + "\n")
         return {}
     written, *lines = records
-    # The model's name may differ: the hash of its weights is compared.
+    # The model's name may differ: the hash of its weights and config is compared.
     changed = [
         f"{key} was {written.get(key)}, is {value}"
         for key, value in settings.items()

@@ -123,12 +123,12 @@ def collect(results: dict, benchmark: str) -> tuple[dict[str, float], dict[str, 
 
 def read_finished(path: Path, model: str, settings: dict[str, dict]) -> dict:
     """The result that a leaderboard.json holds, or one without scores. Raises InputError if it is
-    of other weights, or if one of the benchmarks in `settings` is there with others."""
+    of another model, or if one of the benchmarks in `settings` is there with others."""
     if not path.exists():
         return {"scores": {}, "standard_errors": {}, "settings": {}, "inputs_sha256": {}}
     result, problem = json.loads(path.read_text()), ""
-    if result["model_sha256"] != model_fingerprint(resolve_model(model)):
-        problem = "other weights"
+    if result.get("model_sha256") != model_fingerprint(resolve_model(model)):
+        problem = "another model"
     for benchmark in settings.keys() & result["settings"].keys():
         if result["settings"][benchmark] != settings[benchmark]:
             problem = f"{benchmark} with {result['settings'][benchmark]}, not {settings[benchmark]}"
@@ -234,7 +234,7 @@ def main() -> None:
             apply_chat_template=chat[benchmark],
             fewshot_as_multiturn=chat[benchmark],
             log_samples=True,
-            # Answers so far, by their prompt. Not of other weights or of another engine.
+            # Answers so far, by their prompt. Not of another model or engine.
             use_cache=str(cache / f"{benchmark}_{of_model}"),
         )
         if results is None:  # the first process of several has them all

@@ -200,7 +200,7 @@ def write_result(
 def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
     """{model: {benchmark: result}} of folders that write_result wrote to. Files among `folders` are
     ignored; folders without a result are reported on stderr. Raises InputError for two folders of
-    one name, and for a folder with results of different weights."""
+    one name, and for a folder with results of different models."""
     results = {}
     for folder in map(Path, folders):
         if folder.is_file():  # such as preference.png, in results/*
@@ -224,8 +224,8 @@ def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
             )
         if len({result["model_sha256"] for result in of_model.values()}) > 1:
             raise InputError(
-                f"{folder}: {', '.join(of_model)} are results of different weights; evaluate them "
-                "again"
+                f"{folder}: {', '.join(of_model)} are results of different models (weights or "
+                "config); evaluate them again"
             )
         results[folder.name] = of_model
     return results

@@ -267,7 +267,7 @@ def test_report_refuses_what_it_cannot_compare(model_folder, other_folder, tmp_p
     assert report.read_results([str(tmp_path / "empty")]) == {}
     write(tmp_path / "a", model_folder, "leaderboard", {"GSM8K": 1.0})
     write(tmp_path / "a", other_folder, "mt_bench", {"score": 1.0})
-    with pytest.raises(InputError, match="different weights"):
+    with pytest.raises(InputError, match="different models"):
         report.read_results([str(tmp_path / "a")])
     write(tmp_path / "x" / "b", model_folder, "leaderboard", {"GSM8K": 1.0})
     write(tmp_path / "y" / "b", model_folder, "leaderboard", {"GSM8K": 2.0})
@@ -1363,7 +1363,7 @@ def test_a_leaderboard_of_other_weights_is_refused(model_folder, other_folder, t
     assert leaderboard.read_finished(path, model, settings)["scores"] == {}
     write(tmp_path, model_folder, "leaderboard", {"GSM8K": 1.0}, settings=settings)
     assert leaderboard.read_finished(path, model, settings)["scores"] == {"GSM8K": 1.0}
-    with pytest.raises(InputError, match="holds results of other weights"):
+    with pytest.raises(InputError, match="holds results of another model"):
         leaderboard.read_finished(path, str(other_folder), settings)
     other = {"GSM8K": settings["GSM8K"] | {"apply_chat_template": True}}
     with pytest.raises(InputError, match="GSM8K with .*False.*True.*another --output_dir"):
