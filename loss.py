@@ -139,8 +139,8 @@ def simpo_loss(token_logps, lengths, beta=2.0, gamma=1.0):
 
 
 def simper_sum_loss(token_logps, lengths):
-    """e^{s_l} − e^{s_w}: without length normalization. Below s ≈ −87 (where float32 has denormal
-    numbers, −103) the exponential is 0, and so is its gradient."""
+    """e^{s_l} − e^{s_w}: without length normalization. Below s ≈ −103 the exponential is 0 in
+    float32, and so is its gradient."""
     chosen, rejected = sum_logps(token_logps, lengths).exp().unbind(dim=1)
     return rejected - chosen
 

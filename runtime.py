@@ -239,7 +239,6 @@ def start_process() -> tuple[int, int, torch.device]:
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // processes))
-    torch.set_flush_denormal(True)  # simper_sum's tiny gradients made a step ten times as slow
     libc = ctypes.CDLL(None)
     if ranks == 1 and hasattr(libc, "mallopt"):
         # glibc hands large freed buffers back to the kernel, and a sixth of every step went into
