@@ -436,10 +436,9 @@ def weights_folder(name: str) -> str:
         raise InputError(f"{folder}: more than one .safetensors file holds {twice[0]}: remove one")
     if all(key in stored and stored[key].size == value.shape for key, value in needed.items()):
         return folder
-    key = (
-        f"{model_fingerprint(name)}-{transformers.__version__}"  # versions name tensors differently
-    )
-    converted = CACHE_DIR / "weights" / key
+    # Versions of transformers name tensors differently.
+    folder_name = f"{model_fingerprint(name)}-{transformers.__version__}"
+    converted = CACHE_DIR / "weights" / folder_name
     converted.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{converted}.lock"):
         if not converted.exists():

@@ -488,9 +488,6 @@ def test_fingerprint_is_of_the_tokens_and_their_order(write):
     assert same == equal != longer
 
 
-# ---- Batches -------------------------------------------------------------------------------------
-
-
 def test_dialogues_that_the_template_refuses_are_counted(write):
     """Some of HH have one side speak twice, which Gemma's and Mistral's templates do not render."""
     turns = "{% for m in messages %}{% if (m.role == 'user') != (loop.index % 2 == 1) %}"
@@ -503,6 +500,9 @@ def test_dialogues_that_the_template_refuses_are_counted(write):
     _, report = load_pairs(write(rows), make_tokenizer(turns + CHATML), 100, 90)
     assert "1 of 2 rows dropped" in report and "1 refused by template" in report
     assert "0 of 2 rows dropped" in load_pairs(write(rows), make_tokenizer(), 100, 90)[1]
+
+
+# ---- Batches -------------------------------------------------------------------------------------
 
 
 def test_step_indices_are_pinned():  # every run ever made depends on them

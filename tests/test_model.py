@@ -561,12 +561,8 @@ def test_deepseek_trains_packed_and_keeps_its_float32_biases(group, tmp_path):
         bias.copy_(5 + torch.arange(4) / 1024)  # equal in bfloat16
     reference.save_pretrained(tmp_path / "source")
     model = load_model(str(tmp_path / "source"), "cpu", torch.float32)
-    (logps, gradients), (expected, plain_gradients) = (
-        packed_results(model),
-        plain_results(reference),
-    )
-    assert_near(logps, expected)
-    assert_near(gradients, plain_gradients)
+    for actual, expected in zip(packed_results(model), plain_results(reference)):
+        assert_near(actual, expected)
     export(model, str(tmp_path / "source"), make_tokenizer(), tmp_path / "final", torch.bfloat16)
     exported = load_file(tmp_path / "final" / "model.safetensors")
     assert biases and all(torch.equal(exported[k], bias) for k, bias in biases.items())
