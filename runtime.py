@@ -26,6 +26,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import datasets
+import multiprocess
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -201,6 +202,7 @@ def start_process() -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device) of this process, from torchrun's environment; one process
     without it. Raises InputError if only a part of that environment is there, or if there are GPUs
     that torch cannot use and CUDA_VISIBLE_DEVICES does not hide: the run would take the CPU."""
+    signal.signal(signal.SIGTERM, end_with_workers)
     rank, ranks, place, processes = 0, 1, 0, 1
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
@@ -246,6 +248,14 @@ def start_process() -> tuple[int, int, torch.device]:
         libc.mallopt(-4, 0)  # M_MMAP_MAX: none of them is mapped on its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     return rank, ranks, torch.device("cpu")
+
+
+def end_with_workers(*_) -> None:
+    """What SIGTERM does until watch_sigterm: by itself, it would leave datasets' worker processes
+    behind."""
+    for worker in multiprocess.active_children():
+        worker.kill()
+    os._exit(128 + signal.SIGTERM)
 
 
 def start_group(device: torch.device) -> None:

@@ -399,6 +399,32 @@ def test_torchrun_heals_and_sigterm_saves_and_the_same_command_goes_on(base, tmp
     assert read_metrics(tmp_path / "run") == lines
 
 
+def test_sigterm_while_the_data_is_tokenized_leaves_no_worker_behind(base, tmp_path):
+    row = Path(base["train_data"]).read_text().splitlines()[0]
+    (tmp_path / "many.jsonl").write_text(f"{row}\n" * 40_000)
+    values = base | {"train_data": str(tmp_path / "many.jsonl"), "eval_data": ""}
+    launch = [sys.executable, "train.py", *as_flags(values, tmp_path / "run")]
+    process = subprocess.Popen(launch, cwd=ROOT)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline, workers = time.monotonic() + 120, []
+    while len(workers) < 3:  # at least two that tokenize, and one that holds their queue
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+        workers = children.read_text().split()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+
+    def alive(worker: str) -> bool:
+        try:
+            return Path(f"/proc/{worker}/cmdline").read_bytes() != b""  # a dead one that waits
+        except OSError:
+            return False
+
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 class Signals:
     """In place of the event that SIGTERM sets: set when it has been asked `quiet` times."""
 
