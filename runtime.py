@@ -251,8 +251,7 @@ def start_process() -> tuple[int, int, torch.device]:
 
 
 def end_with_workers(*_) -> None:
-    """What SIGTERM does until watch_sigterm: by itself, it would leave datasets' worker processes
-    behind."""
+    """What SIGTERM does until start_group: by itself, it would leave datasets' workers behind."""
     for worker in multiprocess.active_children():
         worker.kill()
     os._exit(128 + signal.SIGTERM)
@@ -260,6 +259,7 @@ def end_with_workers(*_) -> None:
 
 def start_group(device: torch.device) -> None:
     """The process group of torchrun's ranks, or of this process alone."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # while a rank waits for another, no handler runs
     options = {"backend": "gloo", "timeout": timedelta(minutes=30)}
     if device.type == "cuda":
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
