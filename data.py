@@ -95,7 +95,7 @@ def files_digest(paths: list[Path]) -> str:
 
 @functools.cache
 def file_digest(path: Path, size: int, time: int) -> bytes:
-    """SHA-256 of a file, read once for each size and time in ns that it has."""
+    """SHA-256 of a file, read again only if its size or its time in ns changes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
@@ -137,7 +137,7 @@ def load_file(path: str, kind: str | None) -> datasets.Dataset:
 
 def parse_row(row: dict) -> tuple[list | str, str, str] | None:
     """One row in any of FORMATS → (prompt, chosen answer, rejected answer), or None if the two do
-    not answer the same prompt, or ([], "", "") if prompt, chosen or rejected is empty.
+    not answer the same prompt, or ([], "", "") if an empty value keeps it from every format.
 
     The prompt is a list of messages, or text where the row has text. Only the last assistant turn
     is the answer. Raises InputError for a row in none of the formats.
@@ -283,8 +283,8 @@ def tokenize_text(tokenizer, text: str) -> list[int]:
 
 
 def tokenize_pair(tokenizer, prompt: list | str, answers: list[str], end: tuple[int, str]) -> tuple:
-    """Token ids of the prompt and of both responses, three lists. prompt, answers: of parse_row;
-    end: of end_of_turn. Raises InputError if the chat template hides where the answer begins.
+    """Token ids of the prompt and of both responses, three lists. prompt, answers: see parse_row;
+    end: see end_of_turn. Raises InputError if the chat template hides where the answer begins.
 
     A response is what the chat template writes after the prompt, up to and including one
     end-of-turn token. Its ids are those that follow the prompt's in the whole text; where the
@@ -325,8 +325,8 @@ def tokenize_pair(tokenizer, prompt: list | str, answers: list[str], end: tuple[
 
 def truncate(prompt: list, chosen: list, rejected: list, max_length: int, max_prompt_length: int):
     """The authors' rule, on token ids: (prompt, chosen, rejected), cut. Only if prompt + longer
-    response exceeds max_length is the prompt cut to its last max_prompt_length tokens; if it is
-    still too long, responses are cut to their first max_length - max_prompt_length.
+    response exceeds max_length is the prompt cut to its last max_prompt_length tokens; if still
+    too long, responses are cut to their first max_length - max_prompt_length.
 
     >>> truncate([1, 2, 3, 4], [5, 6, 7], [8], max_length=5, max_prompt_length=3)
     ([2, 3, 4], [5, 6], [8])
@@ -409,8 +409,8 @@ def tokenize_row(
     try:
         parsed = parse_row(row)
         if parsed:
-            text, *answers = parsed
-            whole = tokenize_pair(tokenizer, text, answers, end) if text else ([], [], [])
+            context, *answers = parsed  # [] for an empty row
+            whole = tokenize_pair(tokenizer, context, answers, end) if context else ([], [], [])
             prompt, chosen, rejected = truncate(*whole, max_length, max_prompt_length)
             status = "whole" if (prompt, chosen, rejected) == whole else "truncated"
             if not (prompt and chosen and rejected):
@@ -510,14 +510,14 @@ def spread_pairs(
             load, number, members = bins[0]
             heapq.heapreplace(bins, (load + pair_tokens[i], number, members + [i]))
         if max(bins)[0] <= micro_batch_tokens:
-            # Bins of similar cost run side by side: in each of them the ranks wait for the slowest.
+            # Bins of similar cost run side by side, since ranks wait for the slowest.
             bins.sort(key=lambda b: (-b[0], b[1]))
             members = [sorted(members) for _, _, members in bins]
             return [members[m * ranks : (m + 1) * ranks] for m in range(count)]
     raise InputError(
         f"{len(indices)} pairs cannot be spread over {ranks} ranks in micro-batches of at most "
-        f"micro_batch_tokens={micro_batch_tokens} tokens: raise it, or make the number of pairs "
-        "(in training, batch_size) a multiple of the number of ranks; each needs at least one"
+        f"micro_batch_tokens={micro_batch_tokens} tokens: raise it, use fewer ranks, or make the "
+        "number of pairs (in training, batch_size) a multiple of them"
     )
 
 
@@ -530,15 +530,15 @@ class MicroBatch:
 
         input_ids    [1, 2, 3, 4, 5]  (T,) int64
         position_ids [0, 1, 2, 3, 2]  (T,) int64; rejected continues from the prompt's end
-        predictors   [1, 2, 1]        (R,) int64; the position whose hidden state predicts each
-                                      response token: the prompt's last token predicts the first
-                                      token of both responses
+        predictors   [1, 2, 1]        (R,) int64; the index in input_ids whose hidden state predicts
+                                      each response token: the prompt's last token predicts the
+                                      first token of both responses
         targets      [3, 4, 5]        (R,) int64; response tokens: chosen, rejected, pair after pair
         lengths      [[2, 1]]         (pairs, 2) int64; response tokens of chosen and rejected
         segments     [(2, 2, 1)]      tokens of prompt, chosen and rejected of each pair, as Python
                                       integers
         keys         [0, 1, 2, 3, 0, 1, 4]
-                                      (K,) int64; for attention, the positions of each pair's prompt
+                                      (K,) int64; for attention, the indices of each pair's prompt
                                       and chosen, then of its prompt (again) and rejected tokens
         key_starts   [0, 4, 7]        (2 pairs + 1,) int32; where each of these sequences begins in
                                       keys, and the end

@@ -57,10 +57,10 @@ FILE_BYTES = 2**30  # of an exported file at most
 
 
 class PackedModel(torch.nn.Module):
-    """A causal language model whose forward takes packed pairs to log-probs and never builds the
-    whole logits.
+    """A causal language model whose forward takes packed pairs to log-probs, and whose logits exist
+    in chunks of LOGITS_BYTES only.
 
-    model: a transformers model with the attention implementation "packed".
+    model: a transformers model with the attention implementation "packed", registered below.
     stock_attention: the attention implementation that the model would have used on its own.
     """
 
@@ -113,16 +113,16 @@ class PackedModel(torch.nn.Module):
 
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T + bias)[targets], without ever holding all logits:
+    """log softmax(hidden @ weight.T + bias)[targets], with logits in chunks of LOGITS_BYTES:
     apply(hidden, weight, bias, targets).
 
     hidden: (R, d); weight: (V, d); bias: (V,) or None; targets: (R,) int64.
     Returns (R,) float32 (float64 for float64).
 
-    Forward and backward go through the rows in chunks, one (rows, V) buffer at a time. The backward
-    starts with the last chunk, whose exponentials the forward has kept, and computes the others'
-    again. The weight's gradient is summed in place, where autograd would hold a second (V, d) one,
-    and softmax is in float32 also where the model computes in bfloat16
+    Forward and backward go through the rows in chunks, one float32 (rows, V) at a time. The
+    backward starts with the last chunk, whose exponentials the forward has kept, and computes the
+    others' again. The weight's gradient is summed in place, where autograd would hold a second
+    (V, d) one, and softmax is in float32 also where the model computes in bfloat16
     (F.linear_cross_entropy rounds its result).
     """
 
@@ -150,10 +150,11 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         # Several chunks are summed in float32: bfloat16 would round the sum with each of them.
-        exact = torch.float32 if len(ctx.chunks) > 1 else weight.dtype
-        exact = torch.promote_types(weight.dtype, exact)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+        sum_dtype = torch.float32 if len(ctx.chunks) > 1 else weight.dtype
+        sum_dtype = torch.promote_types(weight.dtype, sum_dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sum_dtype)
         for rows in reversed(ctx.chunks):
             if ctx.kept:
                 softmax, sums = ctx.kept
@@ -166,7 +167,7 @@ class TokenLogps(torch.autograd.Function):
             g = grad[rows, None]
             grad_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g).to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
-            if exact == weight.dtype:
+            if sum_dtype == weight.dtype:
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
             else:
                 grad_weight += grad_logits.T @ hidden[rows]
@@ -253,8 +254,7 @@ def varlen_works(dtype: torch.dtype, head_dim: int) -> bool:
 
 
 # Under torch.compile, blocks are compiled around this function. The lengths differ in every
-# micro-batch: passed on as an object, which the compiler does not look into, they do not have the
-# blocks compiled again.
+# micro-batch: in an object that the compiler does not look into, they cause no recompilation.
 AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
 
 
@@ -275,7 +275,7 @@ def check_model(name: str, max_length: int, data_sets: list[Dataset]) -> str | N
     machine, and None on its others. To be called while no rank waits for another.
 
     Raises InputError if there are none, if the model has fewer than max_length positions, or no
-    embedding for a token of the data sets, of load_pairs.
+    embedding for a token of the data sets (see load_pairs).
     """
     config = load_config(name).get_text_config()
     positions = getattr(config, "max_position_embeddings", max_length)
@@ -373,8 +373,8 @@ def load_model(
     model.train()
     self_check(model, device, longest, tolerance=1e-3 if dtype == torch.float32 else 0.05)
     for block in blocks(model) if compile else ():
-        # A checkpoint is compiled as a whole or not at all, and the attention never is: so with
-        # checkpointing, what lies within a block is compiled.
+        # A checkpointed block is compiled as a whole or not at all, and the attention never is: so
+        # with checkpointing, what lies within a block is compiled.
         for part in block.children() if activation_checkpointing else [block]:
             part.compile(dynamic=True)  # the number of tokens differs in every micro-batch
     return model
@@ -494,17 +494,18 @@ def self_check(model: PackedModel, device: str, longest: int, tolerance: float) 
     `longest` tokens, which shows sliding windows and rotary embeddings that change with the length.
     And compare packed_attention in every layer with one masked attention in float32. Collective.
 
-    Raises InputError if a log-prob differs by more than `tolerance`, or by more than five times
+    Raises InputError if a log-prob differs by more than `tolerance` and by more than five times
     what the model's own forward differs between its attention implementation and the eager one on
     prompts of at most 2,000 tokens (in bfloat16, rounding alone can do that); if its logits are not
     what its head gives, as in models that scale or cap them; or if attention or its gradient is
     wrong by more than a tenth.
     """
-    words, random = model.model.get_input_embeddings().weight.shape[0], np.random.default_rng(0)
+    vocab_size = model.model.get_input_embeddings().weight.shape[0]
+    random = np.random.default_rng(0)
 
     def random_pairs(*sizes: tuple[int, int, int]) -> list[list[list[int]]]:
         """Pairs of random tokens, of these numbers of tokens in prompt, chosen and rejected."""
-        return [[random.integers(words, size=n).tolist() for n in row] for row in sizes]
+        return [[random.integers(vocab_size, size=n).tolist() for n in row] for row in sizes]
 
     pairs = random_pairs((7, 5, 9), (4, 8, 3), (max(2, longest - 8), 8, 6))
 
@@ -590,7 +591,7 @@ def masked_attention(module, query, key, value, mask, scaling, window, micro_bat
 @torch.no_grad()
 def response_logps(model: PackedModel, pairs: Dataset, micro_batches: list) -> torch.Tensor:
     """log p(response | prompt) of every pair of load_pairs: (pairs, 2) float64 on the model's
-    device, chosen and rejected. micro_batches: of spread_pairs. Collective."""
+    device, chosen and rejected. micro_batches: see spread_pairs. Collective."""
     rank, device = dist.get_rank(), next(model.parameters()).device
     sums = torch.zeros(len(pairs), 2, dtype=torch.float64, device=device)
     for shares in tqdm(micro_batches, "log-probs", disable=rank > 0, dynamic_ncols=True):
@@ -612,7 +613,8 @@ def reference_logps(
     found, file = [None], None
     if dist.get_rank() == 0:
         what = (fingerprint(pairs), model_fingerprint(name), dtype, transformers.__version__)
-        what += (inspect.getsource(sys.modules[__name__]),)  # which a fork may have edited
+        # And the code of it, which a fork may have edited.
+        what += tuple(inspect.getsource(sys.modules[name]) for name in ("data", "loss", "model"))
         key = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
         file = CACHE_DIR / "reference" / f"{key}.npy"
         try:

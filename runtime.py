@@ -49,7 +49,7 @@ DISK_FAULTS += (errno.EEXIST, errno.ENOTDIR)  # a file where a folder should be
 # The held-out metrics that the terminal shows.
 SHOWN = ("accuracy", "inverse_perplexity/chosen", "inverse_perplexity/rejected", "loss")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there if and only if the driver is loaded
-FILE_BYTES = 2**30  # of all ranks' shards that begin in one file of a checkpoint
+FILE_BYTES = 2**30  # tensors that begin in the same GiB share a checkpoint's file
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def disk_fault(error: BaseException) -> str | None:
     return (
         f"{reason[1] or reason[2]}, in {here[-1].name} ({Path(here[-1].filename).name}). A run "
         f"writes to its output_dir and to SIMPER_CACHE, {CACHE_DIR}. Checkpoints are as they were; "
-        "when there is room again, the same command goes on."
+        "once this is fixed, the same command goes on."
     )
 
 
@@ -203,12 +203,12 @@ def start_process() -> tuple[int, int, torch.device]:
     without it. Raises InputError if only a part of that environment is there, or if there are GPUs
     that torch cannot use and CUDA_VISIBLE_DEVICES does not hide: the run would take the CPU."""
     signal.signal(signal.SIGTERM, end_with_workers)
-    rank, ranks, place, processes = 0, 1, 0, 1
+    rank, ranks, local_rank, local_ranks = 0, 1, 0, 1
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
         found = {name: os.environ.get(name, "") for name in names}
         try:
-            rank, ranks, place, processes = (int(found[name]) for name in names[:4])
+            rank, ranks, local_rank, local_ranks = (int(found[name]) for name in names[:4])
         except ValueError:
             ranks = 0
         if not (0 <= rank < ranks and all(found.values())):
@@ -219,9 +219,9 @@ def start_process() -> tuple[int, int, torch.device]:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     if torch.cuda.is_available():
-        if processes > (count := torch.cuda.device_count()):
-            raise InputError(f"{processes} processes for {count} GPUs: lower --nproc_per_node")
-        device = torch.device("cuda", place)
+        if local_ranks > (count := torch.cuda.device_count()):
+            raise InputError(f"{local_ranks} processes for {count} GPUs: lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         # On H100s SDPA would prefer cuDNN's attention, which plans anew for every length: up to
         # half a second a call.
@@ -237,10 +237,10 @@ def start_process() -> tuple[int, int, torch.device]:
         )
     if rank == 0:
         print(f"no GPU: {ranks} process(es) on the CPU", flush=True)
-    if processes > 1:  # torchrun gives each of them one thread; they can share all cores
+    if local_ranks > 1:  # torchrun gives each of them one thread; they can share all cores
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // processes))
+        torch.set_num_threads(max(1, cores // local_ranks))
     libc = ctypes.CDLL(None)
     if ranks == 1 and hasattr(libc, "mallopt"):
         # glibc hands large freed buffers back to the kernel, and a sixth of every step went into
@@ -273,7 +273,7 @@ def start_group(device: torch.device) -> None:
 
 
 def watch_sigterm() -> threading.Event:
-    """Set when this process receives SIGTERM: a preempted job's ranks do at different times."""
+    """An event that SIGTERM sets, which a preempted job's ranks receive at different times."""
     received = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: received.set())
     return received
@@ -307,13 +307,7 @@ class Logger:
         if not self.on:
             return
         output = Path(config.output_dir)
-        self.lock = os.open(output, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{output}: another run is writing to it") from None
-        except OSError:
-            pass  # a file system without locks
+        self.lock = lock_folder(output)
         versions = [f"{m.__name__} {m.__version__}" for m in (torch, transformers, datasets)]
         head = f"# {', '.join(versions)}\n"
         head += f"# {dist.get_world_size()} ranks; SHA-256 of what it is made of:\n"
@@ -321,10 +315,10 @@ class Logger:
         values = yaml.safe_dump(asdict(config), sort_keys=False)
         write_whole(output / "config.yaml", head + values)
         self.path = output / "metrics.jsonl"
-        # Lines of another run, and what this one logged after the checkpoint, which is about to
-        # happen again, go.
-        kept = [line for line in read_lines(self.path) if line["step"] <= state["step"]]
-        kept = kept if state["in_output_dir"] else []
+        # Another run's lines go, and those of the steps and the evaluation that are made again.
+        last = (state["step"], state["evaluated"])
+        kept = read_lines(self.path) if state["in_output_dir"] else []
+        kept = [line for line in kept if (line["step"], "eval/loss" in line) <= last]
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if not (state["in_output_dir"] and state["heldout_unchanged"]):
             state["comparable_from"] = len(kept)  # earlier lines are of other held-out pairs
@@ -366,6 +360,19 @@ class Logger:
         return table
 
 
+def lock_folder(folder: Path) -> int:
+    """Lock a folder until the returned file is closed, or this process ends. Raises InputError if
+    another run has locked it."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another run is writing to it") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
 def read_lines(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl, as far as it is whole: one may have been cut off."""
     lines = []
@@ -381,7 +388,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there as a whole, old or new, whenever the machine stops."""
+    """Replace a file so that a crash leaves the old one or the new one, whole."""
     scratch = path.with_name(path.name + ".part")
     scratch.write_text(text)
     sync(scratch)
@@ -432,14 +439,18 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
     """The checkpoint to resume from, if any, and the state to start with: that of its trainer.json,
     or a new one. With resume=never, an existing output_dir is set aside. Collective.
 
+    state: step; evaluated, whether its evaluation is logged; in_output_dir, whether the checkpoint
+    lies there; heldout_unchanged, whether its held-out pairs are still in use; comparable_from,
+    the number of metrics.jsonl's lines that are of others; config and digests, those of now.
+
     digests: SHA-256 of what the run is made of, by name; None on a rank that leaves it to others.
     Raises InputError if the checkpoint is of a run with others or with other settings (unless
     resume=anyway), and if ranks differ in them or in what they see of output_dir."""
     mine = asdict(config) | digests
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
-    for rank, other in enumerate(ranks):
-        names = [name for name in other if other[name] not in (None, ranks[0][name])]
+    settings = [None] * dist.get_world_size()
+    dist.all_gather_object(settings, mine)
+    for rank, other in enumerate(settings):
+        names = [name for name in other if other[name] not in (None, settings[0][name])]
         if names:
             problem = f"rank {rank} and rank 0 do not have the same {', '.join(names)}"
             raise InputError(f"{problem}: every machine needs the same files and flags")
@@ -461,7 +472,7 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
     while not probe.exists() and waited < 60:  # NFS may remember for so long what was not there
         time.sleep(1)
         waited += 1
-    seen = [None] * len(ranks)
+    seen = [None] * dist.get_world_size()
     dist.all_gather_object(seen, probe.exists())
     if dist.get_rank() == 0:
         probe.unlink()
@@ -475,6 +486,7 @@ def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dic
     """find_checkpoint, on rank 0."""
     output = Path(config.output_dir)
     if config.resume == "never" and output.exists():  # set aside: nothing is lost
+        os.close(lock_folder(output))  # no run writes to it
         folder = output.resolve()  # a link stays where it is
         os.rename(folder, f"{folder}.{datetime.now():%Y%m%d-%H%M%S}")
     checkpoint = newest = next(filter(is_whole, checkpoints(output)), None)

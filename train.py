@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 train.py recipes/llama-3-8b-instruct.yaml  # a set-up of the paper
     python train.py recipes/demo.yaml --learning_rate 1e-5 --output_dir runs/demo-1e-5
 
-Every field of Config is a flag. A value that is not on the command line comes from the recipe, then
-from Config's defaults.
+Every field of Config is a flag. A value that is not on the command line comes from the recipe
+(without one, the demo's), then from Config's defaults.
 """
 
 import inspect
@@ -52,7 +52,7 @@ def option(default, help: str):
 class Config:
     model: str = option("", "hub id or folder of the model to start from; 'demo' is the demo's")
     chat_template: str = option("", "file of a chat template in place of the tokenizer's own")
-    train_data: str = option("", "pairs: FILE, FOLDER or hub NAME[[:CONFIG]:SPLIT], after commas")
+    train_data: str = option("", "FILE, FOLDER or hub NAME[[:CONFIG]:SPLIT], comma-separated")
     eval_data: str = option("", "the same for the held-out pairs; empty: no evaluation")
     output_dir: str = option("", "folder of config.yaml, metrics.jsonl, checkpoints/, final/")
     loss: str = option("simper", f"the objective, a function of loss.py: {', '.join(LOSSES)}")
@@ -74,7 +74,7 @@ class Config:
     eval_every: int = option(100, "steps between evaluations; 0: only before and after training")
     save_every: int = option(100, "steps between checkpoints; 0: only when stopped by SIGTERM")
     keep_checkpoints: int = option(1, "newest checkpoints to keep; 0: all")
-    log_every: int = option(1, "steps in a line of metrics; fewer before a save or evaluation")
+    log_every: int = option(1, "steps per line of metrics; fewer before a save or evaluation")
     resume: str = option("auto", "auto: newest checkpoint; anyway: also if changed; never; PATH")
     wandb: str = option("auto", "online, offline, off, or auto: online if logged in, otherwise off")
 
@@ -113,7 +113,7 @@ def train(config: Config) -> None:
     digests["held-out tokens"] = fingerprint(heldout) if heldout else ""
     digests["model files"] = check_model(source, config.max_length, data_sets)
     steps_per_epoch, left_out = divmod(len(pairs), config.batch_size)
-    print_once(f"{len(schedule)} steps; {left_out} pairs an epoch fill no batch and are left out")
+    print_once(f"{len(schedule)} steps; {left_out} pairs per epoch fill no batch and are left out")
 
     # ---- Model and optimizer
     runtime.start_group(device)
@@ -136,7 +136,7 @@ def train(config: Config) -> None:
     rehearse(model, optimizer, pairs, pair_tokens, schedule, device)
     reference = heldout_reference = None
     if "reference" in inspect.signature(loss_function).parameters:
-        # Before a checkpoint is loaded: the model still is the one that training starts from.
+        # Before a checkpoint is loaded: the model is still the one that training starts from.
         micro_batches = spread_pairs(range(len(pairs)), pair_tokens, ranks, budget)
         reference = reference_logps(model, source, pairs, micro_batches, dtype)
         if heldout:
@@ -148,16 +148,17 @@ def train(config: Config) -> None:
         print_once(f"resuming from {checkpoint}, read in {time.perf_counter() - began:.0f} s")
 
     # ---- Training
+    start, last = state["step"], len(schedule)
+
     def pack_step(step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step (counted from 1), on CPU; none after the last."""
         micro_batches = schedule[step - 1] if step <= last else []
         return [pack_rows(pairs, shares[rank], reference) for shares in micro_batches]
 
-    start, last = state["step"], len(schedule)
-    evaluate_at = {0, last, *range(0, last, config.eval_every or last)} if heldout else set()
-    changed = start > 0 and heldout and not state["heldout_unchanged"]
+    evaluate_at = {last, *range(0, last, config.eval_every or last)} if heldout else set()
+    new_heldout = start > 0 and heldout and not state["heldout_unchanged"]
     sigterm, stop = runtime.watch_sigterm(), False
-    if changed or (start in evaluate_at and not state["evaluated"]):
+    if new_heldout or (start in evaluate_at and not state["evaluated"]):
         if means := evaluate(model, loss_function, heldout_batches, device, sigterm):
             log.write({"step": start} | means)
         stop = not means
@@ -185,7 +186,7 @@ def train(config: Config) -> None:
         batches = pack_step(step + 1)  # before the host waits for the GPU
         memory = runtime.peak_memory(device)
         norm, stop, memory = runtime.max_over_ranks(device, norm, sigterm.is_set(), memory)
-        indices = [i for shares in schedule[step - 1] for share in shares for i in share]
+        indices = step_indices(len(pairs), config.batch_size, config.seed, step - 1)
         if not math.isfinite(norm):
             places = ", ".join(f"{pairs[i]['source']} row {pairs[i]['row']}" for i in indices)
             raise FloatingPointError(f"step {step}: gradient of norm {norm}. Its pairs: {places}")
@@ -195,7 +196,7 @@ def train(config: Config) -> None:
         tokens_since_log += pair_tokens[indices].sum()
 
         saves = config.save_every and (step == last or step % config.save_every == 0)
-        # Also before a checkpoint or an evaluation, after which a resumed run's first line begins.
+        # Also before a checkpoint or an evaluation: a resumed run begins a new line there.
         if stop or saves or step == last or step in evaluate_at or step % config.log_every == 0:
             means = mean_over_ranks(metrics_since_log)
             line = {"step": step, "epoch": step / steps_per_epoch} | means
@@ -310,31 +311,31 @@ def pair_metrics(logps, losses, slopes, batch: MicroBatch) -> dict[str, torch.Te
 def mean_over_ranks(rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """pair_metrics of this rank's micro-batches → the means over the pairs of all ranks, which may
     have different numbers of them. Collective."""
-    columns = {name: torch.cat([row[name] for row in rows]).double() for name in rows[0]}
-    sums = [column.sum() for column in columns.values()]
-    sums = torch.stack([*sums, torch.ones_like(columns["loss"]).sum()])  # and the number of pairs
+    table = torch.stack([torch.cat([row[name] for row in rows]).double() for name in rows[0]])
+    sums = torch.cat([table, torch.ones_like(table[:1])]).sum(dim=1)  # and the number of pairs
     dist.all_reduce(sums)
     *totals, count = sums.tolist()
-    return {name: total / count for name, total in zip(columns, totals)}
+    return {name: total / count for name, total in zip(rows[0], totals)}
 
 
 @torch.no_grad()
 def evaluate(model, loss_function: Callable, batches: list, device, sigterm) -> dict[str, float]:
-    """{"eval/NAME": mean over the held-out pairs of all ranks}, or {} as soon as one of them has
-    received SIGTERM. batches: this rank's MicroBatches, on CPU; sigterm: of runtime.watch_sigterm.
+    """{"eval/NAME": mean over the held-out pairs of all ranks}, or {} as soon as one rank has
+    received SIGTERM. batches: this rank's MicroBatches, on CPU; sigterm: see runtime.watch_sigterm.
     Collective."""
-    rows = []
+    rows, stop = [], False
     for batch in batches:
-        if any(runtime.max_over_ranks(device, sigterm.is_set())):
-            return {}
+        stop = any(runtime.max_over_ranks(device, sigterm.is_set()))
+        if stop:
+            break
         batch = batch.to(device)
         logps = model(batch).requires_grad_()  # no gradient beyond them, which the metrics need
         with torch.enable_grad():
             losses = loss_function(logps, batch.lengths, *batch.reference)
             losses.sum().backward()
         rows.append(pair_metrics(logps, losses, logps.grad, batch))
-    model.reshard()
-    return {f"eval/{name}": mean for name, mean in mean_over_ranks(rows).items()}
+    model.reshard()  # after forwards without a backward, whose parameters stay gathered
+    return {} if stop else {f"eval/{name}": mean for name, mean in mean_over_ranks(rows).items()}
 
 
 def parse_args(args: list[str]) -> Config:

@@ -2,6 +2,7 @@
 errors."""
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -22,6 +23,8 @@ import yaml
 from conftest import CHATML, make_model, make_tokenizer
 from safetensors.torch import load_file
 
+import data
+import loss
 import model
 import runtime
 import train
@@ -458,6 +461,38 @@ def test_sigterm_at_any_moment_loses_no_line(base, tmp_path, monkeypatch):
     assert quiet == 2 + 3 * evaluation_batches
 
 
+def test_a_checkpoint_of_an_evaluation_that_sigterm_stopped_is_that_of_its_step(
+    base, tmp_path, monkeypatch
+):
+    """In bfloat16 the model is sharded also on one rank, and a forward without a backward leaves
+    the root's parameters gathered, as copies in bfloat16."""
+    values = base | {"dtype": "bfloat16", "max_steps": 2, "save_every": 1, "eval_every": 1}
+    run(values | {"keep_checkpoints": 0}, tmp_path / "whole")
+    # Asked once a step and once a held-out micro-batch: before the second one after step 1.
+    monkeypatch.setattr(runtime, "watch_sigterm", lambda: Signals(4))
+    with pytest.raises(SystemExit):
+        run(values, tmp_path / "run")
+    expected, found = (
+        read_checkpoint(tmp_path / name / "checkpoints" / "step_1") for name in ("whole", "run")
+    )
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_an_evaluation_that_is_made_again_is_logged_once(base, tmp_path, monkeypatch):
+    """Stopped in the evaluation after step 1; continued, and killed when it had been made."""
+    values = base | {"max_steps": 2, "save_every": 0, "eval_every": 1}
+    monkeypatch.setattr(runtime, "watch_sigterm", lambda: Signals(4))
+    with pytest.raises(SystemExit):
+        run(values, tmp_path / "run")
+    monkeypatch.setattr(runtime, "watch_sigterm", lambda: Signals(1000))
+    run(values, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")  # as if killed before it was written
+    lines = run(values, tmp_path / "run")
+    assert timeless(lines) == timeless(run(values, tmp_path / "whole"))
+
+
 def test_metrics_wait_for_their_line_without_the_graph_of_their_step(base, tmp_path, monkeypatch):
     rows, mean_over_ranks = [], train.mean_over_ranks
     monkeypatch.setattr(train, "mean_over_ranks", lambda r: rows.extend(r) or mean_over_ranks(r))
@@ -692,8 +727,10 @@ def test_two_runs_in_one_folder(base, tmp_path):
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         config = (tmp_path / "run" / "config.yaml").read_text()
-        with pytest.raises(InputError, match="another run is writing to it"):
-            run(values | {"max_steps": 1}, tmp_path / "run")
+        for resume in ("auto", "never"):
+            with pytest.raises(InputError, match="run: another run is writing to it"):
+                run(values | {"max_steps": 1, "resume": resume}, tmp_path / "run")
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
         assert (tmp_path / "run" / "config.yaml").read_text() == config
     finally:
         first.terminate()  # which the launcher passes on
@@ -1001,6 +1038,17 @@ def test_other_weights_have_another_reference(base, tmp_path, counted):
     (line,) = run(values | {"model": str(other)}, tmp_path / "third")
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert len(counted) == 3 and not torch.allclose(*counted[1:])
+
+
+def test_edited_code_has_another_reference(base, tmp_path, monkeypatch):
+    """A fork may change how tokens are laid out, what the model computes, or what is summed."""
+    monkeypatch.setattr(model, "CACHE_DIR", tmp_path / "cache")
+    values = base | {"loss": "dpo", "max_steps": 1, "eval_data": ""}
+    getsource = inspect.getsource
+    for count, edited in enumerate((None, data, model, loss), 1):
+        monkeypatch.setattr(inspect, "getsource", lambda m, e=edited: getsource(m) + "#" * (m is e))
+        run(values, tmp_path / str(count))
+        assert len([*(tmp_path / "cache" / "reference").iterdir()]) == count
 
 
 @pytest.mark.parametrize("name", train.LOSSES)
