@@ -8,7 +8,6 @@ most; the exit code is the number of checks that failed. `--device cpu` runs the
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 import model as model_module
 from data import pack
 from demo.smollm2 import resolve_model
+from runtime import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,18 +55,18 @@ def head_error(device: str, dtype: torch.dtype) -> float:
 
 def run_training(args, ranks: int, *flags: str) -> list[dict]:
     """metrics.jsonl of a short run of train.py on `ranks` GPUs."""
-    output = tempfile.mkdtemp()
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [*launch, str(ROOT / "train.py"), "--model", args.model, "--max_steps", "4"]
-    command += ["--output_dir", f"{output}/run", "--wandb", "off", "--train_data", args.train_data]
-    command += ["--eval_data", args.train_data, *args.flags, *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "rror" in line]
-        raise RuntimeError(lines[0] if lines else f"exit code {done.returncode}")
-    return [json.loads(line) for line in open(f"{output}/run/metrics.jsonl")]
+    command += ["--wandb", "off", "--train_data", args.train_data, "--eval_data", args.train_data]
+    with tempfile.TemporaryDirectory() as output:
+        command += ["--output_dir", f"{output}/run", *args.flags, *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "rror" in line]
+            raise RuntimeError(lines[0] if lines else f"exit code {done.returncode}")
+        return read_lines(Path(output) / "run" / "metrics.jsonl")
 
 
 def difference(some: list[dict], others: list[dict], name: str) -> float:

@@ -13,6 +13,7 @@ of docs/study.jsonl alone, and need matplotlib (eval/requirements.txt).
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -22,13 +23,13 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-import transformers
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -66,6 +67,7 @@ NEW_PROMPTS = ROOT / "demo" / "new_prompts.jsonl"
 # compute more than ten times as slowly.
 TRAIN = "import sys, torch, train; torch.set_flush_denormal(True); "
 TRAIN += "train.train(train.parse_args(sys.argv[1:]))"
+PACKAGES = ("torch", "transformers", "vaderSentiment")
 SIDES = ("chosen", "rejected")
 LOGGED = re.compile(r"(eval/)?(step|accuracy|logps/\w+|gradient_weight/\w+)")
 JUDGING = threading.Lock()  # one model at a time: torch has one stream of random numbers
@@ -199,12 +201,23 @@ def log_kl(runs: list[dict]) -> float:
     return math.log(max(mean(runs, "kl"), 1e-9))  # that of the start is 0
 
 
-def at_equal_kl(groups: dict, arm: str) -> list[tuple[float, list[dict]]]:
-    """The place on an arm's frontier that is compared, as [(weight, the runs of a rate)]: between
-    the two rates on both sides of EQUAL_KL, on the line over log KL; the nearest rate alone if they
-    all lie on one side."""
-    rates = [runs for (name, _), runs in groups.items() if name == arm]
-    rates.sort(key=log_kl)
+def at_equal_kl(groups: dict, *arms: str) -> list[list[tuple[float, list[dict]]]]:
+    """The place on each arm's frontier that is compared (see place), all over the same seeds:
+    those that each of these rates has."""
+    seeds = {run["seed"] for runs in groups.values() for run in runs}
+    while True:
+        places = [place(groups, arm, seeds) for arm in arms]
+        found = [{run["seed"] for run in runs} for parts in places for _, runs in parts]
+        seeds = set.intersection(*found)
+        if all(seeds == of_rate for of_rate in found):
+            return places
+
+
+def place(groups: dict, arm: str, seeds: set[int]) -> list[tuple[float, list[dict]]]:
+    """[(weight, the runs of a rate)]: between the two rates on both sides of EQUAL_KL, on the line
+    over log KL; the nearest rate alone if they all lie on one side."""
+    rates = [[r for r in runs if r["seed"] in seeds] for (a, _), runs in groups.items() if a == arm]
+    rates = sorted(filter(None, rates), key=log_kl)
     for low, high in zip(rates, rates[1:]):
         if log_kl(low) <= math.log(EQUAL_KL) <= log_kl(high):
             weight = (math.log(EQUAL_KL) - log_kl(low)) / (log_kl(high) - log_kl(low))
@@ -213,11 +226,9 @@ def at_equal_kl(groups: dict, arm: str) -> list[tuple[float, list[dict]]]:
 
 
 def rewards(*places: list[tuple[float, list[dict]]]) -> list[np.ndarray]:
-    """resample's row of the reward at each place of at_equal_kl, over the seeds that all have."""
-    runs = [runs for place in places for _, runs in place]
-    common = set.intersection(*({run["seed"] for run in of_rate} for of_rate in runs))
-    rows = iter(resample(*([r for r in g if r["seed"] in common] for g in runs), key="reward"))
-    return [sum(weight * next(rows) for weight, _ in place) for place in places]
+    """resample's row of the reward at each place of at_equal_kl."""
+    rows = iter(resample(*(runs for parts in places for _, runs in parts), key="reward"))
+    return [sum(weight * next(rows) for weight, _ in parts) for parts in places]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -229,20 +240,20 @@ def tables(setting: dict, results: list[dict]) -> str:
     """The generated part of docs/study.md."""
     groups = group_runs(results)
     arms = [arm for arm in (START, *ARMS) if arm in {name for name, _ in groups}]
-    places = {arm: at_equal_kl(groups, arm) for arm in arms}
-    simper = places.get("simper", [])
     header = ["loss", "KL", "reward [95 %]", "minus SimPER's [95 %]", *FORMATS, "seeds"]
     rows, every = [], []
-    for arm, place in places.items():
-        row = [arm, f"{math.exp(sum(weight * log_kl(runs) for weight, runs in place)):.1f}"]
-        row += ["{:.3f} [{:.3f}, {:.3f}]".format(*interval(*rewards(place))), "–"]
-        if arm != "simper" and len(place) == len(simper) == 2:
-            difference, low, high = interval(np.subtract(*rewards(place, simper)))
+    for arm in arms:
+        (parts,) = at_equal_kl(groups, arm)
+        row = [arm, f"{math.exp(sum(weight * log_kl(runs) for weight, runs in parts)):.1f}"]
+        row += ["{:.3f} [{:.3f}, {:.3f}]".format(*interval(*rewards(parts))), "–"]
+        both = at_equal_kl(groups, arm, "simper") if arm != "simper" and "simper" in arms else []
+        if [len(parts) for parts in both] == [2, 2]:
+            difference, low, high = interval(np.subtract(*rewards(*both)))
             bold = "**" if low > 0 or high < 0 else ""  # an effect; the others are ties
             row[-1] = f"{bold}{difference:+.3f}{bold} [{low:+.3f}, {high:+.3f}]"
         for key, form in FORMATS.items():
-            row.append(format(sum(weight * mean(runs, key) for weight, runs in place), form))
-        rows.append([*row, "/".join(str(len(runs)) for _, runs in place)])
+            row.append(format(sum(weight * mean(runs, key) for weight, runs in parts), form))
+        rows.append([*row, str(len(parts[0][1]))])
         cells = [groups.get((arm, rate)) for rate in LEARNING_RATES]
         every.append(
             [arm, *(f"{mean(c, 'reward'):.3f} ({mean(c, 'kl'):.1f})" if c else "" for c in cells)]
@@ -286,7 +297,7 @@ def figures(results: list[dict], folder: Path) -> None:
     start_steps = {run["seed"]: run["steps"] for run in groups[START, START_RATE]}
     curves = {}  # each at the rate that counts most at equal KL
     for arm in filter(finished.__contains__, (*ABLATIONS, *IN_DYNAMICS)):
-        _, runs = max(at_equal_kl(groups, arm), key=lambda part: part[0])
+        _, runs = max(*at_equal_kl(groups, arm), key=lambda part: part[0])
         curves[arm] = [subtract(run["steps"], start_steps[run["seed"]]) for run in runs]
     changes = {
         "change of mean log-prob, chosen": lambda line: line["logps/chosen"],
@@ -365,8 +376,10 @@ def this_setting() -> dict:
         "recipe": yaml.safe_load(RECIPE.read_text()),
         "files_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
         "flags": FLAGS,
-        "prompts": PROMPTS,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "arms": ARMS,
+        "defaults": {name: str(inspect.signature(loss)) for name, loss in LOSSES.items()},
+        "answers": {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "batch": BATCH},
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
     }
 
 

@@ -27,7 +27,7 @@ from data import InputError
 from eval.generate import answer, engine_options, short_name
 from eval.judge import MODEL, Judge, api_key, open_judge
 from eval.report import GENERATION, file_sha256, make_parser, start_model, write_result
-from runtime import run_command
+from runtime import run_command, write_whole
 
 # The authors' settings by recipe (the configs for alpaca_eval of SimPO and SimPER).
 DECODING = {
@@ -146,9 +146,14 @@ def run_judge(
     # missing (null or −1) are requested again.
     cache = folder / f"judgments-{hashlib.sha256(base_url.encode()).hexdigest()[:8]}.json"
     if cache.exists():
-        lines = json.loads(cache.read_text())
+        text = cache.read_text()
+        try:
+            lines = json.loads(text)
+        except json.JSONDecodeError:  # the tool was killed while it wrote: the whole ones
+            end = text.rfind("\n  },")
+            lines = json.loads(text[:end] + "\n  }]") if end >= 0 else []
         judged = [line for line in lines if line["preference"] not in (None, -1)]
-        cache.write_text(json.dumps(judged))
+        write_whole(cache, json.dumps(judged, indent=2))
     # It logs thousands of lines; its errors are raised, too.
     logging.disable(logging.ERROR)
     try:
@@ -225,7 +230,7 @@ def main() -> None:
         {
             "dataset": row.get("dataset", ""),
             "instruction": row["instruction"],
-            "output": text,
+            "output": text.strip(),
             "generator": name,
         }
         for row, (text, _) in zip(reference, answers)

@@ -35,6 +35,7 @@ from data import (
     parse_row,
     prompt_text,
     tokenize_text,
+    tokenizer_digests,
 )
 from demo.smollm2 import resolve_model
 from eval.report import (
@@ -58,11 +59,18 @@ def generate(model, tokenizer, prompts: list, **options) -> list[tuple[str, bool
     model ended the answer within max_new_tokens and its context. Arguments: of generate_tokens."""
     stop_ids = stop_tokens(model.generation_config, tokenizer)
     answers = []
-    for ids in generate_tokens(model, tokenizer, prompts, **options):
+    for prompt, ids in zip(prompts, generate_tokens(model, tokenizer, prompts, **options)):
         finished = bool(ids) and ids[-1] in stop_ids
-        text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True).strip()
-        answers.append((text, finished))
+        answers.append((decode(tokenizer, prompt, ids[:-1] if finished else ids), finished))
     return answers
+
+
+def decode(tokenizer, prompt: list | str, ids: list[int]) -> str:
+    """The text of an answer, which tokenize_pair takes to the same ids: where no chat template
+    comes between a text and its answer, the answer's first space belongs to it."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    plain = isinstance(prompt, str) and not tokenizer.chat_template
+    return text.rstrip() if plain else text.strip()
 
 
 @torch.inference_mode()
@@ -99,8 +107,11 @@ def generate_tokens(
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     answers, order = {}, longest_first(ids)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    # A prompt that leaves less room than max_new_tokens is alone: it would shorten other answers.
+    crowded = sum(len(prompt) + max_new_tokens > context for prompt in ids)
+    starts = [*range(crowded), *range(crowded, len(order), batch_size)]
+    for start, end in zip(starts, [*starts[1:], len(order)]):
+        batch = order[start:end]
         width = len(ids[batch[0]])
         padding = [width - len(ids[i]) for i in batch]
         padded = torch.tensor([[pad] * n + ids[i] for n, i in zip(padding, batch)])
@@ -147,11 +158,11 @@ def generate_with_vllm(
         for number, prompt in enumerate(ids)
     ]
     answers = []
-    for request in model.generate([{"prompt_token_ids": prompt} for prompt in ids], options):
+    requests = model.generate([{"prompt_token_ids": prompt} for prompt in ids], options)
+    for prompt, request in zip(prompts, requests):
         output = request.outputs[0]
         kept = [token for token in output.token_ids if token not in stop_ids]
-        text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-        answers.append((text, output.finish_reason == "stop"))
+        answers.append((decode(tokenizer, prompt, kept), output.finish_reason == "stop"))
     return answers
 
 
@@ -236,27 +247,30 @@ def answer(
     prompt that fills the model's context.
     """
     folder = resolve_model(name)
+    tokenizer, size = load_tokenizer(folder), VLLM_BATCH if engine == "vllm" else batch_size
+    own = generation_config(folder, load_config(folder), tokenizer)
     sampling = {"temperature": 0.0, "top_p": 1.0} | sampling
     settings = {
         "model": name,
         "model_sha256": model_fingerprint(folder),
+        **tokenizer_digests(tokenizer),
+        "generation_config": {k: v for k, v in own.items() if k != "transformers_version"},
         "engine": engine,
         **sampling,
         "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
+        "batch_size": size,
         "seed": seed,
+        "engine_args": engine_args,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }
-    settings |= {"engine_args": engine_args} if engine_args else {}
     answers = read_answers(path, settings) if path else {}
     if len(answers) == len(prompts):
         return [answers[i] for i in range(len(prompts))]
     context = context_length(load_config(folder))
     limit = parse_engine_args(engine_args).get("max_model_len")
     context = min(context, limit) if isinstance(limit, int) else context
-    order = longest_first(prompt_ids(load_tokenizer(folder), prompts, context))
+    order = longest_first(prompt_ids(tokenizer, prompts, context))
     run = load_engine(engine, folder, batch_size, seed, engine_args)
-    size = VLLM_BATCH if engine == "vllm" else batch_size
     progress = tqdm(
         desc=Path(name).name,
         total=len(prompts),

@@ -10,13 +10,16 @@ Another one is `--judge_base_url URL` and its name there. OPENAI_API_KEY is sent
 is set; it is written to no file.
 """
 
+import fcntl
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -95,6 +98,13 @@ def open_judge(model: str, url: str, max_tokens: int, temperature: float, logpro
     return Judge(client, model, options, version)
 
 
+def endpoint_name(url: str) -> str:
+    """An endpoint in the name of a file: host, port and path, without a password."""
+    parts = urlsplit(url)
+    place = parts.netloc.rpartition("@")[2] + parts.path.rstrip("/").removesuffix("/v1")
+    return re.sub(r"[:/]", "_", place)
+
+
 def ask_all(
     judge: Judge,
     tasks: dict[Hashable, list[dict]],
@@ -143,6 +153,10 @@ def ask_all(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file, ThreadPoolExecutor(workers) as pool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another process is asking for its judgments") from None
         futures = [pool.submit(ask, key) for key in tasks]
         progress = {"desc": judge.model, "unit": "judgment", "dynamic_ncols": True}
         try:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from data import InputError, load_tokenizer
+from data import DATE, InputError, load_tokenizer
 from demo.smollm2 import resolve_model
 from eval.generate import NO_VLLM, short_name
 from eval.report import make_parser, parse_engine_args, write_result
@@ -221,6 +221,8 @@ def main() -> None:
             size = args.batch_size if device == "cuda" or args.batch_size != "auto" else 1
             options |= {"device": device, "batch_size": size}
         model = get_model(args.engine.replace("transformers", "hf"))(pretrained=source, **options)
+        if template:
+            model.tokenizer.chat_template = DATE + template  # today is as in training
     engine = f"{model_fingerprint(source)} {args.engine} {args.engine_args}"
     of_model = hashlib.sha256(engine.encode()).hexdigest()[:16]
     for benchmark in missing:

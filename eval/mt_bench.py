@@ -24,11 +24,10 @@ import time
 import uuid
 from collections import defaultdict
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from data import InputError
 from eval.generate import answer, engine_options, own_sampling, short_name
-from eval.judge import MODEL, Judge, ask_all, open_judge
+from eval.judge import MODEL, Judge, ask_all, endpoint_name, open_judge
 from eval.plots import radar_figure
 from eval.report import GENERATION, file_sha256, make_parser, read_records, write_result
 from runtime import run_command
@@ -286,8 +285,7 @@ def main() -> None:
     print(f"{path}: {len(answers)} answers of two turns")
     if args.generate_only:
         return
-    host = urlsplit(args.judge_base_url).netloc.replace(":", "_")
-    judgments = folder / f"model_judgment-{host}"
+    judgments = folder / f"model_judgment-{endpoint_name(args.judge_base_url)}"
     judged = []
     for repeat in range(1, args.repeats + 1):
         suffix = f"-{repeat}" if repeat > 1 else ""

@@ -22,7 +22,7 @@ import numpy as np
 
 from data import InputError
 from eval.report import make_parser
-from runtime import run_command
+from runtime import read_lines, run_command
 
 CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
 PANELS = {
@@ -42,8 +42,7 @@ def read_run(run: str, heldout: bool = False) -> list[dict]:
     path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; give the output_dir of a run")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [line for line in lines if ("epoch" in line) != heldout]
+    lines = [line for line in read_lines(path) if ("epoch" in line) != heldout]
     if not lines:
         kind = "evaluations" if heldout else "training steps"
         raise InputError(f"{path}: holds no metrics of {kind}")

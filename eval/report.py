@@ -77,7 +77,7 @@ DECODING = ("temperature", "top_p", "max_new_tokens")
 CONDITIONS = {
     "alpaca_eval2": ("annotator", "judge_model", "judge_version", "reference_sha256", *DECODING),
     "mt_bench": ("judge", "judge_version", "reference", "repeats"),
-    "win_rate": ("judge", "judge_version", "data", "num_prompts", *DECODING),
+    "win_rate": ("judge", "judge_version", "data_sha256", "num_prompts", *DECODING),
     "preference": ("data", "max_length", "max_prompt_length"),
 }
 

@@ -7,6 +7,7 @@ A scorer is written as FILE.py:FUNCTION, or as the hub id or folder of a reward 
 import importlib.util
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def load_function(path: str, name: str) -> Scorer:
         raise InputError(f"--score {path}:{name}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # where dataclasses look for it
     try:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:

@@ -9,16 +9,17 @@ OUTPUT_DIR/MODEL/win_rate.json, and the answers and judgments to OUTPUT_DIR/MODE
 same command continues after an interruption. The judge: eval/judge.py.
 """
 
+import hashlib
+import json
 import math
 import random
 import re
 import statistics
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from data import InputError, as_messages, load_rows, parse_row
 from eval.generate import answer, sampling_options, short_name
-from eval.judge import MODEL, Judge, ask_all, open_judge
+from eval.judge import MODEL, Judge, ask_all, endpoint_name, open_judge
 from eval.report import GENERATION, file_sha256, make_parser, read_records, write_result
 from runtime import run_command
 
@@ -72,14 +73,15 @@ def judge_prompt(prompt: list | str, ours: str, chosen: str, ours_first: bool) -
 
 def parse_verdict(judgment: str) -> str:
     """ "A", "B" or "TIE": the last line, also in the form of these examples; "" if it is none of
-    them.
+    them, as where it names both.
 
-    >>> [parse_verdict(line) for line in ("**A**", "Answer: B", "It is a tie.", "A or B")]
+    >>> [parse_verdict(line) for line in ("**A**", "Answer: B", "It is a tie.", "A > B")]
     ['A', 'B', 'TIE', '']
     """
     lines = judgment.strip().splitlines() or [""]
     match = re.fullmatch(r"(?:.*\b(?i:answer|verdict|is|a)\b)?\W*(A|B|(?i:tie))\W*", lines[-1])
-    return match[1].upper() if match else ""
+    both = {"A", "B"} <= {*re.findall(r"\w+", lines[-1])}
+    return match[1].upper() if match and not both else ""
 
 
 def judge_all(
@@ -96,7 +98,7 @@ def judge_all(
         judge_prompt(prompt, ours, chosen, f)
         for (prompt, chosen), ours, f in zip(pairs, answers, first)
     ]
-    if any(record["user_prompt"] != texts[index] for index, record in records.items()):
+    if any(i >= len(texts) or r["user_prompt"] != texts[i] for i, r in records.items()):
         raise InputError(
             f"{path} judges different answers: remove it, or choose another --output_dir"
         )
@@ -115,7 +117,8 @@ def judge_all(
     missing = (index for index in range(len(pairs)) if index not in records)
     tasks = {index: [{"role": "user", "content": texts[index]}] for index in missing}
     records |= ask_all(judge, tasks, record, path, workers)
-    return [records[index]["score"] for index in range(len(pairs))]
+    # Read anew: an earlier version may have read the same words otherwise.
+    return [record(i, records[i]["judgment"])["score"] for i in range(len(pairs))]
 
 
 def main() -> None:
@@ -144,8 +147,8 @@ def main() -> None:
     print(f"{file}: {len(texts)} answers, {cut} of them cut at {args.max_new_tokens} tokens")
     if args.generate_only:
         return
-    host = urlsplit(args.judge_base_url).netloc.replace(":", "_")
-    path = folder / f"judgments-{host}-{args.judge.replace('/', '_')}.jsonl"
+    place = endpoint_name(args.judge_base_url)
+    path = folder / f"judgments-{place}-{args.judge.replace('/', '_')}.jsonl"
     verdicts = judge_all(judge, pairs, texts, path, args.seed, args.workers)
     counted = [verdict for verdict in verdicts if verdict is not None]
     if len(counted) < 2:
@@ -161,6 +164,7 @@ def main() -> None:
     settings = {
         **sampling_options(args),
         "data": args.data,
+        "data_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         "num_prompts": len(pairs),
         "judge": args.judge,
         "judge_version": judge.version,

@@ -2,6 +2,7 @@
 formats, and the tables."""
 
 import csv
+import fcntl
 import hashlib
 import importlib.util
 import itertools
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -209,8 +211,9 @@ def test_report_footnotes_what_it_cannot_compare(model_folder, tmp_path):
 
 
 def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
-    """AlpacaEval against two references and MT-Bench with two files of questions are not compared;
-    the answers differ anyway. Normalized scores have the settings of their benchmark."""
+    """AlpacaEval against two references, MT-Bench with two files of questions and win rates on two
+    states of a file are not compared; the answers differ anyway. Normalized scores have the
+    settings of their benchmark."""
     shots = {"GPQA": {"shots": 0, "lm_eval": "0.4", "apply_chat_template": False}}
     for name in ("a", "b"):
         settings = {"reference_sha256": f"reference of {name}", "temperature": 0.5}
@@ -220,6 +223,8 @@ def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
         write(tmp_path / name, model_folder, "mt_bench", {"score": 7.0}, inputs=inputs)
         scores = {"GPQA": 30.0, "normalized/GPQA": 6.7}
         write(tmp_path / name, model_folder, "leaderboard", scores, settings=shots)
+        settings = {"data": "my.jsonl", "data_sha256": f"data of {name}"}
+        write(tmp_path / name, model_folder, "win_rate", {"win_rate": 50.0}, settings=settings)
     results = report.read_results([str(tmp_path / name) for name in ("a", "b")])
     _, normalized, chat = report.tables(results)
     assert normalized[:2] == (
@@ -227,7 +232,8 @@ def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
         ["model", "GPQA", "average rank"],
     )
     assert normalized[3] == [""]
-    references, files = chat[3]
+    references, files, data = chat[3]
+    assert data == "a: data_sha256 data of a; b: data_sha256 data of b"
     assert references == "a: reference_sha256 reference of a; b: reference_sha256 reference of b"
     assert files == "a: files ['2', 'a1']; b: files ['2', 'b1']"
 
@@ -494,11 +500,15 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
         assert spent.returncode == 1 and "You exceeded your current quota" in line
         assert "Its judgments so far are kept in" in line and "Traceback" not in spent.stderr
         (kept,) = (tmp_path / "tiny" / "alpaca_eval2").glob("judgments-*.json")
-        assert len(json.loads(kept.read_text())) == 288  # written after every 32
+        text = kept.read_text()
+        assert len(json.loads(text)) == 288  # written after every 32
+        kept.write_text(text[: len(text) // 2])  # killed while it wrote
+        whole = kept.read_text().count("\n  },")
+        assert 100 < whole < 288
         failing, asked = False, len(requests)
         done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags, OPENAI_API_KEY="sk-secret")
         assert done.returncode == 0, done.stderr[-3000:]
-        assert len(requests) - asked == 805 - 288
+        assert len(requests) - asked == 805 - whole
     keys = ("model", "max_tokens", "max_completion_tokens", "top_logprobs", "logprobs")
     asked = {tuple(map(request.get, keys)) for request in requests}
     assert asked == {("mock", 1, None, 5, True), ("mock", None, 1, 5, True)}
@@ -794,6 +804,26 @@ def test_what_the_judge_refuses_is_a_record(tmp_path):
     assert len(judge.calls) < 5 + 2 * 4 and report.read_records(tmp_path / "none.jsonl") == []
 
 
+def test_two_processes_do_not_pay_for_the_same_judgments(tmp_path):
+    with open(tmp_path / "judgments.jsonl", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the first does
+        judge = MockJudge(lambda n: "A")
+        with pytest.raises(InputError, match="another process is asking"):
+            ask(judge, range(3), tmp_path / "judgments.jsonl")
+    assert judge.calls == [] and len(ask(judge, range(3), tmp_path / "judgments.jsonl")) == 3
+
+
+def test_endpoints_have_names_of_their_own():
+    names = {
+        "http://localhost:8000/v1": "localhost_8000",
+        "https://api.openai.com/v1/": "api.openai.com",
+        "https://gateway/openai/v1": "gateway_openai",
+        "https://gateway/bedrock/v1": "gateway_bedrock",
+        "http://me:secret@host:8000/v1": "host_8000",
+    }
+    assert {url: judge_module.endpoint_name(url) for url in names} == names
+
+
 @pytest.mark.parametrize("problem", ["interrupt", "answer"])
 def test_every_judgment_that_was_paid_is_kept(tmp_path, monkeypatch, problem):
     """When the user interrupts, or an answer is no chat completion: no further call begins."""
@@ -887,6 +917,7 @@ def test_scores_are_read_as_fastchat_does(text, expected):
         *(("A", "A"), ("**B**", "B"), ("TIE", "TIE"), ("Tie.", "TIE"), ("Answer: A", "A")),
         *(("The better answer is **B**.", "B"), ("It is a tie.", "TIE"), ("Verdict: TIE", "TIE")),
         *(("A or B", ""), ("Neither is a", ""), ("Both. A", ""), ("", "")),
+        *(("A > B", ""), ("A/B", ""), ("Answer A is better than Answer B.", ""), ("A = B", "")),
     ],
 )
 def test_verdicts(line, verdict):
@@ -937,6 +968,18 @@ def test_win_rate(model_folder, tmp_path):
     assert result["standard_errors"] == {"win_rate": pytest.approx(error)}
     assert "win rate against the chosen responses: 50.0 % ± 7.6" in done.stdout
     (path,) = (tmp_path / "results" / "tiny" / "win_rate").glob("judgments-*.jsonl")
+    # An earlier version may have read the same words otherwise, or judged more answers.
+    judged = path.read_text()
+    path.write_text(judged.replace('"score": 0.5', '"score": 1'))
+    pairs = win_rate.load_chosen(str(tmp_path / "hh.jsonl"), 0)
+    read = read_lines(path.with_name("answers.jsonl"))[1:]
+    texts = [line["output"] for line in sorted(read, key=lambda line: line["index"])]
+    options = {"path": path, "seed": 0, "workers": 1}
+    verdicts = win_rate.judge_all(MockJudge(None), pairs, texts, **options)
+    assert Counter(verdicts) == {0: 10, 0.5: 10, 1: 10, None: 1}
+    with pytest.raises(InputError, match="judges different answers"):
+        win_rate.judge_all(MockJudge(None), pairs[:-1], texts[:-1], **options)
+    path.write_text(judged)
     places = [record["ours"] for record in read_lines(path)]
     assert len(places) == 31 and 8 < places.count("A") < 23  # the order is random
     assert {r["score"] for r in read_lines(path)} == {0, 0.5, 1, None}
@@ -1049,7 +1092,8 @@ def test_leaderboard_with_the_harness(tmp_path):
         model.model.embed_tokens.weight += 1
         model.lm_head.weight[1] += 1
     model.save_pretrained(tmp_path / "tiny" / "final")
-    make_tokenizer().save_pretrained(tmp_path / "tiny" / "final")
+    today = "{{ strftime_now('%d %b %Y') }}"
+    make_tokenizer(today + CHATML).save_pretrained(tmp_path / "tiny" / "final")
     gpqa = {f"leaderboard_gpqa_{name}": 4 for name in ("diamond", "extended", "main")}
     folder = tmp_path / "results" / "tiny"
 
@@ -1070,6 +1114,7 @@ def test_leaderboard_with_the_harness(tmp_path):
     for task, turns in (("gsm8k", 0), ("leaderboard_gpqa_main", 1)):
         prompt = samples_of(folder, task)[0]["arguments"]["gen_args_0"]["arg_0"]
         assert prompt.count("<|im_start|>user") == turns
+        assert prompt.startswith("26 Jul 2024<|im_start|>") == (turns > 0)  # as in training
     # The harness shuffles GPQA's choices when it loads them, and the cache keeps their order: a run
     # with a different cache has the same order.
     shuffled = {task: samples_of(folder, task)[0]["doc"] for task in gpqa}

@@ -12,6 +12,7 @@ import torch
 from conftest import CHATML, make_model, make_tokenizer
 from transformers import GenerationConfig
 
+import data
 import model
 from data import InputError
 from eval import generate as generate_module
@@ -54,6 +55,31 @@ def test_greedy_equals_one_token_at_a_time(name, batch_size):
         expected, ended = greedy(model, tokenizer, whole, {200, end_of_turn}, 12)
         expected = tokenizer.decode(expected, skip_special_tokens=True).strip()
         assert (text, finished) == (expected, ended)
+
+
+def test_a_long_prompt_shortens_no_other_answer():
+    model, tokenizer = make_model("llama", seed=3), make_tokenizer()
+    prompts = ["two", "what is two plus two? " * 5, "hi"]
+    length = max(len(ids) for ids in generate_module.prompt_ids(tokenizer, prompts, 10**6))
+    model.config.max_position_embeddings = length + 4
+    answers = [generate_tokens(model, tokenizer, [p], max_new_tokens=12) for p in prompts]
+    assert [len(*answer) for answer in answers] == [12, 4, 12]
+    together = generate_tokens(model, tokenizer, prompts, max_new_tokens=12, batch_size=3)
+    assert together == [*map(sum, answers, [[]] * 3)]
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+@pytest.mark.parametrize(
+    "prompt", ["\n\nHuman: hi\n\nAssistant:", [{"role": "user", "content": "hi"}]]
+)
+def test_answers_are_tokenized_as_they_were_generated(template, prompt):
+    """With a template the answer follows a line break, without one it begins with a space."""
+    tokenizer = make_tokenizer(template)
+    ids = tokenizer("two plus" if template else " two plus", add_special_tokens=False).input_ids
+    text = generate_module.decode(tokenizer, prompt, ids)
+    end = data.end_of_turn(tokenizer)
+    _, trained = data.tokenize_pair(tokenizer, prompt, [text], end)
+    assert trained == [*ids, end[0]]
 
 
 def test_sampling_is_reproducible_and_bos_single():
@@ -154,13 +180,35 @@ def test_an_interrupted_run_continues_to_the_same_answers(model_folder, tmp_path
     assert answer(str(model_folder), MANY, path, **SETTINGS) == whole
 
 
-@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"seed": 8}, {"prompts": MANY[1:]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"temperature": 0.5}, {"seed": 8}, {"prompts": MANY[1:]}, {"engine_args": "use_cache=false"}],
+)
 def test_answers_of_other_settings_are_not_mixed(model_folder, tmp_path, change):
     answer(str(model_folder), MANY, tmp_path / "answers.jsonl", **SETTINGS)
     settings = {"prompts": MANY} | SETTINGS | change
     (name,) = change
     with pytest.raises(InputError, match=f"{name.replace('prompts', 'prompts_sha256')} was"):
         answer(str(model_folder), path=tmp_path / "answers.jsonl", **settings)
+    answer(str(model_folder), path=tmp_path / "changed.jsonl", **settings)
+    with pytest.raises(InputError, match=f"{name.replace('prompts', 'prompts_sha256')} was"):
+        answer(str(model_folder), MANY, path=tmp_path / "changed.jsonl", **SETTINGS)
+
+
+def test_answers_of_another_template_or_stop_are_not_mixed(model_folder, tmp_path):
+    """The weights and the config of all three are the same."""
+    folder, path = tmp_path / "tiny", tmp_path / "answers.jsonl"
+    shutil.copytree(model_folder, folder)
+    answer(str(folder), MANY, path, **SETTINGS)
+    template = CHATML.replace("assistant", "model")
+    make_tokenizer(template).save_pretrained(folder)
+    with pytest.raises(InputError, match="chat template was"):
+        answer(str(folder), MANY, path, **SETTINGS)
+    make_tokenizer().save_pretrained(folder)
+    answer(str(folder), MANY, path, **SETTINGS)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 200}')
+    with pytest.raises(InputError, match="generation_config was"):
+        answer(str(folder), MANY, path, **SETTINGS)
 
 
 def test_a_prompt_that_fills_the_context(model_folder):
@@ -184,7 +232,7 @@ def test_a_prompt_that_fills_the_context(model_folder):
     assert 0 < config.max_new_tokens == 256 - ids.shape[1]  # as much as there is room for
 
 
-def test_vllm_gets_the_same_requests(model_folder, monkeypatch):
+def test_vllm_gets_the_same_requests(model_folder, tmp_path, monkeypatch):
     """vLLM needs a GPU: a stand-in with its interface records what it is given and returns what
     vLLM's results look like."""
     seen = {}
@@ -216,6 +264,10 @@ def test_vllm_gets_the_same_requests(model_folder, monkeypatch):
         with pytest.raises(InputError, match="not of the form name=value"):
             parse_engine_args(wrong)
     assert answers == [("cd", False), ("ab", True)]  # "you" is the longer one and was asked first
+    for batch_size in (8, 2):  # which only a reward model uses
+        settings["batch_size"] = batch_size
+        path = tmp_path / "answers.jsonl"
+        assert answer(str(model_folder), prompts, path, engine="vllm", **settings) == answers
     texts = [CHATML_OF.format(prompt) for prompt in prompts]
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     assert sorted(request["prompt_token_ids"] for request in seen["requests"]) == sorted(ids)

@@ -215,6 +215,15 @@ def test_a_package_that_is_missing(tmp_path):
         load_scorer(f"{tmp_path}/scorer.py:score")
 
 
+def test_a_scorer_may_have_dataclasses(tmp_path):
+    (tmp_path / "lengths.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Rule:\n    factor: float\n\n"
+        "def score(answers):\n    return [Rule(2).factor * len(a['answer']) for a in answers]\n"
+    )
+    assert load_scorer(f"{tmp_path}/lengths.py:score")([{"answer": "abc"}]) == [6.0]
+
+
 def test_summary():
     answers = [("a b", True), ("a b", True), ("c", False), ("d e f", True)]
     scores, errors = summary(answers, [0.0, 1.0, 0.5, 0.5], 0.3)

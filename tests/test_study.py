@@ -176,7 +176,7 @@ def test_table_by_hand(monkeypatch):
     assert "9 of 111 runs; torch 9. Diverged: sft at 1." in text
     same = "20.0 | 0.50 | 0.50 | +0.50 | -0.25"
     assert cells["| start"] == f"| start | 0.0 | 0.000 [0.000, 0.000] | – | {same} | 1 |"
-    assert cells["| simper"] == f"| simper | 2.8 | 0.350 [0.350, 0.350] | – | {same} | 1/1 |"
+    assert cells["| simper"] == f"| simper | 2.8 | 0.350 [0.350, 0.350] | – | {same} | 1 |"
     dpo = "| dpo | 2.8 | 0.250 [0.250, 0.250] | **-0.100** [-0.100, -0.100] | 20.0 |"
     assert cells["| dpo"].startswith(dpo)
     ipo = "| ipo | 2.8 | 0.400 [0.150, 0.650] | +0.050 [-0.200, +0.300] | 20.0 |"
@@ -184,6 +184,28 @@ def test_table_by_hand(monkeypatch):
     kto = "| kto | 4.0 | 0.500 [0.200, 0.800] | – | 20.0 |"  # does not pass √8
     assert cells["| kto"].startswith(kto)
     assert "| simper | 0.500 (2.0) | 0.200 (4.0) |" in text and "| kto |  | 0.500 (4.0) |" in text
+
+
+def test_an_arm_with_fewer_seeds_is_compared_over_those(monkeypatch):
+    """With seed 1, which ipo does not have yet, SimPER's KL is another: compared with ipo, SimPER
+    is where it was with seed 0 alone."""
+    changed = {"LEARNING_RATES": (1.0, 2.0), "EQUAL_KL": math.sqrt(8)}
+    for name, value in (WHOLE | changed).items():
+        monkeypatch.setattr(study, name, value)
+    results = [result("simper", 1.0, 0, [0.5, 0.5]), result("simper", 2.0, 0, [0.2, 0.2])]
+    results += [result("ipo", 1.0, 0, [0.6, 0.6]), result("ipo", 2.0, 0, [0.3, 0.3])]
+    results += [result("ipo", 1.0, 1, [9.0, 9.0])]  # and the other rate is not there yet
+    alone = study.tables({"versions": ""}, results)
+    results += [result("simper", rate, 1, [0.8, 0.9]) | {"kl": [rate]} for rate in (1.0, 2.0)]
+    text = study.tables({"versions": ""}, results)
+    (row,) = (line for line in text.splitlines() if line.startswith("| ipo | 2.8"))
+    assert "| 0.450 [0.450, 0.450] | **+0.100** [+0.100, +0.100] |" in row and row.endswith("| 1 |")
+    assert row in alone
+    (row,) = (line for line in text.splitlines() if line.startswith("| simper | "))
+    # KL √2 · 1 and √2 · 2 over both seeds' means 1.5 and 3: beyond the middle.
+    weight = (math.log(math.sqrt(8)) - math.log(1.5)) / math.log(2)
+    expected = (1 - weight) * (0.5 + 0.85) / 2 + weight * (0.2 + 0.85) / 2
+    assert f"| {expected:.3f} [" in row and row.endswith("| 2 |")
 
 
 def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
