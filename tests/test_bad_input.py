@@ -81,8 +81,14 @@ ROWS = [
         {"chosen": [Q, message("assistant", None, tool_calls=[{"id": 1}])], "rejected": [Q, WHAT]},
         ["'chosen': 'list'"],
     ),
+    (
+        "a prompt that the conversations do not have",
+        {"prompt": [message("user", "who?")], "chosen": [Q, PLUS], "rejected": [Q, WHAT]},
+        ["'prompt': 'list'"],
+    ),
     ("half a dialogue", {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}, ["'NoneType'"]),
 ]
+HH, ON = "\n\nHuman: a?\n\nAssistant: ", "\n\nHuman: c"
 DROPS = [
     ("an empty answer", TEXT | {"chosen": ""}, ["1 empty, "]),
     ("a blank prompt", TEXT | {"prompt": " \n"}, ["1 empty, "]),
@@ -90,6 +96,9 @@ DROPS = [
     ("the same answers", TEXT | {"chosen": "what"}, ["1 identical"]),
     ("two prompts", {"chosen": [Q, PLUS], "rejected": [Q, *TURNS, WHAT]}, ["1 different prompts"]),
     ("an end of turn inside", TEXT | {"chosen": "a<|im_end|>b"}, ["1 end of turn inside"]),
+    ("one inside the other", TEXT | {"rejected": "a<|im_end|>b"}, ["1 end of turn inside"]),
+    ("a dialogue on", {"chosen": f"{HH}b{ON}", "rejected": f"{HH}d"}, ["1 different prompts"]),
+    ("the other on", {"chosen": f"{HH}b", "rejected": f"{HH}d{ON}"}, ["1 different prompts"]),
 ]
 
 # ---- Files: (name, file, its bytes or a function that makes it, what the message says) ----
@@ -620,6 +629,15 @@ def test_a_bad_row_is_an_error_that_names_file_row_columns_and_formats(tmp_path,
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{LINES}{json.dumps(given)}\n")
     refused(lambda: load(path), said, f"{path}, row 2: ", *FORMATS)
+
+
+def test_a_template_that_ends_some_conversations_otherwise_is_an_error(tmp_path):
+    template = CHATML + "{% if messages | length == 4 %}four{% endif %}"
+    rows = [{"chosen": [*t, PLUS], "rejected": [*t, WHAT]} for t in ([Q], TURNS)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = ["row 1: the chat template does not render this conversation as the prompt followed"]
+    refused(lambda: load(path, make_tokenizer(template)), said, str(path))
 
 
 @table(DROPS)

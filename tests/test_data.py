@@ -1,17 +1,21 @@
 """data.py against literal expectations: what is written here was worked out by hand, not by running
 data.py."""
 
+import dataclasses
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from conftest import CHATML, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -179,6 +183,33 @@ def test_folders_and_their_splits(tmp_path, monkeypatch, name, expected):
     assert load(name) == [[PROMPT, "plus·<|im_end|>", "what·<|im_end|>"]] * expected
 
 
+@pytest.mark.parametrize(
+    "source, names, split",
+    [
+        ("user/name", ("user/name",), "train"),
+        ("user/name:test", ("user/name",), "test"),
+        ("user/name:config:test", ("user/name", "config"), "test"),
+    ],
+)
+def test_a_hub_id_has_a_config_and_a_split(monkeypatch, source, names, split):
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return datasets.Dataset.from_list([TEXT])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_rows(source)) == 1 and asked == [(names, {"split": split})]
+
+
+def test_a_file_type_in_capitals(write):
+    assert list(load_rows(write([TEXT], "ROWS.JSONL"))) == [TEXT]
+
+
+def test_a_comma_after_the_last_source(write):
+    assert len(load(write([TEXT]) + ", ")) == 1
+
+
 def test_several_sources_of_different_formats_in_order(write):
     first, second = write([TEXT, TEXT | {"chosen": ""}, TEXT]), write([IMPLICIT], "more.jsonl")
     pairs, report = load_pairs(f"{first}, {second}", CHAT, 200, 100)
@@ -306,6 +337,31 @@ def test_a_tokenizer_like_sentencepiece_adds_no_space_to_the_answer(write, promp
     assert load(write([row]), tokenizer) == [[prompt_tokens, token + "·</s>", "5·</s>"]]
 
 
+def test_a_template_may_end_a_prompt_with_the_eos_token(write):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    expected = [["<s>·what· is· two·?·</s>", "plus·</s>", "what·</s>"]]
+    assert load(write([TEXT]), make_tokenizer(template)) == expected
+
+
+def test_a_template_without_an_end_of_turn_token(write):
+    """What it writes after an answer is trained, and the tokenizer's EOS."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    pair = load(write([TEXT]), make_tokenizer(template))[0]
+    assert pair[1:] == ["plus·\n·</s>", "what·\n·</s>"]
+
+
+def test_a_blank_after_a_dialogues_last_header_is_no_text(write):
+    row = {"prompt": HH + " ", "chosen": "plus", "rejected": "what"}
+    assert load(write([row])) == [[TURNS_PROMPT, "plus·<|im_end|>", "what·<|im_end|>"]]
+
+
+def test_a_system_message_without_a_chat_template_has_no_name(write):
+    row = {"prompt": SYSTEM, "chosen": "plus", "rejected": "what"}
+    prompt = "what·?·\n·\n·Human·:· ·what· is· two·?·\n·\n·Assistant·:"
+    assert load(write([row]), PLAIN)[0][:2] == [prompt, " plus·</s>"]
+
+
 # ---- Truncation and what is dropped --------------------------------------------------------------
 
 
@@ -423,6 +479,54 @@ def test_the_cache_is_used_but_never_stale(write, monkeypatch):
         load(source)
 
 
+def test_edited_code_tokenizes_anew(write, monkeypatch):
+    def tokenize_row(*args, **kwargs):
+        raise RuntimeError("tokenizes")
+
+    source = write([TEXT])
+    load(source)
+    monkeypatch.setattr(data, "tokenize_row", tokenize_row)
+    load(source)
+    monkeypatch.setattr(data.inspect, "getsource", lambda module: "edited")
+    with pytest.raises(RuntimeError, match="tokenizes"):
+        load(source)
+
+
+def test_another_end_token_tokenizes_anew(write):
+    source, other = write([TEXT]), make_tokenizer(None)
+    other.eos_token = "<|im_end|>"
+    assert load(source, PLAIN)[0][1] == "plus·</s>"
+    assert load(source, other)[0][1] == "plus·<|im_end|>"
+
+
+def test_a_file_is_known_by_its_content(write):
+    """Not by name, size and time, which a copy can leave unchanged."""
+    path = write([TEXT])
+    before = os.stat(path)
+    assert load_rows(path)[0] == TEXT
+    write([TEXT | {"chosen": "plux"}])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_rows(path)[0]["chosen"] == "plux"
+
+
+def test_a_slow_tokenizer_is_known_by_its_vocabulary():
+    def digests(**vocabulary):
+        tokenizer = SimpleNamespace(is_fast=False, get_vocab=lambda: vocabulary)
+        tokenizer.special_tokens_map, tokenizer.chat_template = {}, None
+        return data.tokenizer_digests(tokenizer)
+
+    assert digests(a=0, b=1) == digests(b=1, a=0) != digests(a=1, b=0)
+
+
+def test_the_longest_sequence_may_be_of_either_response():
+    ids = [{"prompt": [1, 2], "chosen": [3], "rejected": [4, 5, 6]}]
+    ids += [{"prompt": [7], "chosen": [8, 9], "rejected": [10]}]
+    rows = [row | {"lengths": [*map(len, row.values())]} for row in ids]
+    pairs = datasets.Dataset.from_list(rows)
+    found = [data.longest_sequence(p) for p in (pairs, pairs.select([0]), pairs.select([1]))]
+    assert found == [5, 5, 3]
+
+
 def test_what_a_killed_tokenization_left_is_removed(write, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE_DIR", tmp_path / "cache")
     first = load(write([TEXT]))
@@ -444,9 +548,10 @@ def test_a_folder_is_known_by_its_content(tmp_path):
 
 
 def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(write):
-    dated = make_tokenizer("{{ strftime_now('%d %b %Y') }}\n" + CHATML)
+    dated = make_tokenizer("{{ strftime_now('%d %b %Y; %B; %d.%m.%y') }}\n" + CHATML)
     prompt, _, _ = load(write([TEXT]), dated)[0]
-    assert prompt.replace("·", "").startswith("26 Jul 2024\n<|im_start|>user")
+    expected = "26 Jul 2024; July; 26.07.24\n<|im_start|>user"
+    assert prompt.replace("·", "").startswith(expected)
 
 
 def test_blank_text_is_empty_text(write):
@@ -606,6 +711,14 @@ def test_pack(number, expected, segments):
         )
         assert [tensor.tolist() for tensor in tensors] == expected and batch.segments == segments
         assert {str(tensor.dtype) for tensor in tensors} == {"torch.int64"}
+
+
+def test_a_micro_batch_moves_as_a_whole():
+    batch = dataclasses.replace(pack(PAIRS), reference=(torch.zeros(2, 2),))
+    moved = batch.to("meta")
+    tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)]
+    assert len(tensors) == 8 and all(t.is_meta for t in (*tensors, *moved.reference))
+    assert moved.segments == batch.segments
 
 
 # ---- The command line ----------------------------------------------------------------------------

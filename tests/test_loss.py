@@ -145,6 +145,28 @@ def test_every_loss_is_in_the_table():
     assert list(LOSSES) == list(BY_HAND) == list(GRADIENTS)
 
 
+def test_hyperparameters_are_those_of_the_papers_or_their_code():
+    expected = {"rrhf": {"lambda_": 1.0}, "slic_hf": {"delta": 1.0, "lambda_": 0.1}}
+    expected |= {"dpo": {"beta": 0.1}, "ipo": {"tau": 0.1}, "cpo": {"beta": 0.1, "lambda_": 1.0}}
+    expected |= {"kto": {"beta": 0.1, "lambda_w": 1.0, "lambda_l": 1.0}, "orpo": {"lambda_": 0.1}}
+    expected |= {"r_dpo": {"beta": 0.1, "alpha": 0.01}, "simpo": {"beta": 2.0, "gamma": 1.0}}
+    found = {}
+    for name, function in LOSSES.items():
+        parameters = inspect.signature(function).parameters.values()
+        found[name] = {p.name: p.default for p in parameters if p.default is not p.empty}
+    assert {name: values for name, values in found.items() if values} == expected
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_certain_response_has_a_finite_gradient(name):
+    """Every token of one response has probability 1; its odds are infinite."""
+    for logps, lengths in (([0.0, 0.0, -3.0], [[2, 1]]), ([-3.0, 0.0, 0.0], [[1, 2]])):
+        logps = torch.tensor(logps, requires_grad=True)
+        loss = call(name, logps, torch.tensor(lengths), torch.zeros(1, 2))
+        loss.sum().backward()
+        assert loss.isfinite().all() and logps.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", BY_HAND)
 def test_losses_by_hand(name, dtype):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, CHATML, GQA, TINY, make_model, make_tokenizer
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -333,6 +334,25 @@ def test_token_logps_in_chunks(bias, rows, monkeypatch):
     ).sum() > 15  # those of bfloat16 inputs are not rounded to bfloat16
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+def test_large_logits_do_not_overflow(rows, monkeypatch):
+    """Of 800 and more: e^800 is beyond float64. In several chunks and in one."""
+    monkeypatch.setitem(model_module.LOGITS_BYTES, "cpu", 4 * 50 * rows)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (20, 50))
+    targets = torch.randint(50, (20,), generator=generator)
+    inputs = [(100 * hidden).requires_grad_(), weight.requires_grad_()]
+    expected = F.linear(*inputs).log_softmax(dim=1)[torch.arange(20), targets]
+    assert F.linear(*inputs).max() > 800
+    gradients = torch.autograd.grad(expected.sum(), inputs)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+        cast = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+        logps = TokenLogps.apply(*cast, None, targets)
+        torch.testing.assert_close(logps.double(), expected, rtol=tolerance, atol=tolerance)
+        for found, exact in zip(torch.autograd.grad(logps.sum(), cast), gradients):
+            assert (found - exact).abs().max() <= 10 * tolerance * exact.abs().max()
+
+
 def test_the_heads_bfloat16_gradient_is_not_rounded_with_every_chunk(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (640, 50))
@@ -481,6 +501,31 @@ def test_wrong_weights_are_an_error(fault, group, tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError):
         load_model(str(tmp_path), "cpu", torch.float32)
+
+
+def test_weights_of_the_same_name_are_converted_anew(group, tmp_path):
+    for seed in (0, 1):
+        reference = make_model("gpt2", seed=seed)
+        reference.save_pretrained(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        state = {key.removeprefix("transformer."): value for key, value in state.items()}
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        model = load_model(str(tmp_path), "cpu", torch.float32)
+        for key, parameter in reference.named_parameters():
+            assert torch.equal(model.model.get_parameter(key), parameter)
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_every_token_needs_an_embedding(model_folder, column):
+    def pairs(**ids) -> Dataset:
+        return Dataset.from_list([{"prompt": [1], "chosen": [2], "rejected": [3]} | ids])
+
+    name = str(model_folder)
+    model_module.check_model(name, 256, [pairs(), pairs(**{column: [319]})])
+    with pytest.raises(InputError, match="gives token 320, the model has 320"):
+        model_module.check_model(name, 256, [pairs(), pairs(**{column: [320]})])
+    with pytest.raises(InputError, match="max_length=257 exceeds the model's 256 positions"):
+        model_module.check_model(name, 257, [pairs()])
 
 
 MOE = TINY | {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
@@ -666,6 +711,16 @@ def test_export_takes_any_generation_config(given, group, tmp_path):
     generation = GenerationConfig.from_pretrained(tmp_path / "final")
     assert generation.eos_token_id in (3, given.get("eos_token_id", [3]))
     assert generation.do_sample == given.get("do_sample") or "do_sample" not in given
+
+
+def test_a_model_without_a_generation_config_gets_one(group, tmp_path):
+    source = tmp_path / "source"
+    make_model("llama").save_pretrained(source)
+    (source / "generation_config.json").unlink()
+    model = load_model(str(source), "cpu", torch.float32)
+    export(model, str(source), make_tokenizer(), tmp_path / "final", torch.float32)
+    generation = GenerationConfig.from_pretrained(tmp_path / "final")
+    assert generation.eos_token_id == [1, 3] and generation.bos_token_id == 0
 
 
 def test_an_interrupted_export_leaves_no_folder(model_folder, group, tmp_path, monkeypatch):

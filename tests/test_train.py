@@ -2,7 +2,9 @@
 errors."""
 
 import copy
+import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,6 +251,85 @@ def test_metrics_are_exact_means(base, three_runs, model_folder):
     }
     assert three_runs["one"][1][0] == pytest.approx(expected, abs=1e-6)
     assert 0 < expected["eval/accuracy"] < 1  # the case tells something
+
+
+def test_a_line_of_training(base, tmp_path, monkeypatch):
+    """Of two steps, the last of one: epoch, rates, and the gradient weights that SimPER has by its
+    closed form. Every look at the clock is 20 s later."""
+    clock = itertools.count(0, 20)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    values = base | {"max_steps": 7, "log_every": 2, "eval_data": "", "micro_batch_tokens": 250}
+    lines = run(values, tmp_path / "run")
+    lengths = load_pairs(base["train_data"], make_tokenizer(), 96, 60)[0]["lengths"]
+    assert [line["step"] for line in lines] == [2, 4, 6, 7]
+    for line, steps in zip(lines, ([0, 1], [2, 3], [4, 5], [6])):
+        assert line["epoch"] == line["step"] / 3  # 26 pairs fill 3 batches of 8
+        rate = 1e-3 * 0.5 * (1 + math.cos(math.pi * (steps[-1] - 1) / 6))  # after one of warm-up
+        assert line["learning_rate"] == pytest.approx(rate, rel=1e-12)
+        for side in ("chosen", "rejected"):
+            weight = line[f"inverse_perplexity/{side}"]
+            assert line[f"gradient_weight/{side}"] == pytest.approx(weight, rel=1e-5)
+        indices = [i for step in steps for i in step_indices(26, 8, 42, step)]
+        assert line["pairs_per_second"] == pytest.approx(8 / 20)
+        tokens = sum(sum(lengths[i]) for i in indices)
+        assert line["tokens_per_second"] == pytest.approx(tokens / (20 * len(steps)))
+
+
+def test_peak_memory_is_what_the_kernel_says():
+    kib = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    found = runtime.peak_memory(torch.device("cpu"))
+    assert found == pytest.approx(kib * 1024 / 1e9, rel=0.05)
+
+
+def test_a_tie_is_no_accuracy():
+    logps, losses = torch.tensor([-1.0, -1.0]), torch.zeros(1)
+    metrics = train.pair_metrics(logps, losses, logps, data.pack([([1], [2], [3])]))
+    assert metrics["accuracy"].tolist() == [False]
+
+
+def test_flags_reach_the_model(base, tmp_path, monkeypatch):
+    """And the longest sequence, which here is a held-out one."""
+    given = {}
+
+    def load_model(name, device, dtype, **options):
+        given.update(options, dtype=dtype)
+        raise InputError("seen")
+
+    monkeypatch.setattr(train, "load_model", load_model)
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "0123" * 20}))
+    flags = {"dtype": "bfloat16", "activation_checkpointing": True, "compile": True}
+    with pytest.raises(InputError, match="seen"):
+        run(base | flags | {"eval_data": str(heldout)}, tmp_path / "run")
+    (row,) = load_pairs(str(heldout), make_tokenizer(), 96, 60)[0]
+    expected = {"dtype": torch.bfloat16, "replicas": 1, "activation_checkpointing": True}
+    longest = len(row["prompt"]) + len(row["rejected"])
+    assert given == expected | {"compile": True, "longest": longest}
+
+
+def test_the_model_has_the_dtype_of_the_run(base, tmp_path):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        line, *_ = run(base | {"max_steps": 1, "eval_data": "", "dtype": dtype}, tmp_path / dtype)
+        losses[dtype] = line["loss"]
+        tensors = load_file(tmp_path / dtype / "final" / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+    assert losses["bfloat16"] != losses["float32"] == pytest.approx(losses["bfloat16"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes, trained, evaluated",
+    [
+        ({"save_every": 2, "eval_every": 3}, [2, 3, 4, 6, 7], [0, 3, 6, 7]),
+        ({"save_every": 0, "eval_every": 3}, [3, 6, 7], [0, 3, 6, 7]),
+        ({"save_every": 2, "eval_data": ""}, [2, 4, 6, 7], []),
+        ({"save_every": 0, "eval_data": ""}, [7], []),
+    ],
+)
+def test_lines_end_before_a_save_and_an_evaluation(base, tmp_path, changes, trained, evaluated):
+    lines = run(base | {"max_steps": 7, "log_every": 10} | changes, tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == trained
+    assert [line["step"] for line in lines if "eval/loss" in line] == evaluated
 
 
 def test_run_directory(three_runs):
@@ -602,6 +684,103 @@ def test_resume_with_another_model_or_template_says_so(base, three_runs, model_f
     del state["digests"], state["config"]["chat_template"]
     checkpoint.write_text(json.dumps(state))
     assert run(values, tmp_path / "run") == three_runs["one"][1]
+
+
+def write_state(folder: Path, config: Config, digests: dict) -> Path:
+    """A checkpoint without tensors."""
+    checkpoint = folder / "checkpoints" / "step_1"
+    checkpoint.mkdir(parents=True)
+    state = {"step": 1, "evaluated": True, "comparable_from": 0, "sizes": {}}
+    state |= {"config": dataclasses.asdict(config), "digests": digests}
+    (checkpoint / "trainer.json").write_text(json.dumps(state))
+    return checkpoint
+
+
+FREE = "micro_batch_tokens activation_checkpointing compile replicas wandb eval_data eval_every "
+FREE += "save_every keep_checkpoints log_every chat_template"
+
+
+@pytest.mark.parametrize("name", sorted({*Config.__dataclass_fields__} - {"output_dir", "resume"}))
+def test_what_may_change_when_a_run_is_resumed(name, tmp_path):
+    digests = {"training tokens": "a", "held-out tokens": "b"}
+    config = Config(model="m", train_data="d", output_dir=str(tmp_path))
+    checkpoint, value = write_state(tmp_path, config, digests), getattr(config, name)
+    other = f"{value}x" if isinstance(value, str) else value * 2 + 1
+    other = not value if isinstance(value, bool) else other
+    changed = dataclasses.replace(config, **{name: other})
+    if name in FREE.split():
+        assert runtime.choose_checkpoint(changed, digests)[0] == checkpoint
+    else:
+        said = f"step_1 is of another run: {name} was {value}, is {other}"
+        with pytest.raises(InputError, match=said):
+            runtime.choose_checkpoint(changed, digests)
+
+
+DIGESTS = ("tokenizer", "chat template", "training tokens", "model files", "held-out tokens")
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_what_a_resumed_run_is_made_of(name, tmp_path):
+    digests = dict.fromkeys(DIGESTS, "a")
+    config = Config(model="m", train_data="d", output_dir=str(tmp_path))
+    checkpoint = write_state(tmp_path, config, digests)
+    if name == "held-out tokens":
+        assert runtime.choose_checkpoint(config, digests | {name: "b"})[0] == checkpoint
+    else:
+        with pytest.raises(InputError, match=f"another run: other {name}. Use"):
+            runtime.choose_checkpoint(config, digests | {name: "b"})
+
+
+def test_a_checkpoint_of_another_folder_brings_no_lines(base, tmp_path):
+    values = base | {"max_steps": 2, "save_every": 1, "keep_checkpoints": 0}
+    lines = run(values, tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    line = {"step": 0} | {f"eval/{name}": 0.123 for name in runtime.SHOWN}
+    (tmp_path / "other" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    resume = {"resume": str(tmp_path / "run" / "checkpoints" / "step_1")}
+    assert timeless(run(values | resume, tmp_path / "other")) == timeless(lines)[2:]
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(base, tmp_path, monkeypatch):
+    synced, named, sync, rename = set(), [], runtime.sync, os.rename
+
+    def watch(source, target):
+        if Path(target).name == "step_1":
+            assert {Path(source), *Path(source).iterdir()} <= synced
+            named.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(runtime, "sync", lambda path: synced.add(path) or sync(path))
+    monkeypatch.setattr(os, "rename", watch)
+    run(base | {"max_steps": 1, "eval_data": ""}, tmp_path / "run")
+    assert named and tmp_path / "run" / "checkpoints" in synced
+
+
+def test_a_file_is_replaced_only_when_the_new_one_is_on_disk(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def full(path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(runtime, "sync", full)
+    with pytest.raises(OSError):
+        runtime.write_whole(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for name in ("step_9", "step_10", "step_100", "step_20.part"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    names = [path.name for path in runtime.checkpoints(tmp_path)]
+    assert names == ["step_100", "step_10", "step_9"]
+
+
+def test_a_run_goes_on_without_held_out_pairs(base, tmp_path):
+    run(base | {"max_steps": 2, "save_every": 1}, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    (line,) = run(base | {"max_steps": 2, "eval_data": ""}, tmp_path / "run")[-1:]
+    assert line["step"] == 2 and "eval/loss" in line  # that of before: nothing is evaluated again
 
 
 def test_resume_never_sets_the_old_run_aside(base, tmp_path):
@@ -1018,6 +1197,30 @@ def test_reference_is_computed_once_and_resumed_with(base, tmp_path, monkeypatch
         assert mine == pytest.approx(its, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reference_that_is_computed_again_is_the_same(base, tmp_path, monkeypatch, dtype):
+    """By a resumed run, whose model has not been moved yet."""
+    monkeypatch.setattr(model, "CACHE_DIR", tmp_path / "cache")
+    values = base | {"loss": "dpo", "dtype": dtype, "max_steps": 3, "save_every": 2}
+    values |= {"eval_data": "", "keep_checkpoints": 0}
+    lines = run(values, tmp_path / "run")
+    for name in ("run/final", "run/checkpoints/step_3", "cache/reference"):
+        shutil.rmtree(tmp_path / name)
+    assert timeless(run(values, tmp_path / "run")) == timeless(lines)
+
+
+def test_a_damaged_reference_is_computed_again(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "CACHE_DIR", tmp_path / "cache")
+    values = base | {"loss": "dpo", "max_steps": 1, "eval_data": ""}
+    run(values, tmp_path / "whole")
+    (file,) = (tmp_path / "cache" / "reference").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:40], whole[:-1]):
+        file.write_bytes(damaged)
+        run(values, tmp_path / str(len(damaged)))
+        assert [*file.parent.iterdir()] == [file] and file.read_bytes() == whole
+
+
 def test_other_weights_have_another_reference(base, tmp_path, counted):
     values = base | {"loss": "dpo", "max_steps": 1, "eval_data": ""}
     run(values, tmp_path / "first")
@@ -1045,7 +1248,9 @@ def test_edited_code_has_another_reference(base, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "CACHE_DIR", tmp_path / "cache")
     values = base | {"loss": "dpo", "max_steps": 1, "eval_data": ""}
     getsource = inspect.getsource
-    for count, edited in enumerate((None, data, model, loss), 1):
+    (line,) = run(values | {"dtype": "bfloat16"}, tmp_path / "bfloat16")  # has one of its own, too
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for count, edited in enumerate((None, data, model, loss), 2):
         monkeypatch.setattr(inspect, "getsource", lambda m, e=edited: getsource(m) + "#" * (m is e))
         run(values, tmp_path / str(count))
         assert len([*(tmp_path / "cache" / "reference").iterdir()]) == count
