@@ -2,9 +2,11 @@
 or the row is dropped and counted. Never NaN, a hang, a bare traceback or silence."""
 
 import codecs
+import errno
 import gzip
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -570,6 +572,8 @@ ENVIRONMENTS = [
     ("a rank without its GPU's number", PARTLY | {"LOCAL_RANK": ""}, ["LOCAL_RANK= ", "torchrun"]),
 ]
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
 # ---- The test ----
 
 
@@ -725,6 +729,17 @@ def test_a_file_as_output_dir_is_an_error(recipe, output_dir):
     error = f"(File exists|Not a directory): '{__file__}.*writes to its output_dir"
     with pytest.raises(SystemExit, match=error):
         runtime.run_command(lambda: run(recipe, {"output_dir": output_dir}))
+
+
+@pytest.mark.parametrize("number", DISK, ids=errno.errorcode.get)
+def test_a_disk_that_takes_no_file_is_one_line(number, tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runtime, "sync", fail)
+    said = rf"^error: {os.strerror(number)}, in write_whole \(runtime.py\)\. A run writes to"
+    with pytest.raises(SystemExit, match=said):
+        runtime.run_command(lambda: runtime.write_whole(tmp_path / "file", "text"))
 
 
 @pytest.mark.parametrize("text", ["ibv_reg_mr failed: Permission denied", "File exists already"])

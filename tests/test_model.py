@@ -820,6 +820,23 @@ def test_two_ranks_equal_one(replicas, two_ranks):
         assert rows == (full if replicas == 2 else [(n + 1 - rank) // 2 for n in full])
 
 
+def bfloat16_gradients(rank: int, folder) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    model = load_model(str(folder / "source"), "cpu", torch.bfloat16)
+    _, gradients = packed_results(model, PAIRS[rank::2], 2 / len(PAIRS))
+    rounded = [name for name, g in gradients.items() if torch.equal(g, g.bfloat16().float())]
+    assert rounded == []
+    dist.destroy_process_group()
+
+
+def test_two_ranks_sum_bfloat16_gradients_in_float32(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "source")
+    torch.multiprocessing.spawn(bfloat16_gradients, (tmp_path,), nprocs=2)
+
+
 def test_two_ranks_export(two_ranks):
     reference, folder, _ = two_ranks
     exported = AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()

@@ -307,6 +307,19 @@ def test_flags_reach_the_model(base, tmp_path, monkeypatch):
     assert given == expected | {"compile": True, "longest": longest}
 
 
+def test_held_out_tokens_need_an_embedding(base, tmp_path, model_folder, monkeypatch):
+    shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"w{n}" for n in range(320 - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    row = {"prompt": "what?", "chosen": tokenizer.convert_ids_to_tokens(320), "rejected": "a"}
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(row))
+    monkeypatch.setattr(train, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    names = {"model": tmp_path / "model", "eval_data": tmp_path / "heldout.jsonl"}
+    with pytest.raises(InputError, match="gives token 320, the model has 320"):
+        run(base | {name: str(path) for name, path in names.items()}, tmp_path / "run")
+
+
 def test_the_model_has_the_dtype_of_the_run(base, tmp_path):
     losses = {}
     for dtype in ("float32", "bfloat16"):
@@ -573,6 +586,37 @@ def test_an_evaluation_that_is_made_again_is_logged_once(base, tmp_path, monkeyp
     shutil.rmtree(tmp_path / "run" / "final")  # as if killed before it was written
     lines = run(values, tmp_path / "run")
     assert timeless(lines) == timeless(run(values, tmp_path / "whole"))
+
+
+SIGTERM_OF_ONE_RANK = """
+import os, sys, runtime, train
+
+class Signal:
+    asked = 0
+
+    def is_set(self):
+        self.asked += 1
+        return os.environ["RANK"] == "1" and self.asked >= int(sys.argv[1])
+
+runtime.watch_sigterm = Signal
+train.train(train.parse_args(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("asked, changes, step", [(2, {"eval_data": ""}, 2), (1, {}, 0)])
+def test_sigterm_of_one_rank_stops_all(base, tmp_path, asked, changes, step):
+    """In step 2, and in the evaluation before training."""
+    (tmp_path / "one.py").write_text(SIGTERM_OF_ONE_RANK)
+    values = base | {"max_steps": 4, "save_every": 0} | changes
+    launch = command(values, tmp_path / "run", 2)
+    launch[6:7] = [str(tmp_path / "one.py"), str(asked)]  # in place of train.py
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150
+    )
+    assert f"stopped by SIGTERM after step {step};" in done.stdout, done.stderr[-2000:]
+    saved = [path.name for path in (tmp_path / "run").glob("checkpoints/*")]
+    assert saved == ([f"step_{step}"] if step else [])
 
 
 def test_metrics_wait_for_their_line_without_the_graph_of_their_step(base, tmp_path, monkeypatch):
