@@ -311,7 +311,7 @@ def read_answers(path: Path, settings: dict) -> dict[int, tuple[str, bool]]:
         path.write_text(json.dumps(settings) + "\n")
         return {}
     written, *lines = records
-    # The model's name may differ: the hash of its weights and config is compared.
+    # The model's name may differ: what its files hold is compared.
     changed = [
         f"{key} was {written.get(key)}, is {value}"
         for key, value in settings.items()
