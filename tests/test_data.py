@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHATML, make_tokenizer
+from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -534,6 +536,29 @@ def test_what_a_killed_tokenization_left_is_removed(write, tmp_path, monkeypatch
     pairs.rename(pairs.with_name("tmp1234"))
     assert load(write([TEXT])) == first
     assert list(pairs.parent.iterdir()) == [pairs]
+
+
+def test_one_process_tokenizes_while_the_others_wait(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_DIR", tmp_path / "cache")
+    source = write([TEXT])
+    load(source)
+    (lock,) = tmp_path.glob("cache/tokenized/*.lock")
+    with FileLock(lock):
+        thread = threading.Thread(target=load, args=[source], daemon=True)
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_many_rows_are_tokenized_by_several_processes(write, monkeypatch):
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    rows = [TEXT | {"chosen": f"{number}"} for number in range(5001)]
+    pairs, report = load_pairs(write(rows), CHAT, 200, 100)
+    assert report.startswith("5001 pairs") and list(pairs["row"]) == [*range(5001)]
+    for number in (0, 2500, 2501, 5000):
+        assert CHAT.decode(pairs[number]["chosen"]) == f"{number}<|im_end|>"
 
 
 def test_a_folder_is_known_by_its_content(tmp_path):

@@ -1242,15 +1242,22 @@ def test_reference_is_computed_once_and_resumed_with(base, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_reference_that_is_computed_again_is_the_same(base, tmp_path, monkeypatch, dtype):
-    """By a resumed run, whose model has not been moved yet."""
+@pytest.mark.parametrize("name", ["simper", "dpo"])
+def test_resume_is_bitwise_also_sharded(base, tmp_path, monkeypatch, name, dtype):
+    """In bfloat16 also a single process is sharded. The reference is computed again, before the
+    checkpoint is read; and evaluations come between training and checkpoints."""
     monkeypatch.setattr(model, "CACHE_DIR", tmp_path / "cache")
-    values = base | {"loss": "dpo", "dtype": dtype, "max_steps": 3, "save_every": 2}
-    values |= {"eval_data": "", "keep_checkpoints": 0}
-    lines = run(values, tmp_path / "run")
-    for name in ("run/final", "run/checkpoints/step_3", "cache/reference"):
-        shutil.rmtree(tmp_path / name)
-    assert timeless(run(values, tmp_path / "run")) == timeless(lines)
+    values = base | {"loss": name, "dtype": dtype, "max_steps": 4, "save_every": 2}
+    values |= {"eval_every": 1, "keep_checkpoints": 0}
+    output = tmp_path / "run"
+    lines = timeless(run(values, output))
+    weights = load_file(output / "final" / "model.safetensors")
+    for folder in ("final", "checkpoints/step_4"):
+        shutil.rmtree(output / folder)
+    shutil.rmtree(tmp_path / "cache" / "reference", ignore_errors=True)
+    assert timeless(run(values, output)) == lines
+    again = load_file(output / "final" / "model.safetensors")
+    assert all(torch.equal(again[key], tensor) for key, tensor in weights.items())
 
 
 def test_a_damaged_reference_is_computed_again(base, tmp_path, monkeypatch):
