@@ -321,11 +321,12 @@ def subtract(steps: list[dict], start_steps: list[dict]) -> list[dict]:
 
 def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
     """Make the runs that are not in `results`, and add each to it and to the file at its end."""
-    # First the two rates around the demo's, where most losses pass EQUAL_KL; seed after seed.
-    rates = sorted(LEARNING_RATES, key=lambda rate: abs(math.log(rate / 2e-5)))
+    # First the two rates around the demo's, where most losses pass EQUAL_KL, then the highest, at
+    # which the others do; seed after seed.
+    *nearest, highest, lowest = sorted(LEARNING_RATES, key=lambda r: abs(math.log(r / 2e-5)))
     plan = [(START, START_RATE, seed) for seed in range(SEEDS)]
-    for pair in (rates[:2], rates[2:]):
-        plan += [(arm, r, seed) for seed in range(SEEDS) for arm in ARMS for r in pair]
+    for rates in (nearest, [highest], [lowest]):
+        plan += [(arm, r, seed) for seed in range(SEEDS) for arm in ARMS for r in rates]
     done = {(r["arm"], r["learning_rate"], r["seed"]) for r in results}
     threads, lock = max(1, (os.cpu_count() or 1) // jobs), threading.Lock()
 
