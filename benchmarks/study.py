@@ -12,6 +12,7 @@ of docs/study.jsonl alone, and need matplotlib (eval/requirements.txt).
 """
 
 import argparse
+import functools
 import hashlib
 import inspect
 import json
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -55,9 +57,11 @@ ARMS |= {
 START, START_RATE = "start", 1e-12
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
 IN_DYNAMICS = ("dpo", "simpo", "ipo", "sft")  # beside the ablations: as many as can be told apart
+DYNAMICS_RATE = 3e-5
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 SEEDS = 3  # of the order of the pairs and of the sampled answers
-EQUAL_KL = 5  # nats an answer, at which losses are compared
+EQUAL_KL = 5  # nats per answer, at which losses are compared
+COMPARED_KL = (2.5, EQUAL_KL, 10)  # and where else, to see what that choice does
 PROMPTS, NEW_TOKENS, BATCH = 300, 48, 150
 RECIPE = ROOT / "recipes" / "demo.yaml"
 FLAGS = {"max_steps": 20, "eval_every": 0, "save_every": 0, "wandb": "off"}
@@ -71,7 +75,7 @@ PACKAGES = ("torch", "transformers", "vaderSentiment")
 SIDES = ("chosen", "rejected")
 LOGGED = re.compile(r"(eval/)?(step|accuracy|logps/\w+|gradient_weight/\w+)")
 JUDGING = threading.Lock()  # one model at a time: torch has one stream of random numbers
-FORMATS = {"words": ".1f", "finished": ".2f", "distinct": ".2f"}
+FORMATS = {"words": ".1f", "finished": ".2f", "distinct": ".2f", "accuracy": ".2f"}
 FORMATS |= {f"Δ {side}": "+.2f" for side in SIDES}
 BEGIN, END = "<!-- the tables: written by benchmarks/study.py -->", "<!-- end of the tables -->"
 
@@ -159,76 +163,60 @@ def divergences(model, start, prompts: list[list[int]], answers: list[list[int]]
 # ---- The report ----------------------------------------------------------------------------------
 
 
-def resample(*groups: list[dict], key: str, times: int = 2000) -> np.ndarray:
-    """The mean of `key` over the answers of each group of runs, and its means over bootstrap
-    samples of the seeds and of the prompts: (groups, 1 + times). All groups have the same seeds and
-    share the samples, so that their differences are paired."""
-    values = [np.array([run[key] for run in sorted(g, key=lambda r: r["seed"])]) for g in groups]
-    seeds, prompts = values[0].shape
+@functools.cache
+def bootstrap_weights(seeds: int, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each seed and each prompt weighs in 10,000 bootstrap samples of both: (10000, seeds) and
+    (10000, prompts), each row with the sum 1. Always the same."""
     rng = np.random.default_rng(0)
-    draws = [(np.arange(seeds), np.arange(prompts))]
-    draws += [
-        (rng.integers(seeds, size=seeds), rng.integers(prompts, size=prompts)) for _ in range(times)
-    ]
-    return np.array([[value[np.ix_(*draw)].mean() for draw in draws] for value in values])
+    return tuple(rng.multinomial(n, np.full(n, 1 / n), 10_000) / n for n in (seeds, prompts))
 
 
-def interval(means: np.ndarray) -> tuple[float, float, float]:
-    """(mean, low, high) of resample's row: the ends of the 95 % interval."""
-    return (means[0], *np.percentile(means[1:], (2.5, 97.5)))
+def interval(values: np.ndarray, percent: float = 95) -> tuple[float, float, float]:
+    """(mean, low, high) of values (seeds, prompts): the ends of its bootstrap interval."""
+    seeds, prompts = bootstrap_weights(*values.shape)
+    means = (seeds @ values * prompts).sum(axis=1)
+    return (values.mean(), *np.percentile(means, (50 - percent / 2, 50 + percent / 2)))
 
 
 def group_runs(results: list[dict]) -> dict[tuple[str, float], list[dict]]:
-    """{(arm, learning rate): its finished runs}, each with the changes of the held-out mean
-    log-probs, in nats per token, as "Δ chosen" and "Δ rejected"."""
+    """{(arm, learning rate): what the report shows of its finished runs}: "reward", an array with a
+    value for each prompt; the means of the others; "Δ chosen" and "Δ rejected", the changes of the
+    held-out mean log-probs, in nats per token."""
     groups = {}
     for run in results:
-        if "error" not in run:
-            changes = {
-                f"Δ {side}": run["after"][f"eval/logps/{side}"]
-                - run["before"][f"eval/logps/{side}"]
-                for side in SIDES
-            }
-            groups.setdefault((run["arm"], run["learning_rate"]), []).append(run | changes)
+        if "error" in run:
+            continue
+        shown = {"seed": run["seed"], "reward": np.array(run["reward"]), "steps": run["steps"]}
+        shown |= {key: np.mean(run[key]) for key in ("kl", "words", "finished", "distinct")}
+        shown["accuracy"] = run["after"]["eval/accuracy"]
+        for side in SIDES:
+            before, after = (run[when][f"eval/logps/{side}"] for when in ("before", "after"))
+            shown[f"Δ {side}"] = after - before
+        groups.setdefault((run["arm"], run["learning_rate"]), []).append(shown)
     return groups
 
 
-def mean(runs: list[dict], key: str) -> float:
-    return float(np.mean([np.mean(run[key]) for run in runs]))
+def at_kl(groups: dict, arm: str, nats: float) -> dict[int, dict]:
+    """{seed: what its run would show at `nats`}, of the seeds with which the arm's learning rates
+    lie on both sides: on the line between the two nearest. That line is over log KL, but for the
+    changes of log-probs over KL, over which they are straighter."""
+    points = {}
+    for seed in range(SEEDS):
+        runs = [run for (a, _), group in groups.items() if a == arm for run in group]
+        runs = sorted((run for run in runs if run["seed"] == seed), key=lambda run: run["kl"])
+        for low, high in zip(runs, runs[1:]):
+            if low["kl"] <= nats < high["kl"]:
+                linear = (nats - low["kl"]) / (high["kl"] - low["kl"])
+                logs = math.log(nats / low["kl"]) / math.log(high["kl"] / low["kl"])
+                points[seed] = {
+                    key: low[key] + (linear if "Δ" in key else logs) * (high[key] - low[key])
+                    for key in ("reward", *FORMATS)
+                }
+    return points
 
 
-def log_kl(runs: list[dict]) -> float:
-    return math.log(max(mean(runs, "kl"), 1e-9))  # that of the start is 0
-
-
-def at_equal_kl(groups: dict, *arms: str) -> list[list[tuple[float, list[dict]]]]:
-    """The place on each arm's frontier that is compared (see place), all over the same seeds:
-    those that each of these rates has."""
-    seeds = {run["seed"] for runs in groups.values() for run in runs}
-    while True:
-        places = [place(groups, arm, seeds) for arm in arms]
-        found = [{run["seed"] for run in runs} for parts in places for _, runs in parts]
-        seeds = set.intersection(*found)
-        if all(seeds == of_rate for of_rate in found):
-            return places
-
-
-def place(groups: dict, arm: str, seeds: set[int]) -> list[tuple[float, list[dict]]]:
-    """[(weight, the runs of a rate)]: between the two rates on both sides of EQUAL_KL, on the line
-    over log KL; the nearest rate alone if they all lie on one side."""
-    rates = [[r for r in runs if r["seed"] in seeds] for (a, _), runs in groups.items() if a == arm]
-    rates = sorted(filter(None, rates), key=log_kl)
-    for low, high in zip(rates, rates[1:]):
-        if log_kl(low) <= math.log(EQUAL_KL) <= log_kl(high):
-            weight = (math.log(EQUAL_KL) - log_kl(low)) / (log_kl(high) - log_kl(low))
-            return [(1 - weight, low), (weight, high)]
-    return [(1.0, min(rates, key=lambda runs: abs(log_kl(runs) - math.log(EQUAL_KL))))]
-
-
-def rewards(*places: list[tuple[float, list[dict]]]) -> list[np.ndarray]:
-    """resample's row of the reward at each place of at_equal_kl."""
-    rows = iter(resample(*(runs for parts in places for _, runs in parts), key="reward"))
-    return [sum(weight * next(rows) for weight, _ in parts) for parts in places]
+def mean(runs: Iterable[dict], key: str) -> float:
+    return float(np.mean([run[key] for run in runs]))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -239,66 +227,99 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def tables(setting: dict, results: list[dict]) -> str:
     """The generated part of docs/study.md."""
     groups = group_runs(results)
-    arms = [arm for arm in (START, *ARMS) if arm in {name for name, _ in groups}]
-    header = ["loss", "KL", "reward [95 %]", "minus SimPER's [95 %]", *FORMATS, "seeds"]
-    rows, every = [], []
+    arms = [arm for arm in ARMS if any((arm, rate) in groups for rate in LEARNING_RATES)]
+    points = {nats: {arm: at_kl(groups, arm, nats) for arm in arms} for nats in COMPARED_KL}
+    at_start = {START: {run["seed"]: run for run in groups[START, START_RATE]}}
+    rows, differences, every = [], [], []
+    for arm, of_arm in (at_start | points[EQUAL_KL]).items():
+        row = [arm, *["–"] * (1 + len(FORMATS)), str(len(of_arm))]
+        if of_arm:
+            row[1] = show_interval("{:.3f}", np.array([p["reward"] for p in of_arm.values()]))
+            for place, (key, form) in enumerate(FORMATS.items(), 2):
+                row[place] = format(mean(of_arm.values(), key), form)
+        rows.append(row)
     for arm in arms:
-        (parts,) = at_equal_kl(groups, arm)
-        row = [arm, f"{math.exp(sum(weight * log_kl(runs) for weight, runs in parts)):.1f}"]
-        row += ["{:.3f} [{:.3f}, {:.3f}]".format(*interval(*rewards(parts))), "–"]
-        both = at_equal_kl(groups, arm, "simper") if arm != "simper" and "simper" in arms else []
-        if [len(parts) for parts in both] == [2, 2]:
-            difference, low, high = interval(np.subtract(*rewards(*both)))
-            bold = "**" if low > 0 or high < 0 else ""  # an effect; the others are ties
-            row[-1] = f"{bold}{difference:+.3f}{bold} [{low:+.3f}, {high:+.3f}]"
-        for key, form in FORMATS.items():
-            row.append(format(sum(weight * mean(runs, key) for weight, runs in parts), form))
-        rows.append([*row, str(len(parts[0][1]))])
+        row = [arm]
+        for of_arm in points.values():
+            simper = of_arm.get("simper", {})
+            both = sorted(of_arm[arm].keys() & simper.keys()) if arm != "simper" else []
+            values = np.array([of_arm[arm][s]["reward"] - simper[s]["reward"] for s in both])
+            text = "–"
+            if both:
+                _, low, high = interval(values, 100 - 5 / (len(ARMS) - 1))  # of as many comparisons
+                form = "**{:+.3f}**" if low > 0 or high < 0 else "{:+.3f}"
+                text = f"{show_interval(form, values)}, {len(both)}"
+            row.append(text)
+        differences.append(row)
         cells = [groups.get((arm, rate)) for rate in LEARNING_RATES]
-        every.append(
-            [arm, *(f"{mean(c, 'reward'):.3f} ({mean(c, 'kl'):.1f})" if c else "" for c in cells)]
-        )
+        shown = [c and [mean(c, key) for key in ("reward", "kl", "words")] for c in cells]
+        every.append([arm, *("{:.3f} ({:.1f}, {:.0f})".format(*m) if m else "" for m in shown)])
     total = (1 + len(ARMS) * len(LEARNING_RATES)) * SEEDS
     failed = [f"{r['arm']} at {r['learning_rate']:g}" for r in results if "error" in r]
     counts = f"{len(results)} of {total} runs; {setting['versions']}."
     counts += f" Diverged: {'; '.join(failed)}." if failed else ""
-    at_every_rate = table(["reward (KL) at", *(f"{r:g}" for r in LEARNING_RATES)], every[1:])
-    return "\n\n".join([counts, table(header, rows), at_every_rate])
+    header = [f"at {EQUAL_KL:g} nats", "reward [95 %]", *FORMATS, "seeds"]
+    compared = ["reward minus SimPER's [95 %], seeds", *(f"at {nats:g} nats" for nats in points)]
+    at_rates = ["reward (KL, words) at", *(f"{rate:g}" for rate in LEARNING_RATES)]
+    parts = table(header, rows), table(compared, differences), table(at_rates, every)
+    return "\n\n".join([counts, *parts])
+
+
+def show_interval(form: str, values: np.ndarray) -> str:
+    """The mean of values (seeds, prompts) by `form`, and its 95 % interval."""
+    mean, *ends = interval(values)
+    sign = "+" if "+" in form else ""
+    return f"{form.format(mean)} [{', '.join(format(end, sign + '.3f') for end in ends)}]"
 
 
 def figures(results: list[dict], folder: Path) -> None:
     """study-frontier.png, study-rates.png and study-dynamics.png."""
     groups = group_runs(results)
     finished = {arm for arm, _ in groups}
-    rivals = [arm for arm in LOSSES if arm == "simper" or arm not in ABLATIONS]
-    panels = {"losses": rivals, "SimPER without its parts": ABLATIONS}
+    panels = {"losses": [arm for arm in LOSSES if arm == "simper" or arm not in ABLATIONS]}
+    panels["SimPER without its parts"] = ABLATIONS
+    panels["other hyperparameters"] = [
+        a for a in ARMS if a.split()[0] in ("simper", "dpo", "simpo")
+    ]
     for name, label, ticks in (
-        ("frontier", "KL from the start, nats an answer", (0.3, 1, 3, 10, 30, 100)),
+        ("frontier", "KL from the starting model, nats per answer", (0.3, 1, 3, 10, 30, 100)),
         ("rates", "learning rate", LEARNING_RATES),
     ):
-        with new_figure(folder / f"study-{name}.png", list(panels), (5.5, 4.0)) as axes:
+        with new_figure(folder / f"study-{name}.png", list(panels), (4.6, 4.0)) as axes:
             from matplotlib import colormaps
 
-            colors = dict(zip(LOSSES, colormaps["tab20"].colors)) | {"simper": "black"}
+            colors = dict(zip(ARMS, colormaps["tab20"].colors)) | {"simper": "black"}
             for axis, arms in zip(axes, panels.values()):
                 for arm in filter(finished.__contains__, arms):
-                    rates = [rate for rate in LEARNING_RATES if (arm, rate) in groups]
-                    x = rates if name == "rates" else [mean(groups[arm, r], "kl") for r in rates]
-                    means = [interval(resample(groups[arm, r], key="reward")[0]) for r in rates]
-                    y, low, high = map(np.array, zip(*means))
+                    of_arm = {r: groups[arm, r] for r in LEARNING_RATES if (arm, r) in groups}
+                    rewards = [
+                        np.array([run["reward"] for run in runs]) for runs in of_arm.values()
+                    ]
+                    y, low, high = map(np.array, zip(*map(interval, rewards)))
                     style = {"lw": 2.5 if arm == "simper" else 1.2, "color": colors[arm]}
-                    style |= {"marker": ".", "elinewidth": 0.7}
-                    axis.errorbar(x, y, (y - low, high - y), label=arm, **style)
+                    if name == "rates":
+                        bars = {"yerr": (y - low, high - y), "marker": ".", "elinewidth": 0.7}
+                        axis.errorbar([*of_arm], y, label=arm, **bars, **style)
+                    else:  # a dot for each run: seeds differ in both
+                        axis.plot(
+                            [mean(runs, "kl") for runs in of_arm.values()], y, label=arm, **style
+                        )
+                        every = [run for runs in of_arm.values() for run in runs]
+                        dots = [run["kl"] for run in every], [run["reward"].mean() for run in every]
+                        axis.plot(*dots, ".", ms=4, color=colors[arm])
                 start = mean(groups[START, START_RATE], "reward")
                 axis.axhline(start, color="grey", linestyle=":", label="before training")
                 axis.set(xscale="log", xlabel=label, ylabel="mean reward")
                 axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axis.minorticks_off()
+                if name == "frontier":
+                    axis.axvline(EQUAL_KL, color="grey", lw=0.7, label="where losses are compared")
     start_steps = {run["seed"]: run["steps"] for run in groups[START, START_RATE]}
-    curves = {}  # each at the rate that counts most at equal KL
-    for arm in filter(finished.__contains__, (*ABLATIONS, *IN_DYNAMICS)):
-        _, runs = max(*at_equal_kl(groups, arm), key=lambda part: part[0])
-        curves[arm] = [subtract(run["steps"], start_steps[run["seed"]]) for run in runs]
+    curves = {}
+    for arm in (*ABLATIONS, *IN_DYNAMICS):
+        if runs := groups.get((arm, DYNAMICS_RATE)):
+            changes = [subtract(run["steps"], start_steps[run["seed"]]) for run in runs]
+            curves[f"{arm} ({mean(runs, 'kl'):.0f} nats)"] = changes
     changes = {
         "change of mean log-prob, chosen": lambda line: line["logps/chosen"],
         "change of mean log-prob, rejected": lambda line: line["logps/rejected"],
@@ -323,10 +344,10 @@ def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
     """Make the runs that are not in `results`, and add each to it and to the file at its end."""
     # First the two rates around the demo's, where most losses pass EQUAL_KL, then the highest, at
     # which the others do; seed after seed.
-    *nearest, highest, lowest = sorted(LEARNING_RATES, key=lambda r: abs(math.log(r / 2e-5)))
+    rates = sorted(LEARNING_RATES, key=lambda rate: abs(math.log(rate / 2e-5)))
     plan = [(START, START_RATE, seed) for seed in range(SEEDS)]
-    for rates in (nearest, [highest], [lowest]):
-        plan += [(arm, r, seed) for seed in range(SEEDS) for arm in ARMS for r in rates]
+    for some in (rates[:2], rates[2:3], rates[3:]):
+        plan += [(arm, rate, seed) for seed in range(SEEDS) for arm in ARMS for rate in some]
     done = {(r["arm"], r["learning_rate"], r["seed"]) for r in results}
     threads, lock = max(1, (os.cpu_count() or 1) // jobs), threading.Lock()
 

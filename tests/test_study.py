@@ -1,10 +1,12 @@
 """The study of all losses, with a tiny model; its committed tables; and the figures of any runs."""
 
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -126,7 +128,7 @@ def result(arm: str, rate: float, seed: int, rewards: list[float]) -> dict:
         "learning_rate": rate,
         "seed": seed,
         "before": {"eval/logps/chosen": -2.5, "eval/logps/rejected": -3.0},
-        "after": {"eval/logps/chosen": -2.0, "eval/logps/rejected": -3.25},
+        "after": {"eval/logps/chosen": -2.0, "eval/logps/rejected": -3.25, "eval/accuracy": 0.75},
         "steps": [],
         "reward": rewards,
         "kl": [2.0 * rate] * len(rewards),
@@ -138,74 +140,93 @@ def result(arm: str, rate: float, seed: int, rewards: list[float]) -> dict:
 
 def test_interval_by_hand():
     """One seed: the bootstrap of a mean has the sample's standard error, and 1.96 of it to each
-    side. Two seeds that differ by 1: half of their resamples are of one seed alone."""
-    rewards = torch.linspace(-1, 1, 400, dtype=torch.float64).tolist()
-    mean, low, high = study.interval(study.resample([result("a", 1, 0, rewards)], key="reward")[0])
-    error = (sum(r * r for r in rewards) / 400) ** 0.5 / 400**0.5
-    assert mean == pytest.approx(0) and (high - low) == pytest.approx(2 * 1.96 * error, rel=0.1)
-    runs = [result("a", 1, seed, [float(seed)] * 10) for seed in (1, 0)]
-    means = study.resample(runs, key="reward")[0]
-    assert sorted(set(means)) == [0, 0.5, 1] and means[0] == 0.5
-    assert (means[1:] == 0.5).mean() == pytest.approx(0.5, abs=0.05)
+    side. Two seeds that differ by 1: a quarter of their resamples is of either one alone."""
+    rewards = np.linspace(-1, 1, 400)[None]
+    mean, low, high = study.interval(rewards)
+    error = (rewards**2).mean() ** 0.5 / 400**0.5
+    assert mean == pytest.approx(0) and (high - low) == pytest.approx(2 * 1.96 * error, rel=0.05)
+    _, low, high = study.interval(rewards, 99.7)
+    assert (high - low) == pytest.approx(2 * 2.97 * error, rel=0.05)
+    seeds = np.array([[0.0] * 10, [1.0] * 10])
+    assert study.interval(seeds) == pytest.approx((0.5, 0, 1))
+    assert study.interval(seeds, 45) == pytest.approx((0.5, 0.5, 0.5))
 
 
-def test_differences_are_paired():
-    """An arm whose answer to every prompt is better by 0.1 is better by that, without any spread,
-    however much the prompts and the seeds differ."""
-    better = [result("a", 1, seed, [seed, 0.5, -1.0, 7.0]) for seed in (0, 1)]
-    worse = [result("b", 1, r["seed"], [x - 0.1 for x in r["reward"]]) for r in reversed(better)]
-    difference = study.interval(
-        -1 * (lambda m: m[1] - m[0])(study.resample(better, worse, key="reward"))
-    )
-    assert difference == pytest.approx((0.1, 0.1, 0.1))
-
-
-def test_table_by_hand(monkeypatch):
-    # KL is 2 and 4 nats at the two rates: on a scale of logarithms, √8 is in the middle.
+@pytest.fixture
+def at_root_8(monkeypatch):
+    """KL is 2 and 4 nats at the two rates: on a scale of logarithms, √8 is in the middle."""
     changed = {"LEARNING_RATES": (1.0, 2.0), "EQUAL_KL": math.sqrt(8)}
+    changed["COMPARED_KL"] = (3.0, math.sqrt(8))
     for name, value in (WHOLE | changed).items():
         monkeypatch.setattr(study, name, value)
-    results = [result("start", 1e-12, 0, [0.0, 0.0])]
+
+
+START = result("start", 1e-12, 0, [0.0, 0.0])
+
+
+def test_tables_by_hand(at_root_8):
+    results = [START]
     results += [result("simper", 1.0, 0, [0.5, 0.5]), result("simper", 2.0, 0, [0.2, 0.2])]
     results += [result("dpo", 1.0, 0, [0.1, 0.1]), result("dpo", 2.0, 0, [0.4, 0.4])]
     results += [result("ipo", 1.0, 0, [0.2, 0.6]), result("ipo", 2.0, 0, [0.1, 0.7])]
     results += [result("kto", 2.0, 0, [0.2, 0.8])]
     results += [{"arm": "sft", "learning_rate": 1.0, "seed": 0, "error": "diverged"}]
     text = study.tables({"versions": "torch 9"}, results)
-    cells = {row.split(" | ")[0]: row for row in text.splitlines()[4:9]}
     assert "9 of 111 runs; torch 9. Diverged: sft at 1." in text
-    same = "20.0 | 0.50 | 0.50 | +0.50 | -0.25"
-    assert cells["| start"] == f"| start | 0.0 | 0.000 [0.000, 0.000] | – | {same} | 1 |"
-    assert cells["| simper"] == f"| simper | 2.8 | 0.350 [0.350, 0.350] | – | {same} | 1 |"
-    dpo = "| dpo | 2.8 | 0.250 [0.250, 0.250] | **-0.100** [-0.100, -0.100] | 20.0 |"
-    assert cells["| dpo"].startswith(dpo)
-    ipo = "| ipo | 2.8 | 0.400 [0.150, 0.650] | +0.050 [-0.200, +0.300] | 20.0 |"
-    assert cells["| ipo"].startswith(ipo)  # a tie
-    kto = "| kto | 4.0 | 0.500 [0.200, 0.800] | – | 20.0 |"  # does not pass √8
-    assert cells["| kto"].startswith(kto)
-    assert "| simper | 0.500 (2.0) | 0.200 (4.0) |" in text and "| kto |  | 0.500 (4.0) |" in text
+    same = "20.0 | 0.50 | 0.50 | 0.75 | +0.50 | -0.25"
+    for row in (
+        f"| start | 0.000 [0.000, 0.000] | {same} | 1 |",
+        f"| simper | 0.350 [0.350, 0.350] | {same} | 1 |",
+        f"| dpo | 0.250 [0.250, 0.250] | {same} | 1 |",
+        f"| ipo | 0.400 [0.150, 0.650] | {same} | 1 |",
+        "| kto | – | – | – | – | – | – | – | 0 |",  # does not pass √8
+        # At 3 nats, log 1.5 / log 2 = 0.585 of the way: SimPER has 0.325 there, DPO 0.275.
+        "| dpo | **-0.049** [-0.049, -0.049], 1 | **-0.100** [-0.100, -0.100], 1 |",
+        "| ipo | +0.075 [-0.183, +0.334], 1 | +0.050 [-0.200, +0.300], 1 |",  # ties
+        "| simper | 0.500 (2.0, 20) | 0.200 (4.0, 20) |",
+        "| kto |  | 0.500 (4.0, 20) |",
+    ):
+        assert row in text.splitlines()
 
 
-def test_an_arm_with_fewer_seeds_is_compared_over_those(monkeypatch):
-    """With seed 1, which ipo does not have yet, SimPER's KL is another: compared with ipo, SimPER
-    is where it was with seed 0 alone."""
-    changed = {"LEARNING_RATES": (1.0, 2.0), "EQUAL_KL": math.sqrt(8)}
-    for name, value in (WHOLE | changed).items():
-        monkeypatch.setattr(study, name, value)
-    results = [result("simper", 1.0, 0, [0.5, 0.5]), result("simper", 2.0, 0, [0.2, 0.2])]
+def test_log_probs_are_on_a_line_over_kl(at_root_8):
+    """Of 2 to 4 nats, √8 is 0.414 of the way; the chosen mean log-prob rises by 0.5 and by 1.5."""
+    second = result("simper", 2.0, 0, [0.0, 0.0])
+    second["after"]["eval/logps/chosen"] = -1.0
+    text = study.tables({"versions": ""}, [START, result("simper", 1.0, 0, [0.0, 0.0]), second])
+    (row,) = (line for line in text.splitlines() if line.startswith("| simper | 0.000 ["))
+    assert "| +0.91 | -0.25 |" in row
+
+
+def test_every_seed_has_its_own_place(at_root_8):
+    """Seeds that differ in KL: each is read where its own runs pass √8 nats. A seed whose rates lie
+    on one side of it does not count, and losses are compared over the seeds that both have."""
+    results = [START]
+    results += [result("simper", 1.0, 0, [0.5, 0.5]), result("simper", 2.0, 0, [0.2, 0.2])]
+    results += [
+        result("simper", rate, 1, [rate, rate]) | {"kl": [rate * 2**0.5]} for rate in (1, 2)
+    ]
     results += [result("ipo", 1.0, 0, [0.6, 0.6]), result("ipo", 2.0, 0, [0.3, 0.3])]
-    results += [result("ipo", 1.0, 1, [9.0, 9.0])]  # and the other rate is not there yet
-    alone = study.tables({"versions": ""}, results)
-    results += [result("simper", rate, 1, [0.8, 0.9]) | {"kl": [rate]} for rate in (1.0, 2.0)]
+    results += [result("ipo", rate, 1, [9.0, 9.0]) | {"kl": [rate]} for rate in (1.0, 2.0)]
+    rows = study.tables({"versions": ""}, results).splitlines()
+    # Seed 0: 0.35. Seed 1: KL √2 and √8, which is passed at its end.
+    results[4]["kl"] = [8.0001**0.5]
+    rows = study.tables({"versions": ""}, results).splitlines()
+    (simper,) = (row for row in rows if row.startswith("| simper | 1.1"))
+    assert simper.startswith("| simper | 1.175 [0.350, 2.000] |") and simper.endswith("| 2 |")
+    assert "| ipo | **+0.100** [+0.100, +0.100], 1 | **+0.100** [+0.100, +0.100], 1 |" in rows
+
+
+def test_differences_are_paired(at_root_8):
+    """An arm whose answer to every prompt is better by 0.1 is better by that, without any spread,
+    however much the prompts and the seeds differ."""
+    results = [START]
+    for seed, rate in itertools.product((1, 0), (2.0, 1.0)):
+        rewards = [seed, 0.5, -rate, 7.0]
+        results.append(result("simper", rate, seed, rewards))
+        results.insert(1, result("dpo", rate, seed, [reward + 0.1 for reward in rewards]))
     text = study.tables({"versions": ""}, results)
-    (row,) = (line for line in text.splitlines() if line.startswith("| ipo | 2.8"))
-    assert "| 0.450 [0.450, 0.450] | **+0.100** [+0.100, +0.100] |" in row and row.endswith("| 1 |")
-    assert row in alone
-    (row,) = (line for line in text.splitlines() if line.startswith("| simper | "))
-    # KL √2 · 1 and √2 · 2 over both seeds' means 1.5 and 3: beyond the middle.
-    weight = (math.log(math.sqrt(8)) - math.log(1.5)) / math.log(2)
-    expected = (1 - weight) * (0.5 + 0.85) / 2 + weight * (0.2 + 0.85) / 2
-    assert f"| {expected:.3f} [" in row and row.endswith("| 2 |")
+    assert "| dpo | **+0.100** [+0.100, +0.100], 2 | **+0.100** [+0.100, +0.100], 2 |" in text
 
 
 def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
