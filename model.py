@@ -270,9 +270,9 @@ def load_config(name: str):
         raise InputError(f"{name}: its config.json cannot be used: {error}") from error
 
 
-def check_model(name: str, max_length: int, data_sets: list[Dataset]) -> str | None:
-    """Fetch the weights of a folder or hub id. Returns model_fingerprint, on one process of a
-    machine, and None on its others. To be called while no rank waits for another.
+def check_model(name: str, max_length: int, data_sets: list[Dataset]) -> str:
+    """Fetch the weights of a folder or hub id. Returns model_fingerprint. To be called by every
+    rank, while none waits for another: reading all files can take longer than a collective may.
 
     Raises InputError if there are none, if the model has fewer than max_length positions, or no
     embedding for a token of the data sets (see load_pairs).
@@ -286,7 +286,7 @@ def check_model(name: str, max_length: int, data_sets: list[Dataset]) -> str | N
         problem = f"the tokenizer gives token {highest}, the model has {config.vocab_size}"
         raise InputError(f"{name}: {problem}: they do not belong together")
     weights_folder(name)
-    return model_fingerprint(name) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    return model_fingerprint(name)
 
 
 def build_model(config) -> PackedModel:

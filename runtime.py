@@ -443,14 +443,14 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
     lies there; heldout_unchanged, whether its held-out pairs are still in use; comparable_from,
     the number of metrics.jsonl's lines that are of others; config and digests, those of now.
 
-    digests: SHA-256 of what the run is made of, by name; None on a rank that leaves it to others.
+    digests: SHA-256 of what the run is made of, by name.
     Raises InputError if the checkpoint is of a run with others or with other settings (unless
     resume=anyway), and if ranks differ in them or in what they see of output_dir."""
     mine = asdict(config) | digests
     settings = [None] * dist.get_world_size()
     dist.all_gather_object(settings, mine)
     for rank, other in enumerate(settings):
-        names = [name for name in other if other[name] not in (None, settings[0][name])]
+        names = [name for name in other if other[name] != settings[0][name]]
         if names:
             problem = f"rank {rank} and rank 0 do not have the same {', '.join(names)}"
             raise InputError(f"{problem}: every machine needs the same files and flags")

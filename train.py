@@ -80,7 +80,7 @@ class Config:
 
 
 def train(config: Config) -> None:
-    """One run, from the data to the exported model. Every rank calls it."""
+    """One run, from the data to the exported model. Collective: every rank calls it."""
     rank, ranks, device = runtime.start_process()
     print_once = print if rank == 0 else lambda *args: None
     output = Path(config.output_dir)
@@ -133,7 +133,7 @@ def train(config: Config) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True
     )
-    rehearse(model, optimizer, pairs, pair_tokens, schedule, device)
+    rehearse(model, optimizer, pairs, schedule, device)
     reference = heldout_reference = None
     if "reference" in inspect.signature(loss_function).parameters:
         # Before a checkpoint is loaded: the model is still the one that training starts from.
@@ -165,22 +165,22 @@ def train(config: Config) -> None:
     progress = tqdm(desc="SimPER", total=last, initial=start, unit="step", disable=rank > 0)
     metrics_since_log, tokens_since_log, seconds_since_log, logged = [], 0, 0.0, start
     batches = pack_step(start + 1)
-    for step in range(start + 1, last + 1):
+    for step in range(start + 1, last + 1):  # schedule, learning_rate and step_indices begin at 0
         if stop:
             break
         began = time.perf_counter()
         optimizer.param_groups[0]["lr"] = learning_rate(step - 1, last, config)
         for number, batch in enumerate(batches, 1):
-            if config.replicas > 1:  # replicas exchange the gradient of the whole step, once
+            if config.replicas > 1:  # FSDP's method: replicas exchange a step's gradient once
                 model.set_requires_all_reduce(number == len(batches))
             batch = batch.to(device)
-            logps = model(batch)  # (R,) float32: the log-prob of every response token
+            logps = model(batch)  # (R,) float32: the log-prob of each of R response tokens
             logps.retain_grad()  # for the metrics
             losses = loss_function(logps, batch.lengths, *batch.reference)  # (pairs,)
             # The mean over the batch. FSDP averages gradients over ranks, so times their number.
             (losses.sum() * ranks / config.batch_size).backward()
-            slopes = logps.grad * config.batch_size / ranks  # ∂(the pair's loss) / ∂logps
-            metrics_since_log.append(pair_metrics(logps, losses, slopes, batch))
+            grads = logps.grad * config.batch_size / ranks  # ∂(the pair's loss) / ∂logps
+            metrics_since_log.append(pair_metrics(logps, losses, grads, batch))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         batches = pack_step(step + 1)  # before the host waits for the GPU
@@ -252,28 +252,33 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def rehearse(model, optimizer, pairs: Dataset, pair_tokens, schedule: list, device) -> None:
-    """Run forward and backward of the micro-batch with the most tokens on one rank, with Adam's
-    state in place, and forget the result: a run that does not fit the memory fails now, with a note
-    on what to do, and not hours later. Collective."""
+def rehearse(model, optimizer, pairs: Dataset, schedule: list, device) -> None:
+    """Run forward and backward of the micro-batches with the most tokens (for the blocks' memory)
+    and the most response tokens (for the head's) on one rank, Adam's state in place, and forget the
+    result: a run that does not fit fails now, with a note, and not hours later. Collective."""
+    lengths = pair_lengths(pairs)
+    pair_tokens, response_tokens = lengths.sum(axis=1), lengths[:, 1:].sum(axis=1)
+    micro_batches = [shares for step in schedule for shares in step]
 
-    def cost(shares: list[list[int]]) -> int:
-        return max(pair_tokens[share].sum() for share in shares)
+    def largest(tokens: np.ndarray) -> int:
+        costs = [max(tokens[share].sum() for share in shares) for shares in micro_batches]
+        return costs.index(max(costs))
 
-    largest = max((shares for micro_batches in schedule for shares in micro_batches), key=cost)
-    runtime.checkpoint_tensors(model, optimizer)  # creates Adam's state
-    if max(map(len, schedule)) > 1:  # there are gradients of earlier micro-batches
+    runtime.checkpoint_tensors(model, optimizer)  # for its side effect: Adam's state, as zeros
+    if len(micro_batches) > len(schedule):  # there are gradients of earlier micro-batches
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
     try:
-        # The loss itself takes next to nothing.
-        model(pack_rows(pairs, largest[dist.get_rank()]).to(device)).sum().backward()
+        for number in {largest(pair_tokens), largest(response_tokens)}:
+            shares = micro_batches[number]
+            model(pack_rows(pairs, shares[dist.get_rank()]).to(device)).sum().backward()
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            advice = f"lower --micro_batch_tokens (the longest pair has {pair_tokens.max()})"
+            tokens = max(pair_tokens[share].sum() for share in shares)
             error.add_note(
-                f"The run's largest micro-batch, {cost(largest)} tokens on a rank, needs too much "
-                f"memory: {advice}, or set --activation_checkpointing true."
+                f"The run's largest micro-batch, {tokens} tokens on a rank, needs too much memory: "
+                f"lower --micro_batch_tokens (the longest pair has {pair_tokens.max()}), or set "
+                "--activation_checkpointing true."
             )
         raise
     optimizer.zero_grad()
@@ -283,14 +288,14 @@ def rehearse(model, optimizer, pairs: Dataset, pair_tokens, schedule: list, devi
 
 
 @torch.no_grad()
-def pair_metrics(logps, losses, slopes, batch: MicroBatch) -> dict[str, torch.Tensor]:
+def pair_metrics(logps, losses, grads, batch: MicroBatch) -> dict[str, torch.Tensor]:
     """What is logged of each pair of a MicroBatch: {name: (pairs,)}. A new metric is one line here.
 
-    logps: (R,) log-probs of the response tokens; losses: (pairs,); slopes: (R,) ∂loss/∂logps.
+    logps: (R,) log-probs of the response tokens; losses: (pairs,); grads: (R,) ∂loss/∂logps.
     """
     mean_logps = sum_logps(logps.double(), batch.lengths) / batch.lengths
     chosen, rejected = mean_logps.unbind(dim=1)
-    chosen_slope, rejected_slope = sum_logps(slopes.double(), batch.lengths).unbind(dim=1)
+    chosen_grad, rejected_grad = sum_logps(grads.double(), batch.lengths).unbind(dim=1)
     return {
         "loss": losses.detach(),
         "inverse_perplexity/chosen": chosen.exp(),
@@ -303,8 +308,8 @@ def pair_metrics(logps, losses, slopes, batch: MicroBatch) -> dict[str, torch.Te
         "length/rejected": batch.lengths[:, 1],
         # How hard the loss raises the chosen and lowers the rejected response's mean log-prob:
         # −∂loss/∂m_w and ∂loss/∂m_l. Under SimPER these are the two inverse perplexities.
-        "gradient_weight/chosen": -chosen_slope,
-        "gradient_weight/rejected": rejected_slope,
+        "gradient_weight/chosen": -chosen_grad,
+        "gradient_weight/rejected": rejected_grad,
     }
 
 
@@ -325,8 +330,7 @@ def evaluate(model, loss_function: Callable, batches: list, device, sigterm) -> 
     Collective."""
     rows, stop = [], False
     for batch in batches:
-        stop = any(runtime.max_over_ranks(device, sigterm.is_set()))
-        if stop:
+        if stop := any(runtime.max_over_ranks(device, sigterm.is_set())):
             break
         batch = batch.to(device)
         logps = model(batch).requires_grad_()  # no gradient beyond them, which the metrics need

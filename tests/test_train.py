@@ -1378,20 +1378,31 @@ def test_gradients_are_clipped(base, tmp_path):
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_the_costliest_micro_batch_comes_first(base, tmp_path, monkeypatch):
+def test_the_costliest_micro_batches_come_first(base, tmp_path, monkeypatch):
+    """With a pair of a long prompt, and one of fewer tokens but longer responses, whose log-probs
+    take more memory."""
+    rows = [{"prompt": "a" * n, "chosen": "b" * n, "rejected": "c" * n} for n in (4, 5, 6, 7)]
+    rows += [{"prompt": "a" * 90, "chosen": "b", "rejected": "c"}]
+    rows += [{"prompt": "a", "chosen": "b" * 30, "rejected": "c" * 29}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = base | {"train_data": str(tmp_path / "pairs.jsonl"), "eval_data": ""}
+    values |= {"batch_size": 6, "num_epochs": 2, "max_length": 120, "max_prompt_length": 100}
+    values["micro_batch_tokens"] = 105
     seen, pack_rows = [], train.pack_rows
 
     def watch(*args):
         batch = pack_rows(*args)
-        seen.append(len(batch.input_ids))
+        seen.append((len(batch.input_ids), len(batch.targets)))
         return batch
 
     monkeypatch.setattr(train, "pack_rows", watch)
-    lines = run(base | {"micro_batch_tokens": 200, "eval_data": ""}, tmp_path / "run")
-    assert seen[0] == max(seen[1:]) and len(seen) > 4
+    lines = run(values, tmp_path / "run")
+    rehearsed, steps = seen[:2], seen[2:]
+    assert {max(steps), max(steps, key=lambda size: size[1])} == {*rehearsed}
+    assert len({*rehearsed}) == 2 and len(steps) > 4
     # The first step's learning rate is 0: had the rehearsal left a gradient behind, the norm would
     # be another.
-    plain = run(base | {"micro_batch_tokens": 2000, "eval_data": ""}, tmp_path / "plain")
+    plain = run(values | {"micro_batch_tokens": 2000}, tmp_path / "plain")
     assert lines[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=1e-5)
 
 
