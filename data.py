@@ -39,13 +39,15 @@ DATE += " | replace('%b', 'Jul') | replace('%B', 'July') | replace('%y', '24')"
 DATE += " | replace('%Y', '2024') }}{% endmacro +%}"
 DROPPED = ("empty", "identical", "different prompts", "end of turn inside", "refused by template")
 COLUMNS = ("prompt", "chosen", "rejected")
+UNREAD = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # a message's other parts
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-FORMATS = """Accepted rows (further columns are ignored):
+FORMATS = """Accepted rows (further columns are ignored, but a system prompt must be a message):
   {"prompt": text, "chosen": text, "rejected": text}
   {"prompt": [messages], "chosen": text or [one assistant message], "rejected": likewise}
   {"chosen": [messages], "rejected": [messages]}  equal up to the last message, an assistant's
   {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}    a dialogue as in HH-RLHF
-A message is {"role": "system" or "user" or "assistant", "content": text}."""
+A message is {"role": "system" or "user" or "assistant", "content": text}; the content holds all of
+it: calls of tools, or reasoning, in keys of their own are not read."""
 
 
 # ---- Sources and rows ----------------------------------------------------------------------------
@@ -160,23 +162,27 @@ def parse_row(row: dict) -> tuple[list | str, str, str] | None:
             if found:
                 comparable = context == other and "\n\nHuman:" not in chosen + rejected
                 return (context + marker, chosen, rejected) if comparable else None
-        elif isinstance(prompt, str) and prompt.strip():
+        elif isinstance(prompt, str) and prompt.strip() and not row.get("system"):
             return prompt, chosen, rejected
         elif is_conversation(prompt) and prompt[-1]["role"] != "assistant":
             return as_messages(prompt), chosen, rejected
-    if any(v == [] or isinstance(v, str) and not v.strip() for v in map(row.get, COLUMNS)):
+    blank = [v == [] or isinstance(v, str) and not v.strip() for v in (prompt, chosen, rejected)]
+    answers = all(isinstance(v, str) or is_conversation(v) for v in (chosen, rejected))
+    if any(blank[1:]) or blank[0] and answers:
         return [], "", ""
     kinds = {column: type(value).__name__ for column, value in row.items()}
     raise InputError(f"in none of the accepted formats; its columns are {kinds}.\n{FORMATS}")
 
 
 def is_conversation(value) -> bool:
-    """Whether value is a non-empty list of messages with a known role and text as content."""
+    """Whether value is a non-empty list of messages with a known role, and text as content and
+    nothing beside it."""
     return (
         isinstance(value, list)
         and len(value) > 0
         and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
         and all(m.get("role") in ("system", "user", "assistant") for m in value)
+        and not any(m.get(key) for m in value for key in UNREAD)
     )
 
 
@@ -203,7 +209,9 @@ def load_tokenizer(name: str, chat_template: str = ""):
     in place of its own. Never runs code that comes with it. Raises InputError if one of them cannot
     be read."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # mistral_format: the tokenizer of mistral-common, where that is installed, has no template.
+        options = {"trust_remote_code": False, "mistral_format": False}
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if chat_template:
             tokenizer.chat_template = Path(chat_template).read_text()
         return tokenizer
@@ -308,8 +316,11 @@ def tokenize_pair(tokenizer, prompt: list | str, answers: list[str], end: tuple[
             if not text.startswith(start) or not text.endswith(tail):
                 raise InputError(
                     "the chat template does not render this conversation as the prompt followed by "
-                    "the answer, so the answer's tokens cannot be told from the prompt's"
+                    "the answer, so the answer's tokens cannot be told from the prompt's: give one "
+                    "that does with --chat_template FILE"
                 )
+            if "".join(answer.split()) not in "".join(text.split()):  # as of reasoning
+                raise InputError(f"the chat template leaves out a part of the answer {answer!r}")
             body = text[len(start) : len(text) - len(tail)]
         if not body.strip():
             return []

@@ -84,6 +84,26 @@ ROWS = [
         ["'chosen': 'list'"],
     ),
     (
+        "a call of a tool beside text",
+        {"chosen": [Q, PLUS | {"tool_calls": [{"id": "1"}]}], "rejected": [Q, WHAT]},
+        ["'chosen': 'list'", "calls of tools, or reasoning, in keys of their own are not read"],
+    ),
+    (
+        "reasoning beside the answer",
+        {"prompt": "?", "chosen": [PLUS | {"reasoning_content": "a"}], "rejected": [WHAT]},
+        ["'chosen': 'list'"],
+    ),
+    (
+        "a system column",
+        TEXT | {"system": "In French."},
+        ["a system prompt must be a message", "'system': 'str'"],
+    ),
+    (
+        "a blank prompt, and answers of unknown roles",
+        {"prompt": "", "chosen": [message("gpt", "a")], "rejected": [message("gpt", "b")]},
+        ["'chosen': 'list'"],
+    ),
+    (
         "a prompt that the conversations do not have",
         {"prompt": [message("user", "who?")], "chosen": [Q, PLUS], "rejected": [Q, WHAT]},
         ["'prompt': 'list'"],

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from data import (
     fingerprint,
     load_pairs,
     load_rows,
+    load_tokenizer,
     pack,
     pack_rows,
     spread_pairs,
@@ -616,6 +618,27 @@ def test_fingerprint_is_of_the_tokens_and_their_order(write):
     )
     same, equal, longer = (fingerprint(load_pairs(source, CHAT, 200, 100)[0]) for source in sources)
     assert same == equal != longer
+
+
+def test_a_template_that_leaves_out_a_part_of_the_answer_is_an_error(write):
+    """As those of reasoning models do with what stands before </think>."""
+    split = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    assert split != CHATML
+    rows = [{"prompt": "what", "chosen": f"<think>{a}</think> plus", "rejected": a} for a in "ab"]
+    with pytest.raises(InputError, match="row 0: the chat template leaves out a part of the answ"):
+        load_pairs(write(rows), make_tokenizer(split), 100, 90)
+    assert load_pairs(write(rows), make_tokenizer(CHATML), 100, 90)[0]
+
+
+def test_mistral_models_keep_their_chat_template(tmp_path, monkeypatch):
+    """Where mistral-common is installed, their folders would get its tokenizer, which has none."""
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    names = "transformers.models.auto.tokenization_auto.TOKENIZER_MAPPING_NAMES"
+    monkeypatch.setitem(pkgutil.resolve_name(names), "mistral", "MistralCommonBackend")
+    resolve = "transformers.integrations.mistral.tokenizer.resolve_mistral_format"
+    monkeypatch.setattr(resolve, lambda *args, **kwargs: pytest.fail("asks for it"))
+    assert load_tokenizer(str(tmp_path)).chat_template == make_tokenizer().chat_template
 
 
 def test_dialogues_that_the_template_refuses_are_counted(write):
