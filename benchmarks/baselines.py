@@ -180,7 +180,10 @@ def trl(config: Config) -> None:
 
 
 def main() -> None:
-    {"textbook": textbook, "trl": trl}[sys.argv[1]](parse_args(sys.argv[2:]))
+    step = {"textbook": textbook, "trl": trl}.get("".join(sys.argv[1:2]))
+    if step is None:
+        sys.exit(__doc__)
+    step(parse_args(sys.argv[2:]))
     if dist.is_initialized():
         dist.destroy_process_group()
 

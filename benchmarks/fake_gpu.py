@@ -377,7 +377,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=["simper", "textbook"], default="simper")
     parser.add_argument("--ranks", type=int, default=8, help="GPUs in all")
     parser.add_argument("--lengths", choices=LENGTHS, default="ultrafeedback")
-    parser.add_argument("--textbook_pairs", type=int, default=2, help="of the textbook, a forward")
+    parser.add_argument("--textbook_pairs", type=int, default=2, help="the textbook's, a forward")
     parser.add_argument("--row", action="store_true", help="print one line of docs/gpu.md's table")
     args, rest = parser.parse_known_args()
     if not torch.version.cuda:
@@ -409,4 +409,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run_command(main)

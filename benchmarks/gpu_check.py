@@ -5,9 +5,11 @@
 
 On all GPUs of the machine. Each line says what was compared, the figure, and what it may be at
 most; the exit code is the number of checks that failed. `--device cpu` runs the same on the CPU.
+Two of the short trainings are on one GPU, which a model of 16 bytes a parameter must fit.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ import torch
 import model as model_module
 from data import pack
 from demo.smollm2 import resolve_model
-from runtime import read_lines
+from runtime import read_lines, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +64,9 @@ def run_training(args, ranks: int, *flags: str) -> list[dict]:
     command += ["--wandb", "off", "--train_data", args.train_data, "--eval_data", args.train_data]
     with tempfile.TemporaryDirectory() as output:
         command += ["--output_dir", f"{output}/run", *args.flags, *flags]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
+        environment = os.environ | hidden
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "rror" in line]
             raise RuntimeError(lines[0] if lines else f"exit code {done.returncode}")
@@ -141,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from data import InputError, pack, spread_pairs, truncate
 from demo.smollm2 import resolve_model
+from eval.report import at_least
 from model import LOGITS_BYTES, PackedModel, blocks, build_model, shard, varlen_attention
 from runtime import run_command
 from train import Config, parse_args
@@ -283,7 +284,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
+    parser.add_argument("--gpus", type=at_least(1), required=True, help="GPUs in all")
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="80 GB each, eight in a node")
     parser.add_argument(
         "--lengths",
@@ -291,7 +292,7 @@ def main() -> None:
         default="ultrafeedback",
         help="the pairs' lengths, before truncation",
     )
-    parser.add_argument("--pairs", type=int, default=60_000, help="pairs in an epoch")
+    parser.add_argument("--pairs", type=at_least(1), default=60_000, help="pairs in an epoch")
     parser.add_argument("--row", action="store_true", help="print one line of docs/plan.md's table")
     args, train_flags = parser.parse_known_args()
     recipe = parse_args([args.recipe, *train_flags])

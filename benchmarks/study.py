@@ -39,7 +39,7 @@ from data import InputError, load_tokenizer
 from demo.smollm2 import demo_model
 from eval.generate import generate_tokens, load_prompts, prompt_ids, stop_tokens
 from eval.plots import new_figure, plot
-from eval.report import read_records
+from eval.report import at_least, read_records
 from eval.score import load_scorer, score_answers
 from loss import LOSSES
 from runtime import read_lines, run_command, write_whole
@@ -372,7 +372,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "study.jsonl")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "study.md")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/study"))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=1, help="runs at a time, which share the cores"
+    )
     parser.add_argument("--report", action="store_true", help="only write the tables and figures")
     args = parser.parse_args()
     setting, results = read_results(args.results)

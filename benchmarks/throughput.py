@@ -47,6 +47,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 from benchmarks.plan import LENGTHS, flops, sample_lengths
 from data import load_pairs, load_tokenizer, step_indices
 from demo.smollm2 import resolve_model
+from eval.report import at_least
 from model import build_model
 from runtime import run_command
 
@@ -245,7 +246,7 @@ def main() -> None:
     parser.add_argument(
         "--pairs",
         nargs="+",
-        type=int,
+        type=at_least(1),
         default=[8],
         help="pairs in a step, in one micro-batch per rank",
     )
@@ -255,9 +256,9 @@ def main() -> None:
         default=list(ARMS),
         help="NAME[,FLAG=VALUE ...]; NAME is simper, textbook or trl",
     )
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=at_least(1), default=5)
     parser.add_argument(
-        "--steps", type=int, default=3, help="steps of each process; the first is not timed"
+        "--steps", type=at_least(2), default=3, help="steps of each process; the first is not timed"
     )
     parser.add_argument(
         "--max_length",

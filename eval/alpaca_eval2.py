@@ -25,9 +25,9 @@ from huggingface_hub import hf_hub_download
 
 from data import InputError
 from eval.generate import answer, engine_options, short_name
-from eval.judge import MODEL, Judge, api_key, open_judge
-from eval.report import GENERATION, file_sha256, make_parser, start_model, write_result
-from runtime import run_command, write_whole
+from eval.judge import MODEL, REFUSALS, REFUSED, Judge, api_key, open_judge
+from eval.report import GENERATION, at_least, file_sha256, make_parser, start_model, write_result
+from runtime import lock_folder, run_command, write_whole
 
 # The authors' settings by recipe (the configs for alpaca_eval of SimPO and SimPER).
 DECODING = {
@@ -118,6 +118,7 @@ def prepare_judge(annotator: str, model: str, base_url: str, folder: Path):
     hub_file("df_gamed.csv", cache_dir=constants.DEFAULT_CACHE_DIR)  # for the length control
     judge = open_judge(model, base_url, max_tokens=1, temperature=1, logprobs=True)
     folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)  # until this process ends: another one would pay for the same judgments
     client.write_text(yaml.safe_dump({"default": [{"base_url": base_url}]}))
     return alpaca_eval, judge
 
@@ -130,8 +131,15 @@ def run_judge(
     folder: Path,
     annotator: str,
     base_url: str,
-) -> dict[str, float]:
-    """Run the official evaluation and return its metrics for these outputs."""
+) -> tuple[dict[str, float], str]:
+    """Run the official evaluation. → its metrics for these outputs, and the judge's versions.
+
+    What the judge refuses counts as "unjudged". Raises InputError if a call fails, or REFUSALS are
+    refused in a row.
+    """
+    from alpaca_eval.decoders import openai as decoder
+    from openai import APIStatusError
+
     official = Path(alpaca_eval.constants.EVALUATORS_CONFIG_DIR)
     config = yaml.safe_load((official / annotator / "configs.yaml").read_text())[annotator]
     config["prompt_template"] = str(official / config["prompt_template"])
@@ -154,6 +162,28 @@ def run_judge(
             lines = json.loads(text[:end] + "\n  }]") if end >= 0 else []
         judged = [line for line in lines if line["preference"] not in (None, -1)]
         write_whole(cache, json.dumps(judged, indent=2))
+    # Which versions of the judge wrote it.
+    file = cache.with_suffix(".versions")
+    versions = set()
+    if cache.exists():
+        versions = {*file.read_text().splitlines()} if file.exists() else {"unknown"}
+    ask, refused = decoder._openai_completion_helper, []  # refused: reasons, since the last answer
+
+    def ask_or_leave_out(*args, **kwargs) -> list[dict]:
+        try:
+            answers = ask(*args, **kwargs)
+        except APIStatusError as error:
+            refused.append(str(error))
+            if error.status_code not in REFUSED or len(refused) >= REFUSALS:
+                raise
+            return [{"text": "", "total_tokens": 0}]  # as the tool does for a filter of OpenAI's
+        refused.clear()
+        if judge.version not in versions:
+            versions.add(judge.version)
+            write_whole(file, "\n".join(versions))
+        return answers
+
+    decoder._openai_completion_helper = ask_or_leave_out
     # It logs thousands of lines; its errors are raised, too.
     logging.disable(logging.ERROR)
     try:
@@ -176,10 +206,12 @@ def run_judge(
         ) from error
     finally:
         logging.disable(logging.NOTSET)
+        decoder._openai_completion_helper = ask
     row = table.iloc[0].to_dict()
     metrics = {key: value for key, value in row.items() if isinstance(value, (int, float))}
     preferences = [annotation["preference"] for annotation in annotations]
-    return metrics | {"unjudged": sum(p is None or math.isnan(p) for p in preferences)}
+    metrics["unjudged"] = sum(p is None or math.isnan(p) for p in preferences)
+    return metrics, ", ".join(sorted(versions))
 
 
 def main() -> None:
@@ -202,10 +234,13 @@ def main() -> None:
         "--reference", default="", help=f"the reference's outputs; empty: {REFERENCE} of {HUB}"
     )
     parser.add_argument(
-        "--limit", type=int, default=0, help="answer the first N instructions, without the judge"
+        "--limit",
+        type=at_least(0),
+        default=0,
+        help="answer the first N instructions, without the judge",
     )
     parser.add_argument(
-        "--annotator", default=ANNOTATOR, help="name of one of alpaca_eval's annotators"
+        "--annotator", default=ANNOTATOR, help="one of alpaca_eval's whose name begins weighted_"
     )
     parser.add_argument("--judge_model", default=MODEL, help="the judge's name at its endpoint")
     args = parser.parse_args()
@@ -245,7 +280,7 @@ def main() -> None:
     if alpaca_eval is None:
         return
     load_outputs(str(outputs))  # checks them
-    metrics = run_judge(
+    metrics, versions = run_judge(
         alpaca_eval,
         judge,
         outputs,
@@ -265,7 +300,7 @@ def main() -> None:
         "annotator": args.annotator,
         "judge_base_url": args.judge_base_url,
         "judge_model": args.judge_model,
-        "judge_version": judge.version,
+        "judge_version": versions,
         "reference_sha256": file_sha256(reference_file),
         "cut": cut,
         "empty": empty,

@@ -40,6 +40,7 @@ from data import (
 from demo.smollm2 import resolve_model
 from eval.report import (
     GENERATION,
+    at_least,
     make_parser,
     parse_engine_args,
     print_scores,
@@ -50,6 +51,7 @@ from model import generation_config, load_config, model_fingerprint
 from runtime import run_command
 
 VLLM_BATCH = 512  # prompts in one call of vLLM, which forms its own batches
+SEEDS_APART = 10**9  # more than there are prompts: no batch has the seed of a run with another seed
 NO_VLLM = "--engine vllm: vLLM is not installed. It needs an environment of its own: "
 NO_VLLM += "pip install -r requirements.txt -r eval/requirements.txt vllm"
 
@@ -214,7 +216,11 @@ def load_engine(engine: str, folder: str, batch_size: int, seed: int, engine_arg
     tokenizer, more = load_tokenizer(folder), parse_engine_args(engine_args)
     if engine == "transformers":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **more)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **more)
+        except (TypeError, AttributeError) as error:  # as of vLLM's arguments
+            reason = f"--engine_args {engine_args}: transformers does not take them: {error}"
+            raise InputError(reason) from error
         model = model.to(device).eval()
         return functools.partial(generate, model, tokenizer, batch_size=batch_size)
     try:
@@ -287,7 +293,7 @@ def answer(
         new = run(
             [prompts[i] for i in batch],
             max_new_tokens=max_new_tokens,
-            seed=seed + start,
+            seed=seed * SEEDS_APART + start,
             **sampling,
         )
         answers |= {i: pair for i, pair in zip(batch, new) if i in missing}
@@ -410,9 +416,11 @@ def main() -> None:
         default="demo/heldout.jsonl",
         help="rows with a prompt, or preference data whose prompts to answer",
     )
-    parser.add_argument("--num_prompts", type=int, default=4, help="spread over the data; 0: all")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument(
+        "--num_prompts", type=at_least(0), default=4, help="spread over the data; 0: all"
+    )
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=128)
+    parser.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument(
         "--output_dir", default="", help="folder for a file of answers per model; empty: not kept"
@@ -421,9 +429,9 @@ def main() -> None:
         "--score", default="", metavar="SCORER", help="a reward model, or FILE.py:FUNCTION"
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.0, help="of the share of scores above it"
+        "--threshold", type=float, default=0.0, help="report the share of scores above it"
     )
-    parser.add_argument("--show", type=int, help="prompts to print with their answers; all")
+    parser.add_argument("--show", type=at_least(0), help="prompts to print; by default all")
     args = parser.parse_args()
 
     if args.engine == "vllm" and len(args.models) > 1:
@@ -432,6 +440,11 @@ def main() -> None:
         )
     scorer = load_scorer(args.score, args.batch_size) if args.score else None
     prompts = load_prompts(args.data, args.num_prompts)
+    for name in args.models:  # before the first one is run
+        load_tokenizer(resolve_model(name)), load_config(resolve_model(name))
+    names = {short_name(name) for name in args.models}
+    if args.output_dir and len(names) < len({*map(resolve_model, args.models)}):
+        raise InputError("two of the models have the same short name, that of their answers' file")
     columns = []
     for name in args.models:
         answers = answer(

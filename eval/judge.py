@@ -28,6 +28,7 @@ from data import InputError
 MODEL = "meta-llama/Llama-3.3-70B-Instruct"
 URL = "http://localhost:8000/v1"
 REFUSALS = 5  # after so many in a row, the judge is at fault and not what it is asked
+REFUSED = (400, 403, 413, 422)  # the HTTP status of what would be refused again
 ADVICE = "see the top of eval/judge.py for a judge of your own, or choose --generate_only"
 
 
@@ -112,21 +113,21 @@ def ask_all(
     path: Path,
     workers: int,
 ) -> dict[Hashable, dict]:
-    """Ask the judge for every task {key: messages} → {key: record(key, the judge's text)}. The
-    records are appended to `path` as they come.
+    """Ask the judge for every task {key: messages} → {key: record(key, the judge's text)}, with its
+    "judge_version". The records are appended to `path` as they come.
 
     workers: calls at a time. A task that the judge refuses (as too long, or by a filter) or answers
     with no text gets the record of an empty text and, as "refused", the reason: asked again, it
     would be refused again. Raises InputError if a call fails, or REFUSALS are refused in a row; the
     calls that are running then, or when the user interrupts, are still recorded.
     """
-    from openai import BadRequestError, OpenAIError, UnprocessableEntityError
+    from openai import APIStatusError, OpenAIError
 
     records, refused = {}, {}  # refused: {key: reason}, since the last text
     lock, stop = threading.Lock(), threading.Event()
 
     def keep(key: Hashable, text: str, **more) -> None:
-        records[key] = record(key, text) | more
+        records[key] = record(key, text) | {"judge_version": judge.version} | more
         print(json.dumps(records[key]), file=file, flush=True)
 
     def ask(key: Hashable) -> None:
@@ -136,7 +137,9 @@ def ask_all(
         try:
             reply = create(model=judge.model, messages=tasks[key], **judge.options)
             text, reason = first_text(reply), "it answers with no text"
-        except (BadRequestError, UnprocessableEntityError) as error:
+        except APIStatusError as error:
+            if error.status_code not in REFUSED:
+                raise
             text, reason = "", str(error)
         with lock:
             if text:
@@ -170,6 +173,11 @@ def ask_all(
         finally:
             stop.set()  # no further calls
     return records
+
+
+def judge_versions(records: list[dict]) -> str:
+    """The versions of the judge that wrote these records of ask_all."""
+    return ", ".join(sorted({record.get("judge_version", "unknown") for record in records}))
 
 
 def first_text(reply) -> str:

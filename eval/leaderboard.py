@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from data import DATE, InputError, load_tokenizer
+from data import DATE, InputError, load_tokenizer, tokenizer_digests
 from demo.smollm2 import resolve_model
 from eval.generate import NO_VLLM, short_name
-from eval.report import make_parser, parse_engine_args, write_result
+from eval.report import at_least, make_parser, parse_engine_args, write_result
 from model import model_fingerprint
 from runtime import run_command
 
@@ -172,7 +172,9 @@ def main() -> None:
         help="ask in the model's chat format; leaderboard: as it does, for chat models in the six "
         "benchmarks of its version 2",
     )
-    parser.add_argument("--limit", type=int, default=0, help="questions of each task; 0: all")
+    parser.add_argument(
+        "--limit", type=at_least(0), default=0, help="questions of each task; 0: all"
+    )
     parser.add_argument("--batch_size", default="auto")
     args = parser.parse_args()
 
@@ -189,7 +191,8 @@ def main() -> None:
     if args.engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise InputError(NO_VLLM)
     source = resolve_model(args.model)
-    template = load_tokenizer(source).chat_template
+    tokenizer = load_tokenizer(source)
+    template, digests = tokenizer.chat_template, tokenizer_digests(tokenizer)
     if args.apply_chat_template == "true" and not template:
         raise InputError(f"--apply_chat_template true: {args.model} has no chat template")
     chat = {benchmark: args.apply_chat_template == "true" for benchmark in args.benchmarks}
@@ -201,6 +204,7 @@ def main() -> None:
             "shots": BENCHMARKS[benchmark][1],
             "engine": args.engine,
             "lm_eval": lm_eval.__version__,
+            **digests,
             **({"engine_args": args.engine_args} if args.engine_args else {}),
         }
         for benchmark in args.benchmarks
@@ -222,8 +226,9 @@ def main() -> None:
             options |= {"device": device, "batch_size": size}
         model = get_model(args.engine.replace("transformers", "hf"))(pretrained=source, **options)
         if template:
-            model.tokenizer.chat_template = DATE + template  # today is as in training
-    engine = f"{model_fingerprint(source)} {args.engine} {args.engine_args}"
+            # Today is as in training. lm_eval's vLLM reads the second.
+            model.tokenizer.chat_template = model.hf_chat_template = DATE + template
+    engine = f"{model_fingerprint(source)} {digests} {args.engine} {args.engine_args}"
     of_model = hashlib.sha256(engine.encode()).hexdigest()[:16]
     for benchmark in missing:
         task, shots, _ = BENCHMARKS[benchmark]

@@ -27,10 +27,10 @@ from pathlib import Path
 
 from data import InputError
 from eval.generate import answer, engine_options, own_sampling, short_name
-from eval.judge import MODEL, Judge, ask_all, endpoint_name, open_judge
+from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
 from eval.plots import radar_figure
-from eval.report import GENERATION, file_sha256, make_parser, read_records, write_result
-from runtime import run_command
+from eval.report import GENERATION, at_least, file_sha256, make_parser, read_records, write_result
+from runtime import run_command, write_whole
 
 # FastChat's temperatures (llm_judge/common.py); all other settings are FastChat's, too.
 TEMPERATURES = {
@@ -56,7 +56,7 @@ PROMPTS = {  # (with reference, turn): name of the judge's prompt
 
 def read_lines(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
     except FileNotFoundError:
         raise InputError(
             f"{path} is missing: see the top of eval/mt_bench.py for where it comes from"
@@ -254,12 +254,14 @@ def main() -> None:
         "--reference", default="gpt-4", help="whose reference answers to use, NAME.jsonl in --data"
     )
     parser.add_argument(
-        "--repeats", type=int, default=1, help="times to judge everything, for the spread"
+        "--repeats", type=at_least(1), default=1, help="times to judge everything, for the spread"
     )
-    parser.add_argument("--workers", type=int, default=8, help="calls of the judge at a time")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=8, help="calls of the judge at a time"
+    )
     parser.add_argument(
         "--limit",
-        type=int,
+        type=at_least(0),
         default=0,
         help="only the first N questions: a quick look, no result for a table",
     )
@@ -270,8 +272,6 @@ def main() -> None:
     questions = load_questions(data)
     if args.limit:
         questions, folder = questions[: args.limit], folder / f"limit-{args.limit}"
-    if args.repeats < 1:
-        raise InputError(f"--repeats must be at least 1, not {args.repeats}")
     if not args.generate_only:
         prompts, references = load_judge(data, args.reference, questions)
         judge = open_judge(args.judge, args.judge_base_url, JUDGE_TOKENS, temperature=0)
@@ -281,7 +281,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     written = read_lines(path) if path.exists() else []
     if [line["choices"] for line in written] != [line["choices"] for line in answers]:
-        path.write_text("".join(json.dumps(line) + "\n" for line in answers))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in answers))
     print(f"{path}: {len(answers)} answers of two turns")
     if args.generate_only:
         return
@@ -309,7 +309,7 @@ def main() -> None:
     errors = {} if error is None else {"score": error}
     settings = {
         "judge": args.judge,
-        "judge_version": judge.version,
+        "judge_version": judge_versions([*itertools.chain(*judged)]),
         "judge_options": judge.options,
         "reference": args.reference,
         "judge_base_url": args.judge_base_url,

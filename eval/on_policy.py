@@ -23,7 +23,7 @@ import torch
 
 from data import InputError
 from eval.generate import answer, load_engine, load_prompts, sampling_options
-from eval.report import GENERATION, make_parser
+from eval.report import GENERATION, at_least, make_parser
 from eval.score import load_scorer, score_answers
 from runtime import run_command, write_whole
 
@@ -58,16 +58,18 @@ def choose_pair(
 def main() -> None:
     parser = make_parser(__doc__, "model", *GENERATION)
     parser.add_argument("--data", required=True, metavar="PROMPTS", help="file, folder or hub id")
-    parser.add_argument("--num_prompts", type=int, default=0, help="spread over the data; 0: all")
+    parser.add_argument(
+        "--num_prompts", type=at_least(0), default=0, help="spread over the data; 0: all"
+    )
     parser.add_argument("--samples", type=int, default=4, help="answers to each prompt")
     parser.add_argument("--score", required=True, metavar="SCORER")
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="the pairs")
     parser.add_argument(
-        "--min_gap", type=float, default=0.0, help="a pair's scores are at least so far apart"
+        "--min_gap", type=float, default=0.0, help="least difference of a pair's scores"
     )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=512)
     args = parser.parse_args()
     output = Path(args.output)
     if output.suffix != ".jsonl":

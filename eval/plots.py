@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data import InputError
-from eval.report import make_parser
+from eval.report import at_least, make_parser
 from runtime import read_lines, run_command
 
 CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
@@ -169,8 +169,13 @@ def main() -> None:
         "--heldout", action="store_true", help="the evaluations instead of the training steps"
     )
     parser.add_argument("--radar", action="store_true", help="MT-Bench's scores by category")
-    parser.add_argument("--smooth", type=int, help="steps; by default a tenth. 1: not at all")
+    parser.add_argument(
+        "--smooth", type=at_least(1), help="steps; by default a tenth. 1: not at all"
+    )
     args = parser.parse_args()
+    if Path(args.output).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--output {args.output}: its name must end with .png, .svg or .pdf")
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     try:
         if args.radar:
             files = {Path(run).name: Path(run) / "mt_bench.json" for run in args.runs}

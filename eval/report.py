@@ -18,8 +18,10 @@ import csv
 import hashlib
 import importlib.metadata
 import json
+import os
 import statistics
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,6 +33,20 @@ from eval.judge import URL
 from model import model_fingerprint
 from runtime import run_command, write_whole
 
+
+def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
+    """A type for argparse: a number of `kind` that is not below `minimum`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value >= minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it where the text is no number
+    return parse
+
+
 # Arguments that several commands have, as argparse's add_argument takes them.
 SHARED_ARGUMENTS = {
     "model": {"metavar": "MODEL", "help": "folder or hub id"},
@@ -40,8 +56,8 @@ SHARED_ARGUMENTS = {
         "metavar": "NAME=VALUE,...",
         "help": "of the engine, as in tensor_parallel_size=8,max_model_len=8192 for vllm",
     },
-    "--batch_size": {"type": int, "default": 8, "help": "prompts at once; vllm: not used"},
-    "--seed": {"type": int, "default": 0},
+    "--batch_size": {"type": at_least(1), "default": 8, "help": "prompts at once; vllm: not used"},
+    "--seed": {"type": at_least(0), "default": 0},
     "--generate_only": {"action": "store_true", "help": "stop before the judge"},
     "--judge_base_url": {"default": URL, "help": "an OpenAI-compatible endpoint"},
     "--output_dir": {"default": "results", "help": "folder of all models' results"},
@@ -102,7 +118,10 @@ def parse_engine_args(text: str) -> dict:
         name, equals, value = part.partition("=")
         if not (name.strip().isidentifier() and equals):
             raise InputError(f"--engine_args {text}: {part!r} is not of the form name=value")
-        values[name.strip()] = yaml.safe_load(value)
+        try:
+            values[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--engine_args {text}: {value!r} cannot be read") from error
     return values
 
 
@@ -114,10 +133,10 @@ def file_sha256(path: str | Path) -> str:
 def read_records(path: Path) -> list[dict]:
     """The JSON objects of a file of answers or judgments, if there is one. A last line whose
     writing was interrupted is removed."""
-    content = path.read_text() if path.exists() else ""
-    whole = content[: content.rfind("\n") + 1]
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        path.write_text(whole)
+        os.truncate(path, len(whole))  # not written anew: that could fail, and lose all
     return [json.loads(line) for line in whole.splitlines()]
 
 
@@ -257,6 +276,7 @@ def conditions(result: dict, score: str) -> dict:
     if result["benchmark"] in ("preference", "mt_bench"):
         files = {k: v for k, v in result["inputs_sha256"].items() if k != "answers"}
         found["files"] = sorted(digest[:12] for digest in files.values())
+        found["pairs"] = result["scores"].get("pairs")  # a tokenizer may have led to drop some
     return found
 
 
@@ -356,6 +376,7 @@ def main() -> None:
     text = "\n".join(markdown(*table) for table in nonempty)
     print(text, end="")
     if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{args.output}.md").write_text(text)
         with open(f"{args.output}.csv", "w", newline="") as file:
             writer = csv.writer(file)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from data import InputError, as_messages, load_rows, parse_row
 from eval.generate import answer, sampling_options, short_name
-from eval.judge import MODEL, Judge, ask_all, endpoint_name, open_judge
-from eval.report import GENERATION, file_sha256, make_parser, read_records, write_result
+from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
+from eval.report import GENERATION, at_least, file_sha256, make_parser, read_records, write_result
 from runtime import run_command
 
 JUDGE_TOKENS = 512
@@ -86,9 +86,10 @@ def parse_verdict(judgment: str) -> str:
 
 def judge_all(
     judge: Judge, pairs: list, answers: list[str], path: Path, seed: int, workers: int
-) -> list[float | None]:
-    """1 for every answer that the judge prefers to the chosen response, 0.5 for a tie, 0 for the
-    chosen response, and None where its words are none of these. Judgments are kept in `path`.
+) -> list[dict]:
+    """The judgment of every answer, kept in `path`: its "score" is 1 where the judge prefers the
+    answer to the chosen response, 0.5 for a tie, 0 for the chosen response, and None where its
+    words are none of these.
 
     Raises InputError if `path` holds judgments of different answers, and as ask_all.
     """
@@ -118,19 +119,23 @@ def judge_all(
     tasks = {index: [{"role": "user", "content": texts[index]}] for index in missing}
     records |= ask_all(judge, tasks, record, path, workers)
     # Read anew: an earlier version may have read the same words otherwise.
-    return [record(i, records[i]["judgment"])["score"] for i in range(len(pairs))]
+    return [records[i] | record(i, records[i]["judgment"]) for i in range(len(pairs))]
 
 
 def main() -> None:
     shared = ("--generate_only", "--judge_base_url", "--output_dir", "--wandb")
     parser = make_parser(__doc__, "model", *GENERATION, *shared)
     parser.add_argument("--data", required=True, help="preference data, as for train.py")
-    parser.add_argument("--num_prompts", type=int, default=256, help="spread over the data; 0: all")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument(
+        "--num_prompts", type=at_least(0), default=256, help="spread over the data; 0: all"
+    )
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=256)
+    parser.add_argument("--temperature", type=at_least(0, float), default=1.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--judge", default=MODEL, help="the judge's name at its endpoint")
-    parser.add_argument("--workers", type=int, default=8, help="calls of the judge at a time")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=8, help="calls of the judge at a time"
+    )
     args = parser.parse_args()
 
     name = short_name(args.model)
@@ -149,8 +154,8 @@ def main() -> None:
         return
     place = endpoint_name(args.judge_base_url)
     path = folder / f"judgments-{place}-{args.judge.replace('/', '_')}.jsonl"
-    verdicts = judge_all(judge, pairs, texts, path, args.seed, args.workers)
-    counted = [verdict for verdict in verdicts if verdict is not None]
+    judgments = judge_all(judge, pairs, texts, path, args.seed, args.workers)
+    counted = [judgment["score"] for judgment in judgments if judgment["score"] is not None]
     if len(counted) < 2:
         raise InputError(f"none or one of the judgments names an answer: look at {path}")
     rate = 100 * statistics.mean(counted)
@@ -158,7 +163,7 @@ def main() -> None:
     shares = {"wins": 1.0, "ties": 0.5, "losses": 0.0}
     scores = {"win_rate": rate}
     scores |= {name: 100 * counted.count(value) / len(counted) for name, value in shares.items()}
-    scores |= {"judged": len(counted), "unparsable": len(verdicts) - len(counted)}
+    scores |= {"judged": len(counted), "unparsable": len(judgments) - len(counted)}
     scores["words"] = statistics.mean(len(text.split()) for text in texts)
     scores["words/chosen"] = statistics.mean(len(chosen.split()) for _, chosen in pairs)
     settings = {
@@ -167,7 +172,7 @@ def main() -> None:
         "data_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         "num_prompts": len(pairs),
         "judge": args.judge,
-        "judge_version": judge.version,
+        "judge_version": judge_versions(judgments),
         "judge_base_url": args.judge_base_url,
         "cut": cut,
     }
@@ -186,7 +191,7 @@ def main() -> None:
     low, high = max(0.0, rate - 1.96 * error), min(100.0, rate + 1.96 * error)
     print(f"95 % interval: {low:.1f} to {high:.1f} %")
     counts = ", ".join(f"{name} {scores[name]:.1f} %" for name in shares)
-    print(f"{counts}; {scores['unparsable']} of {len(verdicts)} judgments name no answer")
+    print(f"{counts}; {scores['unparsable']} of {len(judgments)} judgments name no answer")
     print(f"words: {scores['words']:.1f}, of the chosen responses {scores['words/chosen']:.1f}")
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from benchmarks import gpu_check
 from benchmarks import plan as plan_module
+from benchmarks.baselines import main as baselines_main
 from benchmarks.plan import GPUS, flops, fsdp_traffic, kept_bytes, plan, sample_lengths, speed
 from benchmarks.plan import main as plan_main
+from benchmarks.study import main as study_main
 from benchmarks.throughput import check_agreement
 from benchmarks.throughput import main as throughput_main
 from data import InputError, pack, truncate
@@ -142,6 +146,41 @@ def test_throughput_refuses_an_unknown_arm(arm, monkeypatch, capsys):
 def llama3(**changes):
     kind, values, parameters = MODELS["meta-llama/Meta-Llama-3-8B-Instruct"]
     return AutoConfig.for_model(kind, **values | changes), parameters
+
+
+@pytest.mark.parametrize(
+    "main, flags, message",
+    [
+        (plan_main, ["recipes/demo.yaml", "--gpus", "0"], "--gpus: must be at least 1, not 0"),
+        (throughput_main, ["--steps", "1"], "--steps: must be at least 2, not 1"),
+        (throughput_main, ["--repeats", "0"], "--repeats: must be at least 1, not 0"),
+        (study_main, ["--jobs", "0"], "--jobs: must be at least 1, not 0"),
+        (baselines_main, ["dpo"], "benchmarks/baselines.py textbook RECIPE"),
+        (baselines_main, [], "benchmarks/baselines.py textbook RECIPE"),
+    ],
+)
+def test_wrong_arguments_are_no_traceback(main, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", *flags])
+    with pytest.raises(SystemExit) as error:
+        main()
+    assert message in f"{error.value}" + capsys.readouterr().err
+
+
+def test_the_check_of_a_cpu_does_not_train_on_a_gpu(monkeypatch):
+    """Nor does it hide the GPUs when it is they that are checked."""
+    seen = []
+
+    def run(command, env, **options):
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        return SimpleNamespace(returncode=1, stderr="error: stop")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    for device in ("cpu", "cuda"):
+        args = SimpleNamespace(device=device, model="m", train_data="x.jsonl", flags=[])
+        with pytest.raises(RuntimeError, match="error: stop"):
+            gpu_check.run_training(args, 1)
+    assert seen == ["", "3"]
 
 
 def test_plan_of_an_8b_model():

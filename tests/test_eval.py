@@ -28,7 +28,7 @@ import yaml
 from conftest import CHATML, make_model, make_tokenizer
 from test_train import write_pairs
 
-from data import InputError, load_pairs
+from data import InputError, load_pairs, tokenizer_digests
 from eval import alpaca_eval2 as alpaca_eval2_module
 from eval import judge as judge_module
 from eval import leaderboard, preference, report, win_rate
@@ -211,9 +211,9 @@ def test_report_footnotes_what_it_cannot_compare(model_folder, tmp_path):
 
 
 def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
-    """AlpacaEval against two references, MT-Bench with two files of questions and win rates on two
-    states of a file are not compared; the answers differ anyway. Normalized scores have the
-    settings of their benchmark."""
+    """AlpacaEval against two references, MT-Bench with two files of questions, win rates on two
+    states of a file, and accuracies on the pairs that two tokenizers have left are not compared;
+    the answers differ anyway. Normalized scores have the settings of their benchmark."""
     shots = {"GPQA": {"shots": 0, "lm_eval": "0.4", "apply_chat_template": False}}
     for name in ("a", "b"):
         settings = {"reference_sha256": f"reference of {name}", "temperature": 0.5}
@@ -225,8 +225,11 @@ def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
         write(tmp_path / name, model_folder, "leaderboard", scores, settings=shots)
         settings = {"data": "my.jsonl", "data_sha256": f"data of {name}"}
         write(tmp_path / name, model_folder, "win_rate", {"win_rate": 50.0}, settings=settings)
+        scores = {"accuracy": 0.6, "pairs": 43 if name == "a" else 20}
+        write(tmp_path / name, model_folder, "preference", scores)
     results = report.read_results([str(tmp_path / name) for name in ("a", "b")])
-    _, normalized, chat = report.tables(results)
+    _, normalized, chat, pairs = report.tables(results)
+    assert pairs[3] == ["a: pairs 43; b: pairs 20"]
     assert normalized[:2] == (
         "Open LLM Leaderboard 2, normalized",
         ["model", "GPQA", "average rank"],
@@ -478,7 +481,7 @@ def instructions_sha256(alpaca: Path) -> str:
 
 def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
     """The judge drops a connection, and its quota is spent after 300 judgments. When there is a new
-    one, the same command asks for the judgments that are missing."""
+    one, the same command asks for the judgments that are missing. One prompt is always refused."""
     failing = True
     asked_at_all = {"message": {"role": "assistant", "content": "m"}, "logprobs": {"content": [{}]}}
 
@@ -491,6 +494,8 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
             return None
         if failing and len(requests) > 301:
             return 429, "You exceeded your current quota", "insufficient_quota"
+        if "instruction number 800" in request["messages"][-1]["content"]:
+            return 403, "It is against our policy.", "content_policy"
         return choose(request)
 
     with judge_server(reply, True) as (url, requests):
@@ -514,16 +519,22 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
     assert asked == {("mock", 1, None, 5, True), ("mock", None, 1, 5, True)}
     result = json.loads((tmp_path / "tiny" / "alpaca_eval2.json").read_text())
     scores = result["scores"]
-    preferences = [preference_of(i) for i in range(805)]
+    preferences = [preference_of(i) for i in range(805) if i != 800]
     assert scores["win_rate"] == pytest.approx(100 * np.mean(preferences), abs=1e-3)
-    error = 100 * np.std(preferences, ddof=1) / math.sqrt(805)
+    error = 100 * np.std(preferences, ddof=1) / math.sqrt(804)
     assert result["standard_errors"]["win_rate"] == pytest.approx(error, abs=1e-3)
+    official = (tmp_path / "tiny" / "alpaca_eval2").rglob("leaderboard.csv")
+    official = next(csv.DictReader(next(official).read_text().splitlines()))
+    error = float(official["lc_standard_error"])
+    assert result["standard_errors"]["length_controlled_winrate"] == pytest.approx(error, abs=0.01)
+    assert result["settings"]["judge_version"] == "mock"
     outputs = json.loads((tmp_path / "tiny" / "alpaca_eval2" / "outputs.json").read_text())
     instructions = [row["instruction"] for row in outputs]
     assert instructions == [f"instruction number {i}" for i in range(805)]
     assert {tuple(row) for row in outputs} == {("dataset", "instruction", "output", "generator")}
     assert scores["avg_length"] == int(np.mean([len(row["output"]) for row in outputs]))
-    assert 0 < scores["length_controlled_winrate"] < 100 and scores["unjudged"] == 0
+    assert 0 < scores["length_controlled_winrate"] < 100 and scores["unjudged"] == 1
+    assert "1 of 805 got no readable judgment" in done.stdout
     assert re.search(rf"^win rate +{scores['win_rate']:.2f} % ±", done.stdout, re.MULTILINE)
     assert result["settings"]["judge_model"] == "mock" and "alpaca_eval" in result["versions"]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -542,6 +553,19 @@ def test_alpaca_eval_reports_what_is_missing_before_it_starts(alpaca, model_fold
             assert done.returncode and re.search(f"error: {message}", done.stderr)
             assert not (tmp_path / "tiny").exists()  # nor is any answer generated
     assert not requests
+
+
+def test_two_processes_do_not_pay_alpaca_evals_judge(alpaca, model_folder, tmp_path):
+    folder = tmp_path / "tiny" / "alpaca_eval2"
+    folder.mkdir(parents=True)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as the first does
+    with judge_server(choose) as (url, requests):
+        flags = ("--judge_base_url", url, "--judge_model", "mock")
+        done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags)
+    os.close(lock)
+    assert done.returncode == 1 and "another run is writing to it" in done.stderr
+    assert not requests and not [*folder.iterdir()]
 
 
 def test_decoding_is_that_of_the_recipe_whose_model_the_run_started_from(tmp_path):
@@ -701,6 +725,7 @@ def test_mt_bench(mt_bench_data, model_folder, tmp_path):
     writing = [number % 7 + 1 for number in range(81, 90)] + [5] * 9
     assert scores["writing"] == pytest.approx(sum(writing) / 18)
     assert result["settings"]["top_k"] == 50  # transformers' own: the model has none
+    assert {read_lines(path)[0]["top_k"] for path in folder.glob("answers/*.jsonl")} == {50}
     assert scores["unparsable"] == 2 and result["settings"]["spread_over_repeats"]["score"] == 0
     assert (folder / "radar.png").stat().st_size > 10_000 and "2 of 160 judgments" in again.stdout
     fastchat = importlib.util.find_spec("fastchat")
@@ -760,7 +785,7 @@ class MockJudge:
     def __init__(self, reply):
         self.calls, self.reply = [], reply
         self.client = SimpleNamespace(chat=SimpleNamespace(completions=self))
-        self.model, self.options = "mock", {}
+        self.model, self.options, self.version = "mock", {}, "mock 1"
 
     def create(self, model, messages):
         self.calls.append(messages)
@@ -776,19 +801,19 @@ def ask(judge, numbers, path: Path, workers: int = 1) -> dict:
     return judge_module.ask_all(judge, {n: n for n in numbers}, record, path, workers)
 
 
-def refusal() -> Exception:
+def refusal(status: int = 400) -> Exception:
     import httpx
-    from openai import BadRequestError
+    from openai import APIStatusError
 
-    request = httpx.Request("POST", "http://judge")
-    return BadRequestError("too long", response=httpx.Response(400, request=request), body=None)
+    response = httpx.Response(status, request=httpx.Request("POST", "http://judge"))
+    return APIStatusError("too long", response=response, body=None)
 
 
 def test_what_the_judge_refuses_is_a_record(tmp_path):
     """Two prompts that are refused, and one whose answer is empty, among others: they are recorded
     with the reason, and everything ends. A judge that refuses all of them is at fault."""
     path = tmp_path / "judgments.jsonl"
-    answers = {3: refusal(), 4: refusal(), 9: None}
+    answers = {3: refusal(), 4: refusal(403), 9: None}
     records = ask(MockJudge(lambda n: answers.get(n, "A")), range(10), path)
     assert [n for n in range(10) if records[n]["judgment"] == "A"] == [0, 1, 2, 5, 6, 7, 8]
     assert {n: records[n]["refused"] for n in answers} == {
@@ -802,6 +827,31 @@ def test_what_the_judge_refuses_is_a_record(tmp_path):
     with pytest.raises(InputError, match="5 refusals in a row, the last: too long.*to continue"):
         ask(judge, range(100), tmp_path / "none.jsonl", workers=4)
     assert len(judge.calls) < 5 + 2 * 4 and report.read_records(tmp_path / "none.jsonl") == []
+    expired = MockJudge(lambda n: refusal(401) if n == 3 else "A")
+    with pytest.raises(InputError, match="the judge mock failed: .*too long"):
+        ask(expired, range(10), tmp_path / "none.jsonl")
+
+
+def test_judgments_keep_the_version_of_their_judge(tmp_path):
+    judge = MockJudge(lambda n: "A")
+    records = ask(judge, range(3), tmp_path / "judgments.jsonl")
+    judge.version = "mock 2"
+    records |= ask(judge, range(3, 5), tmp_path / "judgments.jsonl")
+    kept = report.read_records(tmp_path / "judgments.jsonl")
+    assert [record["judge_version"] for record in kept] == ["mock 1"] * 3 + ["mock 2"] * 2
+    assert judge_module.judge_versions(kept) == "mock 1, mock 2"
+    assert judge_module.judge_versions([*records.values(), {}]) == "mock 1, mock 2, unknown"
+
+
+def test_a_torn_line_is_cut_off_and_nothing_is_written_anew(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"a": "ä\u2028"}\n{"a": 2}\n{"a": "ä')
+    path.chmod(0o600)
+    before = path.stat().st_ino
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda *args: pytest.fail("a full disk"))
+        assert report.read_records(path) == [{"a": "ä\u2028"}, {"a": 2}]
+    assert path.stat().st_ino == before and path.read_text() == '{"a": "ä\u2028"}\n{"a": 2}\n'
 
 
 def test_two_processes_do_not_pay_for_the_same_judgments(tmp_path):
@@ -975,8 +1025,9 @@ def test_win_rate(model_folder, tmp_path):
     read = read_lines(path.with_name("answers.jsonl"))[1:]
     texts = [line["output"] for line in sorted(read, key=lambda line: line["index"])]
     options = {"path": path, "seed": 0, "workers": 1}
-    verdicts = win_rate.judge_all(MockJudge(None), pairs, texts, **options)
-    assert Counter(verdicts) == {0: 10, 0.5: 10, 1: 10, None: 1}
+    judged_again = win_rate.judge_all(MockJudge(None), pairs, texts, **options)
+    assert Counter(r["score"] for r in judged_again) == {0: 10, 0.5: 10, 1: 10, None: 1}
+    assert {r["judge_version"] for r in judged_again} == {result["settings"]["judge_version"]}
     with pytest.raises(InputError, match="judges different answers"):
         win_rate.judge_all(MockJudge(None), pairs[:-1], texts[:-1], **options)
     path.write_text(judged)
@@ -1166,6 +1217,8 @@ run(flags)
     chat = {name: values["apply_chat_template"] for name, values in result["settings"].items()}
     assert chat == dict.fromkeys(leaderboard.BENCHMARKS, False) | {"GSM8K": True}
     assert result["settings"]["ARC-Challenge"]["shots"] == 25
+    digests = tokenizer_digests(make_tokenizer(today + CHATML))
+    assert result["settings"]["GSM8K"].items() >= digests.items()
     prompt = samples_of(folder, "gsm8k")[0]["arguments"]["gen_args_0"]["arg_0"]
     assert prompt.count("<|im_start|>user") == 6  # five shots and the question
 
@@ -1414,6 +1467,32 @@ def test_a_leaderboard_of_other_weights_is_refused(model_folder, other_folder, t
     with pytest.raises(InputError, match="GSM8K with .*False.*True.*another --output_dir"):
         leaderboard.read_finished(path, model, other)
     assert leaderboard.read_finished(path, model, {"BBH": {}})["scores"] == {"GSM8K": 1.0}
+    digests = {"GSM8K": settings["GSM8K"] | {"chat template": "0"}}
+    with pytest.raises(InputError, match="GSM8K with .*'chat template': '0'"):
+        leaderboard.read_finished(path, model, digests)
+
+
+def test_the_date_reaches_the_vllm_of_the_harness(tmp_path, monkeypatch):
+    """lm_eval's vLLM applies the template that it found when it was made, and not its tokenizer's
+    of now."""
+    import lm_eval.api.registry
+
+    source = Path(lm_eval.__file__).parent / "models" / "vllm_causallms.py"  # needs vllm
+    assert "chat_template=self.hf_chat_template" in source.read_text()
+    today = make_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    make_model("llama").save_pretrained(tmp_path / "dated")
+    today.save_pretrained(tmp_path / "dated")
+    fake = SimpleNamespace(tokenizer=today, hf_chat_template=today.chat_template)
+    monkeypatch.setattr(lm_eval.api.registry, "get_model", lambda name: lambda **options: fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(leaderboard, "check_data", lambda *args: None)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **options: None)
+    flags = ["--engine", "vllm", "--benchmarks", "GSM8K", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["leaderboard", str(tmp_path / "dated"), *flags])
+    leaderboard.main()
+    options = {"chat_template": fake.hf_chat_template, "tokenize": False}
+    text = today.apply_chat_template([{"role": "user", "content": "hi"}], **options)
+    assert text.startswith("26 Jul 2024<|im_start|>user\nhi")
 
 
 def test_leaderboard_without_vllm_or_a_template(tmp_path, monkeypatch):

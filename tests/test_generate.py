@@ -257,7 +257,8 @@ def test_vllm_gets_the_same_requests(model_folder, tmp_path, monkeypatch):
     prompts, settings = ["hi", "you"], {"temperature": 0.9, "max_new_tokens": 300}
     engine_args = "tensor_parallel_size=8,gpu_memory_utilization=0.5,dtype=auto,enforce_eager=true"
     settings |= {"engine_args": engine_args, "top_k": 20, "repetition_penalty": 1.1}
-    answers = answer(str(model_folder), prompts, engine="vllm", **settings)
+    answers = answer(str(model_folder), prompts, engine="vllm", seed=3, **settings)
+    assert [options.seed for options in seen["options"]] == [3 * 10**9, 3 * 10**9 + 1]
     numbers = {"tensor_parallel_size": 8, "gpu_memory_utilization": 0.5}
     assert seen["more"] == numbers | {"dtype": "auto", "enforce_eager": True}
     for wrong in ("tensor_parallel_size", "=8", "8=8", "a=1,b"):
@@ -280,6 +281,46 @@ def test_vllm_gets_the_same_requests(model_folder, tmp_path, monkeypatch):
     generate_module.load_engine.cache_clear()
     with pytest.raises(InputError, match="pip install .* vllm"):
         answer(str(model_folder), ["hi"], engine="vllm")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_another_seed_repeats_no_sample(model_folder, batch_size):
+    """Four answers to one prompt: no two batches have the same random numbers, nor do two seeds."""
+    options = {"temperature": 1.0, "max_new_tokens": 12, "batch_size": batch_size}
+    answers = [
+        text
+        for seed in (0, 1, 2)
+        for text, _ in answer(str(model_folder), ["what is two"] * 4, seed=seed, **options)
+    ]
+    assert len({*answers}) == 12
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--batch_size", "0"], "argument --batch_size: must be at least 1, not 0"),
+        (["--num_prompts", "-1"], "argument --num_prompts: must be at least 0, not -1"),
+        (["--num_prompts", "all"], "argument --num_prompts: invalid int value: 'all'"),
+        (["--temperature", "nan"], "argument --temperature: must be at least 0, not nan"),
+        (["--engine_args", "tensor_parallel_size=8"], "transformers does not take them"),
+        (["--engine_args", "dtype=bf16"], "--engine_args dtype=bf16: transformers does not take"),
+        (["--engine_args", "a={"], "--engine_args a={: '{' cannot be read"),
+        (["--models", "MODEL", "nowhere/x"], "nowhere/x: "),
+        (["--models", "MODEL", "COPY", "--output_dir", "OUT"], "have the same short name"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_before_anything_is_generated(
+    model_folder, tmp_path, monkeypatch, capsys, flags, message
+):
+    copy = shutil.copytree(model_folder, tmp_path / Path(model_folder).name)
+    places = {"MODEL": str(model_folder), "COPY": str(copy), "OUT": str(tmp_path / "out")}
+    flags = ["--models", str(model_folder), *(places.get(flag, flag) for flag in flags)]
+    monkeypatch.setattr(sys, "argv", ["generate", *flags])
+    monkeypatch.setattr(generate_module, "generate", lambda *args, **options: pytest.fail("late"))
+    with pytest.raises((InputError, SystemExit)) as error:
+        generate_module.main()
+    assert message in str(error.value) + capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_of_models(tmp_path):

@@ -249,7 +249,7 @@ def test_plots_command(tiny_study, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     scores = {"scores": {"score": 5.0} | dict.fromkeys(plots.CATEGORIES, 5.0)}
     (tmp_path / "a" / "mt_bench.json").write_text(json.dumps(scores))
-    figure = tmp_path / "figure.png"
+    figure = tmp_path / "new" / "figure.png"
     for flags in (runs, [*runs, "--heldout"], ["--radar", str(tmp_path / "a")]):
         monkeypatch.setattr(sys, "argv", ["plots", *flags, "--output", str(figure)])
         plots.main()
@@ -310,6 +310,20 @@ def test_plots_of_nothing(tmp_path):
     assert plots.read_run(str(tmp_path)) == [{"step": 1, "epoch": 0.5, "loss": 1.0}]
     with pytest.raises(InputError, match="no metrics of evaluations"):
         plots.read_run(str(tmp_path), heldout=True)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--output", "x.foo"], "x.foo: its name must end with .png, .svg or .pdf"),
+        (["--smooth", "-3"], "argument --smooth: must be at least 1, not -3"),
+    ],
+)
+def test_wrong_arguments_of_plots(monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sys, "argv", ["plots", "runs/nowhere", *flags])
+    with pytest.raises((InputError, SystemExit)) as error:
+        plots.main()
+    assert message in str(error.value) + capsys.readouterr().err
 
 
 def test_matplotlib_missing(tmp_path, monkeypatch):
