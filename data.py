@@ -292,7 +292,7 @@ def tokenize_text(tokenizer, text: str) -> list[int]:
 
 def tokenize_pair(tokenizer, prompt: list | str, answers: list[str], end: tuple[int, str]) -> tuple:
     """Token ids of the prompt and of both responses, three lists. prompt, answers: see parse_row;
-    end: see end_of_turn. Raises InputError if the chat template hides where the answer begins.
+    end: see end_of_turn. Raises InputError if the chat template obscures where the answer begins.
 
     A response is what the chat template writes after the prompt, up to and including one
     end-of-turn token. Its ids are those that follow the prompt's in the whole text; where the

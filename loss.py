@@ -24,8 +24,8 @@ def simper_loss(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
 
         ∇L = p_l · 1/|y_l| ∇ log p(y_l | x) − p_w · 1/|y_w| ∇ log p(y_w | x)
 
-    Each side's weight is its own inverse perplexity, at most 1: what is already unlikely is pushed
-    down less. Unlike DPO, it has no reference model; unlike SimPO, no margin γ; unlike
+    Each side's weight is its own inverse perplexity, at most 1: a response that is already unlikely
+    is pushed less. Unlike DPO, it has no reference model; unlike SimPO, no margin γ; unlike
     both, no β and no sigmoid that couples the two sides. Nothing is left to tune.
     """
     mean_logps = sum_logps(token_logps, lengths) / lengths  # the length normalization

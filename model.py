@@ -50,7 +50,7 @@ from loss import sum_logps
 # The language-model head runs on as many response tokens at once as keep one float32 logits buffer
 # below this size.
 LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
-FILE_BYTES = 2**30  # of an exported file at most
+FILE_BYTES = 2**30  # of an exported file, unless one tensor is larger
 
 
 # ---- The packed forward --------------------------------------------------------------------------
@@ -494,11 +494,11 @@ def self_check(model: PackedModel, device: str, longest: int, tolerance: float) 
     `longest` tokens, which shows sliding windows and rotary embeddings that change with the length.
     And compare packed_attention in every layer with one masked attention in float32. Collective.
 
-    Raises InputError if a log-prob differs by more than `tolerance` and by more than five times
-    what the model's own forward differs between its attention implementation and the eager one on
-    prompts of at most 2,000 tokens (in bfloat16, rounding alone can do that); if its logits are not
-    what its head gives, as in models that scale or cap them; or if attention or its gradient is
-    wrong by more than a tenth.
+    Raises InputError if a log-prob differs by more than `tolerance` and by more than five times the
+    difference that the model's own forward has between its attention implementation and the eager
+    one, on prompts of at most 2,000 tokens (in bfloat16, rounding alone can do that); if its logits
+    are not what its head gives, as in models that scale or cap them; or if attention or its
+    gradient is wrong by more than a tenth.
     """
     vocab_size = model.model.get_input_embeddings().weight.shape[0]
     random = np.random.default_rng(0)

@@ -67,7 +67,7 @@ def run_command(main: Callable[[], None]) -> None:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             sys.exit(f"error: {problem}")
-        # As a rule all ranks meet the same error: rank 0 reports it, and torchrun ends the others.
+        # All ranks usually meet the same error: rank 0 reports it, and torchrun ends the others.
         time.sleep(10)
         sys.exit(f"error on rank {rank}: {problem}")
 

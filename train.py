@@ -59,23 +59,23 @@ class Config:
     loss_args: str = option("", "its hyperparameters, as in beta=2.5,gamma=0.5; simper has none")
     batch_size: int = option(128, "pairs per optimizer step, over all ranks together")
     learning_rate: float = option(1e-6, "peak learning rate of AdamW")
-    warmup_ratio: float = option(0.1, "share of the steps with a rising rate; then a cosine to 0")
-    max_grad_norm: float = option(1.0, "gradients of a larger norm are scaled down to it")
+    warmup_ratio: float = option(0.1, "share of the steps with a linear warm-up; then a cosine to 0")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this global norm")
     num_epochs: int = option(1, "passes over the training pairs")
     max_steps: int = option(0, "optimizer steps; 0: as many as num_epochs takes")
     max_length: int = option(2048, "tokens of prompt + response above which a pair is truncated")
     max_prompt_length: int = option(1800, "tokens at the end of the prompt that truncation keeps")
-    micro_batch_tokens: int = option(8192, "distinct tokens in a forward; decides the memory")
+    micro_batch_tokens: int = option(8192, "tokens in a forward, each prompt once; decides the memory")
     seed: int = option(42, "decides the order of the pairs")
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPU")
-    activation_checkpointing: bool = option(False, "keep blocks' inputs only: less memory, slower")
+    activation_checkpointing: bool = option(False, "recompute blocks in the backward: less memory, slower")
     compile: bool = option(False, "torch.compile every transformer block")
-    replicas: int = option(1, "groups of ranks with a whole sharded model each (HSDP)")
+    replicas: int = option(1, "copies of the sharded model (HSDP); must divide the ranks")
     eval_every: int = option(100, "steps between evaluations; 0: only before and after training")
     save_every: int = option(100, "steps between checkpoints; 0: only when stopped by SIGTERM")
     keep_checkpoints: int = option(1, "newest checkpoints to keep; 0: all")
     log_every: int = option(1, "steps per line of metrics; fewer before a save or evaluation")
-    resume: str = option("auto", "auto: newest checkpoint; anyway: also if changed; never; PATH")
+    resume: str = option("auto", "auto: newest checkpoint; anyway: despite changes; never; PATH")
     wandb: str = option("auto", "online, offline, off, or auto: online if logged in, otherwise off")
 
 
@@ -97,7 +97,7 @@ def train(config: Config) -> None:
     limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     pairs, report = load_pairs(config.train_data, tokenizer, **limits)
     print_once(f"training: {report}")
-    pair_tokens = pair_lengths(pairs).sum(axis=1)  # distinct tokens of each pair
+    pair_tokens = pair_lengths(pairs).sum(axis=1)  # of each pair, its prompt counted once
     schedule, budget = make_schedule(config, pair_tokens, ranks), config.micro_batch_tokens
     heldout, heldout_schedule, data_sets = None, [], [pairs]
     if config.eval_data:
