@@ -502,7 +502,7 @@ def spread_pairs(
     is the least that the method finds, and their costs are balanced (longest pair first, each to
     the micro-batch with the fewest tokens).
 
-    indices: of the pairs to spread; pair_tokens: distinct tokens of every pair, by index.
+    indices: of the pairs to spread; pair_tokens: of every pair, by index, its prompt once.
     Raises InputError if the pairs cannot be spread so.
 
     >>> spread_pairs([7, 0, 3], {0: 3, 3: 4, 7: 5}, ranks=2, micro_batch_tokens=8)
@@ -534,7 +534,7 @@ def spread_pairs(
 
 @dataclass
 class MicroBatch:
-    """Pairs packed into one row of T distinct tokens, each prompt once, without padding; R response
+    """Pairs packed into one row of T tokens, each prompt once, without padding; R response
     tokens in all.
 
     The pair with prompt ids [1, 2], chosen [3, 4] and rejected [5], alone, is:

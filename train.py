@@ -59,16 +59,16 @@ class Config:
     loss_args: str = option("", "its hyperparameters, as in beta=2.5,gamma=0.5; simper has none")
     batch_size: int = option(128, "pairs per optimizer step, over all ranks together")
     learning_rate: float = option(1e-6, "peak learning rate of AdamW")
-    warmup_ratio: float = option(0.1, "share of the steps with a linear warm-up; then a cosine to 0")
+    warmup_ratio: float = option(0.1, "share of steps with a linear warm-up; then a cosine to 0")
     max_grad_norm: float = option(1.0, "gradients are clipped to this global norm")
     num_epochs: int = option(1, "passes over the training pairs")
     max_steps: int = option(0, "optimizer steps; 0: as many as num_epochs takes")
     max_length: int = option(2048, "tokens of prompt + response above which a pair is truncated")
     max_prompt_length: int = option(1800, "tokens at the end of the prompt that truncation keeps")
-    micro_batch_tokens: int = option(8192, "tokens in a forward, each prompt once; decides the memory")
+    micro_batch_tokens: int = option(8192, "tokens in a forward, prompts once; sets the memory")
     seed: int = option(42, "decides the order of the pairs")
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPU")
-    activation_checkpointing: bool = option(False, "recompute blocks in the backward: less memory, slower")
+    activation_checkpointing: bool = option(False, "recompute blocks in backward: saves memory")
     compile: bool = option(False, "torch.compile every transformer block")
     replicas: int = option(1, "copies of the sharded model (HSDP); must divide the ranks")
     eval_every: int = option(100, "steps between evaluations; 0: only before and after training")
@@ -232,8 +232,8 @@ def train(config: Config) -> None:
 
 def make_schedule(config: Config, pair_tokens: np.ndarray, ranks: int) -> list:
     """What every step does: result[step][m][rank] are the indices of the pairs in the rank's
-    micro-batch m. pair_tokens: (pairs,) distinct tokens of each pair. Raises InputError if a step
-    cannot be spread over the ranks."""
+    micro-batch m. pair_tokens: (pairs,) tokens of each pair, its prompt once. Raises
+    InputError if a step cannot be spread over the ranks."""
     count, size = len(pair_tokens), config.batch_size
     if count < size:
         raise InputError(f"{count} pairs do not fill one batch: lower batch_size={size}")

@@ -57,9 +57,8 @@ def test_the_five_setups_of_the_paper():
         assert config.seed == 42 and config.output_dir == f"runs/{name}"
 
 
-# What the authors' run_simper.py makes of these conversations, with BOS as their trainer adds it. The
-# responses are ours: without the header before them, and what follows the end of the turn.
-# In front of the answer they have no header that is not part of it.
+# What the authors' run_simper.py makes of these conversations, with BOS as their trainer adds it.
+# The responses are ours: without the header in front of them and what follows the end of the turn.
 QUESTION = [{"role": "user", "content": " Two plus two? "}]
 SECOND = [*QUESTION, {"role": "assistant", "content": "4"}, {"role": "user", "content": "Sure?"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *QUESTION]
