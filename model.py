@@ -538,6 +538,8 @@ def self_check(model: PackedModel, device: str, longest: int, tolerance: float) 
         model.model.set_attn_implementation("checked")
         model(pack(random_pairs((7, 5, 9), (100, 60, 40))).to(device))
         model.model.set_attn_implementation("packed")
+        if not errors:
+            raise InputError("its layers do not use transformers' attention interface")
         attention = torch.stack(errors).max().item()
     except torch.OutOfMemoryError:
         raise
@@ -671,6 +673,7 @@ def export(model: PackedModel, name: str, tokenizer, folder: Path, dtype: torch.
         # As text: transformers refuses to save some of the generation configs that it loads.
         generation = json.dumps(generation_config(name, config, tokenizer), indent=2)
         (scratch / "generation_config.json").write_text(generation)
+        os.sync()  # a run that has final/, be it empty after a power cut, is never continued
         os.rename(scratch, folder)
     dist.barrier()
 

@@ -83,8 +83,8 @@ def disk_fault(error: BaseException) -> str | None:
         return None
     return (
         f"{reason[1] or reason[2]}, in {here[-1].name} ({Path(here[-1].filename).name}). A run "
-        f"writes to its output_dir and to SIMPER_CACHE, {CACHE_DIR}. Checkpoints are as they were; "
-        "once this is fixed, the same command goes on."
+        f"writes to its output_dir and to SIMPER_CACHE, {CACHE_DIR}. Checkpoints are as they were: "
+        "once this is fixed, --resume auto goes on from the newest, if there is one."
     )
 
 
@@ -291,8 +291,10 @@ def peak_memory(device: torch.device) -> float:
     """GB that this process had at most: allocated on its GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    if sys.platform == "linux":  # whose ru_maxrss counts the process that started this one, too
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # in bytes on macOS
 
 
 # ---- The log -------------------------------------------------------------------------------------
@@ -324,7 +326,7 @@ class Logger:
             state["comparable_from"] = len(kept)  # earlier lines are of other held-out pairs
         comparable = kept[state["comparable_from"] :]
         self.evaluations = [line for line in comparable if "eval/loss" in line]
-        self.wandb = start_wandb(config, state["in_output_dir"])
+        self.wandb = start_wandb(config, state["same_curves"])
 
     def write(self, metrics: dict) -> None:
         """Log one line; `metrics` has the key "step"."""
@@ -332,24 +334,32 @@ class Logger:
             return
         with open(self.path, "a") as file:
             print(json.dumps(metrics), file=file)
-        if self.wandb:
-            # wandb drops a step that it has: what a resumed run repeats. A step's evaluation is a
-            # step of its own there, since the run may have been stopped between the two.
-            self.wandb.log(metrics, step=2 * metrics["step"] + ("eval/loss" in metrics))
+        # wandb drops a step that it has: what a resumed run repeats. A step's evaluation is a step
+        # of its own there, since the run may have been stopped between the two.
+        self.to_wandb("log", metrics, step=2 * metrics["step"] + ("eval/loss" in metrics))
         if "eval/loss" in metrics:
             self.evaluations.append(metrics)
             shown = ", ".join(f"{name} {metrics[f'eval/{name}']:.3f}" for name in SHOWN)
             tqdm.write(f"held-out pairs after step {metrics['step']}: {shown}", file=sys.stderr)
 
+    def to_wandb(self, method: str, *args, **options) -> None:
+        """Call a method of the wandb run, if there is one. Its process may be gone: Slurm's SIGTERM
+        reaches it, too."""
+        try:
+            if self.wandb:
+                getattr(self.wandb, method)(*args, **options)
+        except Exception as error:  # never a reason to lose a run
+            tqdm.write(f"wandb ends here: {error!r}", file=sys.stderr)
+            self.wandb = None
+
     def close(self) -> str:
         """End the log. Returns the first and the last held-out metrics as a table, or "" on other
-        ranks and without evaluation."""
+        ranks and without two evaluations."""
         if not self.on:
             return ""
-        if self.wandb:
-            self.wandb.finish()
+        self.to_wandb("finish")
         os.close(self.lock)
-        if not self.evaluations:
+        if len(self.evaluations) < 2:
             return ""
         first, last = self.evaluations[0], self.evaluations[-1]
         before = f"step {first['step']}" if first["step"] else "before"
@@ -363,7 +373,8 @@ class Logger:
 def lock_folder(folder: Path) -> int:
     """Lock a folder until the returned file is closed, or this process ends. Raises InputError if
     another run has locked it."""
-    lock = os.open(folder, os.O_RDONLY)
+    # By a file: the lock of a folder itself holds on one machine only where the folder is on NFS.
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -403,7 +414,7 @@ def sync(path: Path) -> None:
 
 
 def start_wandb(config, resumed: bool):
-    """A wandb run, that of the output_dir if resumed, or None. Never asks for anything: without a
+    """A wandb run, that of the output_dir if `resumed`, or None. Never asks for anything: without a
     login, `auto` is off and `online` is an error."""
     if config.wandb == "off":
         return None
@@ -440,8 +451,9 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
     or a new one. With resume=never, an existing output_dir is set aside. Collective.
 
     state: step; evaluated, whether its evaluation is logged; in_output_dir, whether the checkpoint
-    lies there; heldout_unchanged, whether its held-out pairs are still in use; comparable_from,
-    the number of metrics.jsonl's lines that are of others; config and digests, those of now.
+    lies there; heldout_unchanged, whether its held-out pairs are still in use; same_curves, whether
+    both hold and no setting has changed; comparable_from, the number of metrics.jsonl's lines that
+    are of other held-out pairs; config and digests, those of now.
 
     digests: SHA-256 of what the run is made of, by name.
     Raises InputError if the checkpoint is of a run with others or with other settings (unless
@@ -498,6 +510,7 @@ def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dic
             advice = "go on from it (--resume auto), move it away, or use another --output_dir"
             raise InputError(f"resume={checkpoint}: {newest} is there, too: {advice}")
     state, before = {"step": 0, "evaluated": False, "comparable_from": 0}, digests
+    changed = []
     if checkpoint:
         state |= json.loads((checkpoint / "trainer.json").read_text())
         # Checkpoints of earlier versions have less in them.
@@ -514,8 +527,9 @@ def choose_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dic
                 raise InputError(f"{text}. Use --resume never or anyway, or another --output_dir")
             tqdm.write(f"going on, but {text}", file=sys.stderr)
     own = (output / "checkpoints").resolve()
-    state["in_output_dir"] = bool(checkpoint) and checkpoint.resolve().parent == own
+    state["in_output_dir"] = bool(checkpoint) and checkpoint.parent.resolve() == own
     state["heldout_unchanged"] = before["held-out tokens"] == digests["held-out tokens"]
+    state["same_curves"] = state["in_output_dir"] and state["heldout_unchanged"] and not changed
     return checkpoint, state | {"config": asdict(config), "digests": digests}
 
 
@@ -581,7 +595,7 @@ def save_checkpoint(model, optimizer, config, state: dict) -> None:
         if config.keep_checkpoints:
             kept = [*filter(is_whole, checkpoints(output))][: config.keep_checkpoints]
             for old in {*checkpoints(output)} - {*kept}:  # what is damaged goes, too
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # a link, or in use: no reason to stop
         size, seconds = sum(sizes.values()) / 1e9, time.perf_counter() - began
         tqdm.write(f"wrote {folder}: {size:.1f} GB in {seconds:.0f} s", file=sys.stderr)
         patience = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))

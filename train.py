@@ -112,6 +112,8 @@ def train(config: Config) -> None:
     digests = tokenizer_digests(tokenizer) | {"training tokens": fingerprint(pairs)}
     digests["held-out tokens"] = fingerprint(heldout) if heldout else ""
     digests["model files"] = check_model(source, config.max_length, data_sets)
+    dtype = config.dtype.replace("auto", "bfloat16" if device.type == "cuda" else "float32")
+    digests["dtype in use"], dtype = dtype, getattr(torch, dtype)
     steps_per_epoch, left_out = divmod(len(pairs), config.batch_size)
     print_once(f"{len(schedule)} steps; {left_out} pairs per epoch fill no batch and are left out")
 
@@ -119,8 +121,6 @@ def train(config: Config) -> None:
     runtime.start_group(device)
     checkpoint, state = runtime.find_checkpoint(config, digests)
     log = runtime.Logger(config, state)
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, config.dtype.replace("auto", auto))
     model = load_model(
         source,
         device.type,

@@ -89,11 +89,6 @@ ROWS = [
         ["'chosen': 'list'", "calls of tools, or reasoning, in keys of their own are not read"],
     ),
     (
-        "reasoning beside the answer",
-        {"prompt": "?", "chosen": [PLUS | {"reasoning_content": "a"}], "rejected": [WHAT]},
-        ["'chosen': 'list'"],
-    ),
-    (
         "a system column",
         TEXT | {"system": "In French."},
         ["a system prompt must be a message", "'system': 'str'"],
@@ -109,6 +104,10 @@ ROWS = [
         ["'prompt': 'list'"],
     ),
     ("half a dialogue", {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}, ["'NoneType'"]),
+]
+ROWS += [
+    (f"{key} beside the answer", TEXT | {"chosen": [PLUS | {key: "a"}]}, ["'chosen': 'list'"])
+    for key in ("reasoning", "reasoning_content", "thinking")
 ]
 HH, ON = "\n\nHuman: a?\n\nAssistant: ", "\n\nHuman: c"
 DROPS = [

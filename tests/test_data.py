@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from conftest import CHATML, make_tokenizer
@@ -116,6 +115,20 @@ ROWS = {
 @pytest.mark.parametrize("row, prompt", ROWS.values(), ids=ROWS)
 def test_row_formats_with_a_chat_template(write, row, prompt):
     assert load(write([row])) == [[prompt, "plus·<|im_end|>", "what·<|im_end|>"]]
+
+
+def test_text_keeps_its_blanks(write):
+    """Only HH's dialogues, in whose notation they stand, lose them."""
+    row = {"prompt": " what?\n", "chosen": "\n plus", "rejected": "what "}
+    prompt = USER + " ·what·?·\n" + END + HEADER
+    assert load(write([row])) == [[prompt, "\n· plus·<|im_end|>", "what· ·<|im_end|>"]]
+
+
+def test_null_keys_of_a_message_are_not_there(write):
+    """As datasets writes them where only some messages of a file have calls of tools."""
+    nulls = {"tool_calls": None, "reasoning_content": None, "name": None}
+    row = {"chosen": Q + [PLUS[0] | nulls], "rejected": Q + [WHAT[0] | nulls]}
+    assert load(write([row])) == [[PROMPT, "plus·<|im_end|>", "what·<|im_end|>"]]
 
 
 HH_PROMPT = "\n·\n·Human·:· ·what·?·\n·\n·Assistant·:· plus· two·"
@@ -222,6 +235,11 @@ def test_several_sources_of_different_formats_in_order(write):
     assert report.startswith(f"3 pairs from {first}, {second}: 1 of 4 rows dropped (1 empty, ")
 
 
+def test_files_of_the_same_content_keep_their_names(write):
+    sources = [write([TEXT], name) for name in ("one.jsonl", "two.jsonl")]
+    assert list(load_pairs(",".join(sources), CHAT, 200, 100)[0]["source"]) == sources
+
+
 def test_a_file_name_is_not_a_pattern(write):
     write([TEXT, TEXT], "a1.jsonl")
     assert len(load_rows(write([TEXT], "a[1].jsonl"))) == 1
@@ -317,6 +335,17 @@ def test_the_prompt_keeps_its_tokens_where_the_answer_would_merge_with_it(write)
     assert load(write([TEXT | {"prompt": "Hu", "chosen": "man:"}]), PLAIN) == [
         ["Hu", "man·:·</s>", "what·</s>"]
     ]
+
+
+def test_an_answer_that_would_merge_with_a_line_break_too_is_whole(write):
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "</s>", "q", "a", "b", "\n", "\n\n"])}
+    backend = Tokenizer(models.BPE(vocab, [("\n", "\n")], unk_token="<unk>"))
+    backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    row = {"prompt": "q\n", "chosen": "\na", "rejected": "b"}
+    pairs, _ = load_pairs(write([row]), tokenizer, 200, 100)
+    parts = [tokenizer.convert_ids_to_tokens(pairs[0][k]) for k in ("prompt", "chosen", "rejected")]
+    assert parts == [["q", "\n"], ["\n", "a", "</s>"], ["b", "</s>"]]
 
 
 @pytest.mark.parametrize(
@@ -701,32 +730,6 @@ def test_spread_pairs_literally(tokens, ranks, budget, expected):
         assert spread_pairs(shifted, by_index, ranks, budget) == expected
 
 
-def test_spread_pairs_of_random_batches():
-    random = np.random.default_rng(0)
-    for _ in range(300):
-        ranks = int(random.integers(1, 6))
-        tokens = random.integers(1, 100, size=random.integers(ranks, 50)).tolist()
-        budget = int(
-            random.integers(2 * max(tokens), 600)
-        )  # twice the longest pair: always possible
-        batches = spread_pairs(range(len(tokens)), tokens, ranks, budget)
-        assert all(len(batch) == ranks for batch in batches)  # as many forwards on every rank
-        bins = [pairs for batch in batches for pairs in batch]
-        assert sorted(i for pairs in bins for i in pairs) == list(range(len(tokens)))
-        assert all(0 < sum(tokens[i] for i in pairs) <= budget for pairs in bins)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_spread_pairs_is_balanced(ranks):
-    tokens = np.random.default_rng(0).integers(50, 1000, size=131).tolist()
-    batches = spread_pairs(range(len(tokens)), tokens, ranks, 4096)
-    costs = [sum(tokens[i] for i in pairs) for batch in batches for pairs in batch]
-    assert max(costs) < 1.2 * min(costs)
-    assert (
-        len(batches) <= -(-sum(tokens) // (ranks * 4096)) + 1
-    )  # at most one more than any method needs
-
-
 PAIRS = [([1, 2], [3, 4], [5]), ([6], [7], [8, 9])]
 ONE = [[1, 2, 3, 4, 5], [0, 1, 2, 3, 2], [1, 2, 1], [3, 4, 5], [[2, 1]]]  # MicroBatch's docstring
 BOTH = [
@@ -759,6 +762,14 @@ def test_pack(number, expected, segments):
         )
         assert [tensor.tolist() for tensor in tensors] == expected and batch.segments == segments
         assert {str(tensor.dtype) for tensor in tensors} == {"torch.int64"}
+
+
+def test_pack_lays_out_the_keys():
+    batch = pack(PAIRS)
+    tensors = (batch.keys, batch.key_starts, batch.query_starts)
+    expected = [[0, 1, 2, 3, 0, 1, 4, 5, 6, 5, 7, 8], [0, 4, 7, 9, 12], [0, 4, 5, 7, 9]]
+    assert [tensor.tolist() for tensor in tensors] == expected
+    assert [tensor.dtype for tensor in tensors] == [torch.int64, torch.int32, torch.int32]
 
 
 def test_a_micro_batch_moves_as_a_whole():

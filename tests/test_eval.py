@@ -35,6 +35,7 @@ from eval import leaderboard, preference, report, win_rate
 from eval import mt_bench as mt_bench_module
 from eval.judge import Judge, open_judge
 from eval.preference import score
+from runtime import lock_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -558,14 +559,13 @@ def test_alpaca_eval_reports_what_is_missing_before_it_starts(alpaca, model_fold
 def test_two_processes_do_not_pay_alpaca_evals_judge(alpaca, model_folder, tmp_path):
     folder = tmp_path / "tiny" / "alpaca_eval2"
     folder.mkdir(parents=True)
-    lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # as the first does
+    lock = lock_folder(folder)  # as the first does
     with judge_server(choose) as (url, requests):
         flags = ("--judge_base_url", url, "--judge_model", "mock")
         done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags)
     os.close(lock)
     assert done.returncode == 1 and "another run is writing to it" in done.stderr
-    assert not requests and not [*folder.iterdir()]
+    assert not requests and [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def test_decoding_is_that_of_the_recipe_whose_model_the_run_started_from(tmp_path):

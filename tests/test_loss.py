@@ -167,6 +167,16 @@ def test_a_certain_response_has_a_finite_gradient(name):
         assert loss.isfinite().all() and logps.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_long_responses_far_apart_have_a_finite_gradient(name):
+    """Summed log-probs of −15000 and −0.5: e^1500, beyond float64, is the ratio at β = 0.1."""
+    for chosen, rejected in ((-30.0, -1e-3), (-1e-3, -30.0)):
+        logps = torch.tensor([chosen] * 500 + [rejected] * 500, requires_grad=True)
+        loss = call(name, logps, torch.tensor([[500, 500]]), torch.zeros(1, 2))
+        loss.sum().backward()
+        assert loss.isfinite().all() and logps.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", BY_HAND)
 def test_losses_by_hand(name, dtype):

@@ -4,9 +4,9 @@ same weights."""
 import copy
 import functools
 import json
-import resource
 import shutil
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,15 +289,10 @@ LENGTH_DEPENDENT = {
 
 
 @pytest.mark.parametrize("kind", LENGTH_DEPENDENT)
-def test_length_dependent_models_are_right_or_refused(kind, group, tmp_path):
-    reference, pairs = make_other(kind, LENGTH_DEPENDENT[kind]), make_pairs((7, 5, 9), (40, 30, 20))
-    reference.save_pretrained(tmp_path)
-    try:
-        model = load_model(str(tmp_path), "cpu", torch.float32, longest=70)
-    except InputError:
-        return
-    with torch.no_grad():
-        assert_near(model(pack(pairs)), torch.cat(plain_logps(reference, pairs)))
+def test_length_dependent_models_are_refused(kind, group, tmp_path):
+    make_other(kind, LENGTH_DEPENDENT[kind]).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"differ from the model's own forward by up to 0\.\d"):
+        load_model(str(tmp_path), "cpu", torch.float32, longest=70)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -632,6 +627,8 @@ WRONG = {  # models that packing gets wrong, and why
     },  # position bias instead of position ids
     "gemma2": TINY | GQA,  # soft-caps its attention scores
 }
+REASONS = {"granite": "its head's by [45]", "cohere": "its head's by 100.0%", "gemma2": "softcap"}
+REASONS |= dict.fromkeys(("mamba", "bloom"), "do not use transformers' attention interface")
 
 
 @pytest.mark.parametrize(
@@ -640,7 +637,7 @@ WRONG = {  # models that packing gets wrong, and why
 )
 def test_models_that_packing_gets_wrong_are_refused(kind, dtype, group, tmp_path):
     make_other(kind, WRONG[kind]).save_pretrained(tmp_path)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=REASONS[kind]):
         load_model(str(tmp_path), "cpu", dtype)
 
 
@@ -751,10 +748,15 @@ def measure_memory() -> float:
         torch.randn(1024, 16, requires_grad=True),
         torch.randn(256_000, 16, requires_grad=True),
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def peak() -> int:  # in KiB; the kernel's ru_maxrss counts the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0])
+
+    before = peak()
     TokenLogps.apply(hidden, weight, None, torch.arange(1024)).sum().backward()
     assert hidden.grad.any() and weight.grad.any()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (peak() - before) / 1024
 
 
 def work(rank: int, folder) -> None:
