@@ -175,8 +175,8 @@ def parse_row(row: dict) -> tuple[list | str, str, str] | None:
 
 
 def is_conversation(value) -> bool:
-    """Whether value is a non-empty list of messages with a known role, and text as content and
-    nothing beside it."""
+    """Whether value is a non-empty list of messages with a known role, text as content, and nothing
+    in keys that are UNREAD."""
     return (
         isinstance(value, list)
         and len(value) > 0
@@ -319,7 +319,7 @@ def tokenize_pair(tokenizer, prompt: list | str, answers: list[str], end: tuple[
                     "the answer, so the answer's tokens cannot be told from the prompt's: give one "
                     "that does with --chat_template FILE"
                 )
-            if "".join(answer.split()) not in "".join(text.split()):  # as of reasoning
+            if "".join(answer.split()) not in "".join(text.split()):  # such as its reasoning
                 raise InputError(f"the chat template leaves out a part of the answer {answer!r}")
             body = text[len(start) : len(text) - len(tail)]
         if not body.strip():

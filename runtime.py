@@ -455,7 +455,7 @@ def find_checkpoint(config, digests: dict[str, str]) -> tuple[Path | None, dict]
     both hold and no setting has changed; comparable_from, the number of metrics.jsonl's lines that
     are of other held-out pairs; config and digests, those of now.
 
-    digests: SHA-256 of what the run is made of, by name.
+    digests: SHA-256 of what the run is made of, by name; and the dtype that it computes in.
     Raises InputError if the checkpoint is of a run with others or with other settings (unless
     resume=anyway), and if ranks differ in them or in what they see of output_dir."""
     mine = asdict(config) | digests
