@@ -288,7 +288,8 @@ def figures(results: list[dict], folder: Path) -> None:
         with new_figure(folder / f"study-{name}.png", list(panels), (4.6, 4.0)) as axes:
             from matplotlib import colormaps
 
-            colors = dict(zip(ARMS, colormaps["tab20"].colors)) | {"simper": "black"}
+            strong, pale = (colormaps["tab20"].colors[n::2] for n in (0, 1))
+            colors = dict(zip(ARMS, strong + pale)) | {"simper": "black"}
             for axis, arms in zip(axes, panels.values()):
                 for arm in filter(finished.__contains__, arms):
                     of_arm = {r: groups[arm, r] for r in LEARNING_RATES if (arm, r) in groups}
