@@ -201,9 +201,9 @@ def at_kl(groups: dict, arm: str, nats: float) -> dict[int, dict]:
     lie on both sides: on the line between the two nearest. That line is over log KL, but for the
     changes of log-probs over KL, over which they are straighter."""
     points = {}
+    every = [run for (a, _), runs in groups.items() if a == arm for run in runs]
     for seed in range(SEEDS):
-        runs = [run for (a, _), group in groups.items() if a == arm for run in group]
-        runs = sorted((run for run in runs if run["seed"] == seed), key=lambda run: run["kl"])
+        runs = sorted((r for r in every if r["seed"] == seed), key=lambda run: run["kl"])
         for low, high in zip(runs, runs[1:]):
             if low["kl"] <= nats < high["kl"]:
                 linear = (nats - low["kl"]) / (high["kl"] - low["kl"])
@@ -319,8 +319,9 @@ def figures(results: list[dict], folder: Path) -> None:
     curves = {}
     for arm in (*ABLATIONS, *IN_DYNAMICS):
         if runs := groups.get((arm, DYNAMICS_RATE)):
-            changes = [subtract(run["steps"], start_steps[run["seed"]]) for run in runs]
-            curves[f"{arm} ({mean(runs, 'kl'):.0f} nats)"] = changes
+            curves[f"{arm} ({mean(runs, 'kl'):.0f} nats)"] = [
+                subtract(run["steps"], start_steps[run["seed"]]) for run in runs
+            ]
     changes = {
         "change of mean log-prob, chosen": lambda line: line["logps/chosen"],
         "change of mean log-prob, rejected": lambda line: line["logps/rejected"],

@@ -180,7 +180,7 @@ def run_judge(
         refused.clear()
         if judge.version not in versions:
             versions.add(judge.version)
-            write_whole(file, "\n".join(versions))
+            file.write_text("\n".join(versions))  # the tool's threads may do so at the same time
         return answers
 
     decoder._openai_completion_helper = ask_or_leave_out
