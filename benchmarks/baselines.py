@@ -9,11 +9,13 @@ rejected responses, each after its prompt, padded to the longest and concatenate
 the logits of all positions; log_softmax; gather. `trl` is TRL's CPOTrainer with loss_type="simpo"
 and cpo_alpha=0, the same computation (TRL has no SimPER).
 
-Each writes metrics.jsonl into its output_dir as train.py does, with the same names. On every rank,
-the pairs of a step must fit into one micro-batch (micro_batch_tokens), which is also how
-throughput.py runs train.py. Several ranks use DistributedDataParallel. On CPU only.
+Each writes metrics.jsonl into its output_dir as train.py does, with the same names. A rank computes
+its pairs of a step in one forward, or `--pairs_a_forward` at a time. On CPUs in float32, with
+DistributedDataParallel for several ranks. On GPUs in bfloat16 with float32 parameters: `textbook`
+under FSDP2, as train.py, and `trl` by Trainer's bf16.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -25,14 +27,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from data import load_pairs, load_tokenizer, pair_lengths
 from demo.smollm2 import resolve_model
+from model import blocks
 from runtime import max_over_ranks, peak_memory, run_command, start_group
 from train import Config, learning_rate, make_schedule, mean_over_ranks, parse_args
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cpu")
+if torch.cuda.is_available():
+    DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def write_metrics(config: Config, metrics: dict) -> None:
@@ -45,17 +53,27 @@ def prepare(config: Config):
     [step][rank]."""
     # Not by start_process, whose settings of the memory allocator are train.py's own.
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
     tokenizer = load_tokenizer(resolve_model(config.model))
     pairs, _ = load_pairs(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
     schedule = make_schedule(config, pair_lengths(pairs).sum(axis=1), ranks)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    return rank, ranks, tokenizer, pairs, [shares for (shares,) in schedule]
+    steps = [[sum(shares, []) for shares in zip(*step)] for step in schedule]
+    return rank, ranks, tokenizer, pairs, steps
 
 
 def plain_model(config: Config):
     return AutoModelForCausalLM.from_pretrained(
         resolve_model(config.model), dtype=torch.float32, trust_remote_code=False
     )
+
+
+def shard_plain(model, mesh) -> None:
+    """FSDP2 of a transformers model, in train.py's units and with its precision on GPUs."""
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (*blocks(model), model):
+        fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
 def padded_logps(model, rows: dict) -> torch.Tensor:
@@ -71,20 +89,30 @@ def padded_logps(model, rows: dict) -> torch.Tensor:
         ids[i, :end] = torch.tensor(prompt + response)
         mask[i, :end] = 1
         labels[i, len(prompt) : end] = torch.tensor(response)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    ids, mask, labels = (x.to(DEVICE) for x in (ids, mask, labels))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     labels = labels[:, 1:]
     scored = labels != -100
     logps = logits.log_softmax(dim=-1).gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
     return ((logps * scored).sum(dim=1) / scored.sum(dim=1)).view(2, -1)
 
 
-def textbook(config: Config) -> None:
+def seconds_since(began: float) -> float:
+    """Until the GPU has done what it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def textbook(config: Config, pairs_a_forward: int) -> None:
     rank, ranks, _, pairs, steps = prepare(config)
-    start_group(CPU)
-    model = plain_model(config).train()
+    start_group(DEVICE)
+    model = plain_model(config).to(DEVICE).train()
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if ranks > 1:
+    if DEVICE.type == "cuda":
+        shard_plain(model, init_device_mesh("cuda", (ranks,)))
+    elif ranks > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True
@@ -92,17 +120,22 @@ def textbook(config: Config) -> None:
     for step, shares in enumerate(steps):
         began = time.perf_counter()
         optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), config)
-        chosen, rejected = padded_logps(model, pairs[shares[rank]])
-        losses = rejected.exp() - chosen.exp()
-        (losses.sum() * ranks / config.batch_size).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        mine, metrics = shares[rank], []
+        size = pairs_a_forward or len(mine)
+        for first in range(0, len(mine), size):
+            chosen, rejected = padded_logps(model, pairs[mine[first : first + size]])
+            losses = rejected.exp() - chosen.exp()
+            (losses.sum() * ranks / config.batch_size).backward()
+            values = {"loss": losses, "logps/chosen": chosen, "logps/rejected": rejected}
+            metrics.append({name: value.detach() for name, value in values.items()})
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - began
-        metrics = {"loss": losses, "logps/chosen": chosen, "logps/rejected": rejected}
-        means = mean_over_ranks([{name: values.detach() for name, values in metrics.items()}])
+        seconds = seconds_since(began)
+        means = mean_over_ranks(metrics)
         means |= {"grad_norm": norm, "pairs_per_second": config.batch_size / seconds}
-        (means["peak_memory_gb"],) = max_over_ranks(CPU, peak_memory(CPU))
+        (means["peak_memory_gb"],) = max_over_ranks(DEVICE, peak_memory(DEVICE))
         if rank == 0:
             write_metrics(config, {"step": step + 1, **means})
 
@@ -117,16 +150,16 @@ class Timer(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.pairs_per_second = self.config.batch_size / (time.perf_counter() - self.began)
+        self.pairs_per_second = self.config.batch_size / seconds_since(self.began)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if self.rank == 0 and "loss" in logs:
             line = {"step": state.global_step, "pairs_per_second": self.pairs_per_second}
             line |= {"grad_norm": logs["grad_norm"], "logps/chosen": logs["logps/chosen"]}
-            write_metrics(self.config, line | {"peak_memory_gb": peak_memory(CPU)})
+            write_metrics(self.config, line | {"peak_memory_gb": peak_memory(DEVICE)})
 
 
-def trl(config: Config) -> None:
+def trl(config: Config, pairs_a_forward: int) -> None:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     class Trainer(CPOTrainer):
@@ -148,11 +181,13 @@ def trl(config: Config) -> None:
             row[f"{side}_attention_mask"] = [1] * len(prompt + pair[side])
             row[f"{side}_labels"] = [-100] * len(prompt) + pair[side]
         rows.append(row)
+    share = config.batch_size // ranks
     options = CPOConfig(
         output_dir=config.output_dir,
         loss_type="simpo",
         cpo_alpha=0.0,
-        per_device_train_batch_size=config.batch_size // ranks,
+        per_device_train_batch_size=pairs_a_forward or share,
+        gradient_accumulation_steps=share // (pairs_a_forward or share),
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_ratio,
@@ -166,8 +201,8 @@ def trl(config: Config) -> None:
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        bf16=False,
-        use_cpu=True,
+        bf16=DEVICE.type == "cuda",
+        use_cpu=DEVICE.type == "cpu",
     )
     trainer = Trainer(
         model=plain_model(config),
@@ -183,7 +218,10 @@ def main() -> None:
     step = {"textbook": textbook, "trl": trl}.get("".join(sys.argv[1:2]))
     if step is None:
         sys.exit(__doc__)
-    step(parse_args(sys.argv[2:]))
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--pairs_a_forward", type=int, default=0)
+    own, flags = parser.parse_known_args(sys.argv[2:])
+    step(parse_args(flags), own.pairs_a_forward)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -38,7 +38,6 @@ import transformers.masking_utils
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed import device_mesh
 from torch.distributed._tools.common_utils import get_untyped_storages
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -51,6 +50,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import model as model_module
 import runtime
 import train
+from benchmarks.baselines import shard_plain
 from benchmarks.plan import LENGTHS, sample_lengths
 from data import truncate
 from demo.smollm2 import resolve_model
@@ -347,9 +347,7 @@ def textbook(
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         mesh = device_mesh.init_device_mesh("cuda", (ranks,))
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for module in (*model_module.blocks(types.SimpleNamespace(modules=model.modules)), model):
-            fully_shard(module, mesh=mesh, mp_policy=precision)
+        shard_plain(model, mesh)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(2):
             recorder.restart()

@@ -17,8 +17,10 @@ are to the first arm.
 data: hh or ultrafeedback (random words, with the lengths of Anthropic's HH or of UltraFeedback), or
 anything that --train_data accepts.
 
-model: demo, a folder, or random-32k, random-128k or random-256k (8 random layers of width 512 with
-a vocabulary of that size).
+model: demo, a folder, random-32k, random-128k or random-256k (8 random layers of width 512 with
+a vocabulary of that size), or llama-3-8b:N (N random layers of its shape, and its vocabulary).
+
+With a GPU, the processes run there, in bfloat16 (docs/speed.md has a command).
 """
 
 import argparse
@@ -29,6 +31,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,6 +47,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.baselines import DEVICE, seconds_since
 from benchmarks.plan import LENGTHS, flops, sample_lengths
 from data import load_pairs, load_tokenizer, step_indices
 from demo.smollm2 import resolve_model
@@ -77,15 +81,25 @@ def make_pairs(name: str, folder: Path, count: int) -> str:
     return str(path)
 
 
-def make_model(name: str, folder: Path) -> str:
-    """Write the random model `name`, with a tokenizer of WORDS, and return its folder; for "demo"
-    or a folder, return the folder."""
-    if not name.startswith("random-"):
-        return resolve_model(name)
-    path = folder / name
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=int(name.removeprefix("random-").removesuffix("k")) * 1000,
+def random_config(name: str) -> LlamaConfig:
+    """The config of the random model `name`; see this file's head. Raises ValueError for others."""
+    kind, _, size = name.replace("random-", "random:").partition(":")
+    if kind == "llama-3-8b":
+        return LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=4096,
+            intermediate_size=14_336,
+            num_hidden_layers=int(size),
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+            dtype="bfloat16",
+        )
+    if kind != "random":
+        raise ValueError(name)
+    return LlamaConfig(
+        vocab_size=int(size.removesuffix("k")) * 1000,
         hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=8,
@@ -93,7 +107,20 @@ def make_model(name: str, folder: Path) -> str:
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+
+
+def make_model(name: str, folder: Path) -> str:
+    """Write the random model `name`, with a tokenizer of WORDS, and return its folder; for "demo"
+    or a folder, return the folder."""
+    try:
+        config = random_config(name)
+    except ValueError:
+        return resolve_model(name)
+    path = folder / name
+    torch.manual_seed(0)
+    with DEVICE:
+        LlamaForCausalLM(config).to(config.dtype or torch.float32).save_pretrained(path)
+    torch.cuda.empty_cache()  # for the processes that are measured
     vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -104,14 +131,16 @@ def make_model(name: str, folder: Path) -> str:
 
 
 def matmul_speed() -> float:
-    """Floating-point operations per second of a float32 matrix product of size 2048³ on all cores:
-    the best of ten."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    """Floating-point operations per second of a matrix product, the best of ten: of size 2048³ in
+    float32 on all cores, or of 8192³ in bfloat16 on a GPU."""
+    size, dtype = (8192, torch.bfloat16) if DEVICE.type == "cuda" else (2048, torch.float32)
+    a, b = torch.randn(2, size, size, dtype=dtype, device=DEVICE)
+    seconds_since(0.0)
     best = 0.0
     for _ in range(10):
         began = time.perf_counter()
         a @ b
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - began))
+        best = max(best, 2 * size**3 / seconds_since(began))
     return best
 
 
@@ -137,13 +166,16 @@ def measure(arm: str, flags: dict, output: Path) -> dict:
     if process.returncode:
         raise RuntimeError(f"{arm} failed:\n{log.read_text()[-3000:]}")
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    shutil.rmtree(output)  # the trained model, too
     return {"start": start, "steps": steps}
 
 
 def check_agreement(results: dict[str, dict]) -> None:
     """Raise ValueError unless all arms computed the same as the first: the loss, log-probs and
-    gradient norm of each step. Of TRL, whose objective is a different one, only the log-probs of
-    the first two steps are compared, before which no weight has changed."""
+    gradient norm of each step, to a thousandth, or to a fiftieth in bfloat16. Of TRL, whose
+    objective is a different one, only the log-probs of the first two steps are compared, before
+    which no weight has changed."""
+    tolerance = 0.02 if DEVICE.type == "cuda" else 1e-3
     (first, expected), *compared = results.items()
     for arm, result in compared:
         names, steps = ("loss", "grad_norm", "logps/chosen", "logps/rejected"), None
@@ -151,7 +183,7 @@ def check_agreement(results: dict[str, dict]) -> None:
             names, steps = ("logps/chosen",), 2
         lines = list(zip(expected["steps"], result["steps"]))[:steps]
         for name, (a, b) in itertools.product(names, lines):
-            if not abs(a[name] - b[name]) <= 1e-3 * max(abs(a[name]), 0.01):
+            if not abs(a[name] - b[name]) <= tolerance * max(abs(a[name]), 0.01):
                 figures = f"{a[name]} in {first} and {b[name]} in {arm}"
                 raise ValueError(f"step {a['step']}: {name} is {figures}")
 
@@ -205,6 +237,10 @@ def run(data: str, model: str, batch_size: int, arms: list[str], args, folder: P
             output = Path(tempfile.mkdtemp(dir=folder)) / "run"
             results[arm] = measure(arm, flags | {"seed": seed}, output)
             matmul = max(matmul, matmul_speed())
+            if args.log:
+                line = {"data": data, "model": model, "pairs": batch_size, "seed": seed, "arm": arm}
+                with open(args.log, "a") as file:
+                    print(json.dumps(line | {"matmul": matmul, **results[arm]}), file=file)
         check_agreement({arm: results[arm] for arm in arms})  # in the given order
         batches = [step_indices(len(pairs), batch_size, seed, step) for step in range(args.steps)]
         step_lengths = [pairs[indices]["lengths"] for indices in batches[1:]]
@@ -214,10 +250,6 @@ def run(data: str, model: str, batch_size: int, arms: list[str], args, folder: P
             padded.append(sum(operations) / sum(flops(empty_model, lengths)))
         for arm in arms:
             figures[arm].append(summarize(results[arm], step_lengths, empty_model, matmul))
-            if args.log:
-                line = {"data": data, "model": model, "pairs": batch_size, "seed": seed, "arm": arm}
-                with open(args.log, "a") as file:
-                    print(json.dumps(line | {"matmul": matmul, **results[arm]}), file=file)
     prompt, chosen, rejected = np.array(pairs["lengths"]).mean(axis=0)
     print(
         f"**{data}, {model}, {batch_size} pairs a step**: \n"
@@ -282,9 +314,12 @@ def main() -> None:
     if not arms or len(set(arms)) < len(arms):
         compared = ", ".join(args.arms)
         parser.error(f"nothing to compare, or the same arm twice: {versions}; {compared}")
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+    machine += f"{torch.get_num_threads()} threads, float32"
+    if DEVICE.type == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, bfloat16"
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, float32; \n"
+        f"{machine}; \n"
         f"torch {torch.__version__}, transformers {transformers.__version__}, {versions}\n"
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ from test_train import write_pairs
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import gpu_check
 from benchmarks import plan as plan_module
@@ -26,7 +26,7 @@ from benchmarks.baselines import main as baselines_main
 from benchmarks.plan import GPUS, flops, fsdp_traffic, kept_bytes, plan, sample_lengths, speed
 from benchmarks.plan import main as plan_main
 from benchmarks.study import main as study_main
-from benchmarks.throughput import check_agreement
+from benchmarks.throughput import check_agreement, random_config
 from benchmarks.throughput import main as throughput_main
 from data import InputError, pack, truncate
 from model import PackedModel, blocks, build_model, shard
@@ -123,16 +123,27 @@ def test_throughput_measures_the_same_computation(model_folder, tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "throughput.py", "--model", model_folder]
     command += ["--data", data, "--pairs", "4", "--max_length", "96", "--repeats", "1"]
     command += ["--arms", "simper", "textbook", "simper,ranks=2,micro_batch_tokens=150"]
-    command += ["--log", log]
+    command += ["textbook,pairs_a_forward=3", "--log", log]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"^\| textbook \| \d", done.stdout, re.MULTILINE)
-    simper, textbook, ranks = map(json.loads, log.read_text().splitlines())
+    simper, textbook, ranks, parts = map(json.loads, log.read_text().splitlines())
     assert len(simper["steps"]) == len(textbook["steps"]) == len(ranks["steps"]) == 3
     assert simper["steps"][2]["loss"] == pytest.approx(textbook["steps"][2]["loss"], rel=1e-4)
+    assert parts["steps"][2]["loss"] == pytest.approx(textbook["steps"][2]["loss"], rel=1e-4)
     textbook["steps"][2]["grad_norm"] *= 1.01
     with pytest.raises(ValueError, match="step 3: grad_norm"):
         check_agreement({"simper": simper, "textbook": textbook})
+
+
+def test_the_random_model_has_the_shape_of_llama_3_8b():
+    config = random_config("llama-3-8b:32")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248  # as published
+    assert config.dtype == torch.bfloat16
+    with pytest.raises(ValueError):
+        random_config("demo")
 
 
 @pytest.mark.parametrize("arm", ["simpo", "simper,compile", "simper ,ranks=2"])
