@@ -61,10 +61,10 @@ GPUS = {
     "a100": GPU("a100", 312e12, 80e9, memory_speed=2.0e12, nvlink=300e9, network=8 * 25e9),
     "h100": GPU("h100", 989e12, 80e9, memory_speed=3.35e12, nvlink=450e9, network=8 * 50e9),
 }
-# The share of a GPU's peak that forward and backward reach in bfloat16, and what compiling adds:
-# torchtitan's published runs of Llama-3-8B (docs/plan.md) come out within 15 % with these.
+# The share of a GPU's peak that forward and backward reach in bfloat16: torchtitan's published runs
+# of Llama-3-8B (docs/plan.md) come out within 15 % with these.
 EFFICIENCY = {"a100": 0.50, "h100": 0.33}
-COMPILED = 1.15
+COMPILED = 1.04  # what --compile true added on the one GPU where it was measured, an H200
 LINK_EFFICIENCY = 0.75  # assumed share of a link's speed that collectives reach
 HOP = 3e-6  # assumed seconds that each additional rank adds to a ring collective
 
