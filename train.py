@@ -192,13 +192,13 @@ def train(config: Config) -> None:
             raise FloatingPointError(f"step {step}: gradient of norm {norm}. Its pairs: {places}")
         optimizer.step()
         optimizer.zero_grad()
-        seconds_since_log += time.perf_counter() - began
-        tokens_since_log += pair_tokens[indices].sum()
-
         saves = config.save_every and (step == last or step % config.save_every == 0)
         # Also before a checkpoint or an evaluation: a resumed run begins a new line there.
-        if stop or saves or step == last or step in evaluate_at or step % config.log_every == 0:
-            means = mean_over_ranks(metrics_since_log)
+        logs = stop or saves or step == last or step in evaluate_at or step % config.log_every == 0
+        means = mean_over_ranks(metrics_since_log) if logs else {}  # waits for the optimizer, too
+        seconds_since_log += time.perf_counter() - began
+        tokens_since_log += pair_tokens[indices].sum()
+        if logs:
             line = {"step": step, "epoch": step / steps_per_epoch} | means
             line |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
             line["pairs_per_second"] = (step - logged) * config.batch_size / seconds_since_log

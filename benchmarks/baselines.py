@@ -1,8 +1,8 @@
 """The steps that benchmarks/throughput.py compares with train.py, on the same pairs in the same
 order.
 
-    python benchmarks/baselines.py textbook RECIPE [--name value ...]      # flags as for train.py
-    python benchmarks/baselines.py trl RECIPE [--name value ...]
+    python benchmarks/baselines.py textbook RECIPE [--pairs_a_forward N] [flags of train.py]
+    python benchmarks/baselines.py trl RECIPE [--pairs_a_forward N] [flags of train.py]
 
 `textbook` is the step that SimPO's code, the authors' SimPER and TRL have in common: chosen and
 rejected responses, each after its prompt, padded to the longest and concatenated into one batch;
@@ -10,9 +10,9 @@ the logits of all positions; log_softmax; gather. `trl` is TRL's CPOTrainer with
 and cpo_alpha=0, the same computation (TRL has no SimPER).
 
 Each writes metrics.jsonl into its output_dir as train.py does, with the same names. A rank computes
-its pairs of a step in one forward, or `--pairs_a_forward` at a time. On CPUs in float32, with
-DistributedDataParallel for several ranks. On GPUs in bfloat16 with float32 parameters: `textbook`
-under FSDP2, as train.py, and `trl` by Trainer's bf16.
+its pairs of a step in one forward, or a single process --pairs_a_forward at a time. On CPUs in
+float32, with DistributedDataParallel for several ranks. On GPUs in bfloat16 with float32
+parameters: `textbook` under FSDP2, as train.py, and `trl` by Trainer's bf16.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from data import load_pairs, load_tokenizer, pair_lengths
+from data import InputError, load_pairs, load_tokenizer, pair_lengths
 from demo.smollm2 import resolve_model
 from model import blocks
 from runtime import max_over_ranks, peak_memory, run_command, start_group
@@ -55,6 +55,7 @@ def prepare(config: Config):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as start_process, and for its reason
     tokenizer = load_tokenizer(resolve_model(config.model))
     pairs, _ = load_pairs(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
     schedule = make_schedule(config, pair_lengths(pairs).sum(axis=1), ranks)
@@ -89,7 +90,7 @@ def padded_logps(model, rows: dict) -> torch.Tensor:
         ids[i, :end] = torch.tensor(prompt + response)
         mask[i, :end] = 1
         labels[i, len(prompt) : end] = torch.tensor(response)
-    ids, mask, labels = (x.to(DEVICE) for x in (ids, mask, labels))
+    ids, mask, labels = (x.to(DEVICE, non_blocking=True) for x in (ids, mask, labels))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     labels = labels[:, 1:]
     scored = labels != -100
@@ -172,6 +173,7 @@ def trl(config: Config, pairs_a_forward: int) -> None:
     rank, ranks, tokenizer, pairs, steps = prepare(config)
     rows = []
     # With several ranks, Trainer gives them its batches in turn: the first to rank 0, and so on.
+    # A single process takes the pairs of a step in this order, too, a few at a time.
     for index in [i for shares in steps for share in shares for i in share]:
         pair = pairs[index]
         prompt = pair["prompt"]
@@ -221,7 +223,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--pairs_a_forward", type=int, default=0)
     own, flags = parser.parse_known_args(sys.argv[2:])
-    step(parse_args(flags), own.pairs_a_forward)
+    config = parse_args(flags)
+    if own.pairs_a_forward and (
+        "RANK" in os.environ or config.batch_size % own.pairs_a_forward
+    ):  # ranks with different numbers of forwards would wait for each other; TRL drops a remainder
+        raise InputError("--pairs_a_forward is for one process, and must divide batch_size")
+    step(config, own.pairs_a_forward)
     if dist.is_initialized():
         dist.destroy_process_group()
 

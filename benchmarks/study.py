@@ -61,7 +61,7 @@ DYNAMICS_RATE = 3e-5
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 SEEDS = 3  # of the order of the pairs and of the sampled answers
 EQUAL_KL = 5  # nats per answer, at which losses are compared
-COMPARED_KL = (2.5, EQUAL_KL, 10)  # and where else, to see what that choice does
+OTHER_KL = (2.5, 10)  # to see what that choice does
 PROMPTS, NEW_TOKENS, BATCH = 300, 48, 150
 RECIPE = ROOT / "recipes" / "demo.yaml"
 FLAGS = {"max_steps": 20, "eval_every": 0, "save_every": 0, "wandb": "off"}
@@ -75,17 +75,17 @@ PACKAGES = ("torch", "transformers", "vaderSentiment")
 SIDES = ("chosen", "rejected")
 LOGGED = re.compile(r"(eval/)?(step|accuracy|logps/\w+|gradient_weight/\w+)")
 JUDGING = threading.Lock()  # one model at a time: torch has one stream of random numbers
-FORMATS = {"words": ".1f", "finished": ".2f", "distinct": ".2f", "accuracy": ".2f"}
-FORMATS |= {f"Δ {side}": "+.2f" for side in SIDES}
+CHANGES = tuple(f"Δ {side}" for side in SIDES)
+FORMATS = {"words": ".1f", "finished": ".2f", "distinct": ".2f"} | dict.fromkeys(CHANGES, "+.2f")
 BEGIN, END = "<!-- the tables: written by benchmarks/study.py -->", "<!-- end of the tables -->"
 
 
 # ---- A run ---------------------------------------------------------------------------------------
 
 
-def run(arm: str, rate: float, seed: int, output: Path, threads: int) -> dict:
-    """Train, answer the new prompts, and delete the model. Returns what the study keeps of the run;
-    {"error": text} if training diverged."""
+def make_run(arm: str, rate: float, seed: int, output: Path, threads: int) -> dict:
+    """Train, answer the new prompts, and delete the model. Returns what the study keeps of the run,
+    its numbers to five digits; {"error": text} if training diverged."""
     shutil.rmtree(output, ignore_errors=True)
     flags = FLAGS | ARMS.get(arm, {}) | {"learning_rate": rate, "seed": seed, "output_dir": output}
     command = [sys.executable, "-c", TRAIN, str(RECIPE)]
@@ -146,7 +146,7 @@ def divergences(model, start, prompts: list[list[int]], answers: list[list[int]]
     for first in range(0, len(order), 16):
         batch = order[first : first + 16]
         rows = [torch.tensor(prompts[i] + answers[i][:-1]) for i in batch]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # after what is read
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right
         answered = torch.zeros_like(padded, dtype=torch.bool)
         for row, i in zip(answered, batch):
             row[len(prompts[i]) - 1 :][: len(answers[i])] = True
@@ -188,28 +188,27 @@ def group_runs(results: list[dict]) -> dict[tuple[str, float], list[dict]]:
             continue
         shown = {"seed": run["seed"], "reward": np.array(run["reward"]), "steps": run["steps"]}
         shown |= {key: np.mean(run[key]) for key in ("kl", "words", "finished", "distinct")}
-        shown["accuracy"] = run["after"]["eval/accuracy"]
-        for side in SIDES:
+        for change, side in zip(CHANGES, SIDES):
             before, after = (run[when][f"eval/logps/{side}"] for when in ("before", "after"))
-            shown[f"Δ {side}"] = after - before
+            shown[change] = after - before
         groups.setdefault((run["arm"], run["learning_rate"]), []).append(shown)
     return groups
 
 
 def at_kl(groups: dict, arm: str, nats: float) -> dict[int, dict]:
-    """{seed: what its run would show at `nats`}, of the seeds with which the arm's learning rates
-    lie on both sides: on the line between the two nearest. That line is over log KL, but for the
-    changes of log-probs over KL, over which they are straighter."""
+    """{seed: what its run would show at `nats`}, of the seeds with which two neighbouring learning
+    rates of the arm lie on both sides: on the line between these two. That line is over log KL, but
+    for the changes of log-probs over KL, over which they are straighter."""
     points = {}
-    every = [run for (a, _), runs in groups.items() if a == arm for run in runs]
     for seed in range(SEEDS):
-        runs = sorted((r for r in every if r["seed"] == seed), key=lambda run: run["kl"])
+        of_arm = [run for rate in LEARNING_RATES for run in groups.get((arm, rate), [])]
+        runs = [run for run in of_arm if run["seed"] == seed]  # by learning rate
         for low, high in zip(runs, runs[1:]):
             if low["kl"] <= nats < high["kl"]:
                 linear = (nats - low["kl"]) / (high["kl"] - low["kl"])
                 logs = math.log(nats / low["kl"]) / math.log(high["kl"] / low["kl"])
                 points[seed] = {
-                    key: low[key] + (linear if "Δ" in key else logs) * (high[key] - low[key])
+                    key: low[key] + (linear if key in CHANGES else logs) * (high[key] - low[key])
                     for key in ("reward", *FORMATS)
                 }
     return points
@@ -217,6 +216,30 @@ def at_kl(groups: dict, arm: str, nats: float) -> dict[int, dict]:
 
 def mean(runs: Iterable[dict], key: str) -> float:
     return float(np.mean([run[key] for run in runs]))
+
+
+def show_mean(values: np.ndarray, sign: str = "") -> str:
+    """The mean of values (seeds, prompts), and of all seeds its 95 % interval. With the sign "+",
+    for a difference, bold if the interval for as many comparisons as there are excludes 0."""
+    text = format(values.mean(), f"{sign}.3f")
+    if len(values) < SEEDS:  # too few for an interval
+        return text
+    _, low, high = interval(values, 100 - 5 / max(1, len(ARMS) - 1))
+    if sign and (low > 0 or high < 0):
+        text = f"**{text}**"
+    _, low, high = interval(values)
+    return f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def show_difference(points: dict[str, dict], arm: str) -> str:
+    """An arm's reward minus SimPER's, {arm: at_kl}, over the seeds that both have, and with how
+    many of them it is positive."""
+    of_arm, simper = ({} if arm == "simper" else points.get(a, {}) for a in (arm, "simper"))
+    both = sorted(of_arm.keys() & simper.keys())
+    if not both:
+        return "–"
+    values = np.array([of_arm[seed]["reward"] - simper[seed]["reward"] for seed in both])
+    return f"{show_mean(values, '+')}, {(values.mean(axis=1) > 0).sum()} of {len(both)}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -228,54 +251,39 @@ def tables(setting: dict, results: list[dict]) -> str:
     """The generated part of docs/study.md."""
     groups = group_runs(results)
     arms = [arm for arm in ARMS if any((arm, rate) in groups for rate in LEARNING_RATES)]
-    points = {nats: {arm: at_kl(groups, arm, nats) for arm in arms} for nats in COMPARED_KL}
-    at_start = {START: {run["seed"]: run for run in groups[START, START_RATE]}}
-    rows, differences, every = [], [], []
+    points = {
+        nats: {arm: at_kl(groups, arm, nats) for arm in arms} for nats in (EQUAL_KL, *OTHER_KL)
+    }
+    at_start = {"before training": {run["seed"]: run for run in groups[START, START_RATE]}}
+    compared, elsewhere = [], []
     for arm, of_arm in (at_start | points[EQUAL_KL]).items():
-        row = [arm, *["–"] * (1 + len(FORMATS)), str(len(of_arm))]
+        row = ["–"] * (2 + len(FORMATS))
         if of_arm:
-            row[1] = show_interval("{:.3f}", np.array([p["reward"] for p in of_arm.values()]))
-            for place, (key, form) in enumerate(FORMATS.items(), 2):
-                row[place] = format(mean(of_arm.values(), key), form)
-        rows.append(row)
+            row = [show_mean(np.array([p["reward"] for p in of_arm.values()]))]
+            row += [show_difference(points[EQUAL_KL], arm)]
+            row += [format(mean(of_arm.values(), key), form) for key, form in FORMATS.items()]
+        compared.append([arm, *row])
     for arm in arms:
-        row = [arm]
-        for of_arm in points.values():
-            simper = of_arm.get("simper", {})
-            both = sorted(of_arm[arm].keys() & simper.keys()) if arm != "simper" else []
-            values = np.array([of_arm[arm][s]["reward"] - simper[s]["reward"] for s in both])
-            text = "–"
-            if both:
-                _, low, high = interval(values, 100 - 5 / (len(ARMS) - 1))  # of as many comparisons
-                form = "**{:+.3f}**" if low > 0 or high < 0 else "{:+.3f}"
-                text = f"{show_interval(form, values)}, {len(both)}"
-            row.append(text)
-        differences.append(row)
-        cells = [groups.get((arm, rate)) for rate in LEARNING_RATES]
-        shown = [c and [mean(c, key) for key in ("reward", "kl", "words")] for c in cells]
-        every.append([arm, *("{:.3f} ({:.1f}, {:.0f})".format(*m) if m else "" for m in shown)])
-    total = (1 + len(ARMS) * len(LEARNING_RATES)) * SEEDS
+        row = [arm, *(show_difference(points[nats], arm) for nats in OTHER_KL)]
+        for runs in (groups.get((arm, rate), []) for rate in LEARNING_RATES):
+            shown = [mean(runs, key) for key in ("reward", "kl", "words")] if runs else []
+            row.append("{:.3f} ({:.1f}, {:.0f})".format(*shown) if runs else "")
+            row[-1] += f", {len(runs)}" if 0 < len(runs) < SEEDS else ""
+        elsewhere.append(row)
     failed = [f"{r['arm']} at {r['learning_rate']:g}" for r in results if "error" in r]
-    counts = f"{len(results)} of {total} runs; {setting['versions']}."
+    counts = f"{len(results)} of {len(planned_runs())} runs; {setting['versions']}."
     counts += f" Diverged: {'; '.join(failed)}." if failed else ""
-    header = [f"at {EQUAL_KL:g} nats", "reward [95 %]", *FORMATS, "seeds"]
-    compared = ["reward minus SimPER's [95 %], seeds", *(f"at {nats:g} nats" for nats in points)]
-    at_rates = ["reward (KL, words) at", *(f"{rate:g}" for rate in LEARNING_RATES)]
-    parts = table(header, rows), table(compared, differences), table(at_rates, every)
-    return "\n\n".join([counts, *parts])
-
-
-def show_interval(form: str, values: np.ndarray) -> str:
-    """The mean of values (seeds, prompts) by `form`, and its 95 % interval."""
-    mean, *ends = interval(values)
-    sign = "+" if "+" in form else ""
-    return f"{form.format(mean)} [{', '.join(format(end, sign + '.3f') for end in ends)}]"
+    minus = "minus SimPER's [95 %], seeds above"
+    first = table([f"at {EQUAL_KL:g} nats", "reward [95 %]", minus, *FORMATS], compared)
+    header = ["elsewhere", *(f"at {nats:g} nats" for nats in OTHER_KL)]
+    header += [f"{rate:g}" for rate in LEARNING_RATES]
+    return "\n\n".join([counts, first, table(header, elsewhere)])
 
 
 def figures(results: list[dict], folder: Path) -> None:
-    """study-frontier.png, study-rates.png and study-dynamics.png."""
+    """study-frontier.png, study-rates.png and study-dynamics.png, of the learning rates at which an
+    arm has all its seeds."""
     groups = group_runs(results)
-    finished = {arm for arm, _ in groups}
     panels = {"losses": [arm for arm in LOSSES if arm == "simper" or arm not in ABLATIONS]}
     panels["SimPER without its parts"] = ABLATIONS
     panels["other hyperparameters"] = [
@@ -291,8 +299,11 @@ def figures(results: list[dict], folder: Path) -> None:
             strong, pale = (colormaps["tab20"].colors[n::2] for n in (0, 1))
             colors = dict(zip(ARMS, strong + pale)) | {"simper": "black"}
             for axis, arms in zip(axes, panels.values()):
-                for arm in filter(finished.__contains__, arms):
-                    of_arm = {r: groups[arm, r] for r in LEARNING_RATES if (arm, r) in groups}
+                for arm in arms:
+                    of_arm = {rate: groups.get((arm, rate), []) for rate in LEARNING_RATES}
+                    of_arm = {rate: runs for rate, runs in of_arm.items() if len(runs) == SEEDS}
+                    if not of_arm:
+                        continue
                     rewards = [
                         np.array([run["reward"] for run in runs]) for runs in of_arm.values()
                     ]
@@ -323,9 +334,9 @@ def figures(results: list[dict], folder: Path) -> None:
                 subtract(run["steps"], start_steps[run["seed"]]) for run in runs
             ]
     changes = {
-        "change of mean log-prob, chosen": lambda line: line["logps/chosen"],
-        "change of mean log-prob, rejected": lambda line: line["logps/rejected"],
-        "change of their margin": lambda line: line["logps/chosen"] - line["logps/rejected"],
+        "change of the chosen mean log-prob, nats": lambda line: line["logps/chosen"],
+        "change of the rejected one, nats": lambda line: line["logps/rejected"],
+        "change of their margin, nats": lambda line: line["logps/chosen"] - line["logps/rejected"],
     }
     plot(curves, str(folder / "study-dynamics.png"), changes)
 
@@ -342,14 +353,19 @@ def subtract(steps: list[dict], start_steps: list[dict]) -> list[dict]:
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
-    """Make the runs that are not in `results`, and add each to it and to the file at its end."""
-    # First the two rates around the demo's, where most losses pass EQUAL_KL, then the highest, at
-    # which the others do; seed after seed.
+def planned_runs() -> list[tuple[str, float, int]]:
+    """(arm, learning rate, seed) of every run, in their order: first the two rates around the
+    demo's, where most losses pass EQUAL_KL, then the highest, at which the others do."""
     rates = sorted(LEARNING_RATES, key=lambda rate: abs(math.log(rate / 2e-5)))
     plan = [(START, START_RATE, seed) for seed in range(SEEDS)]
     for some in (rates[:2], rates[2:3], rates[3:]):
         plan += [(arm, rate, seed) for seed in range(SEEDS) for arm in ARMS for rate in some]
+    return plan
+
+
+def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
+    """Make the runs that are not in `results`, and add each to it and to the file at its end."""
+    plan = planned_runs()
     done = {(r["arm"], r["learning_rate"], r["seed"]) for r in results}
     threads, lock = max(1, (os.cpu_count() or 1) // jobs), threading.Lock()
 
@@ -357,7 +373,7 @@ def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
         arm, rate, seed = entry
         name = f"{arm}-{rate:g}-{seed}".replace(" ", "-")
         result = {"arm": arm, "learning_rate": rate, "seed": seed}
-        result |= run(arm, rate, seed, output / name, threads)
+        result |= make_run(arm, rate, seed, output / name, threads)
         with lock, open(path, "a") as file:
             results.append(result)
             print(json.dumps(result), file=file)

@@ -123,7 +123,7 @@ def test_throughput_measures_the_same_computation(model_folder, tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "throughput.py", "--model", model_folder]
     command += ["--data", data, "--pairs", "4", "--max_length", "96", "--repeats", "1"]
     command += ["--arms", "simper", "textbook", "simper,ranks=2,micro_batch_tokens=150"]
-    command += ["textbook,pairs_a_forward=3", "--log", log]
+    command += ["textbook,pairs_a_forward=2", "--log", log]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"^\| textbook \| \d", done.stdout, re.MULTILINE)
@@ -142,8 +142,15 @@ def test_the_random_model_has_the_shape_of_llama_3_8b():
         model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == 8_030_261_248  # as published
     assert config.dtype == torch.bfloat16
-    with pytest.raises(ValueError):
-        random_config("demo")
+    with pytest.raises(InputError, match="llama-3-8b:x: x is no number of layers"):
+        random_config("llama-3-8b:x")
+
+
+def test_pairs_a_forward_must_divide_a_step(monkeypatch):
+    flags = ["textbook", str(ROOT / "recipes" / "demo.yaml"), "--pairs_a_forward", "3"]
+    monkeypatch.setattr(sys, "argv", ["baselines.py", *flags])
+    with pytest.raises(InputError, match="must divide batch_size"):
+        baselines_main()
 
 
 @pytest.mark.parametrize("arm", ["simpo", "simper,compile", "simper ,ranks=2"])

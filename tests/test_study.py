@@ -155,9 +155,8 @@ def test_interval_by_hand():
 @pytest.fixture
 def at_root_8(monkeypatch):
     """KL is 2 and 4 nats at the two rates: on a scale of logarithms, √8 is in the middle."""
-    changed = {"LEARNING_RATES": (1.0, 2.0), "EQUAL_KL": math.sqrt(8)}
-    changed["COMPARED_KL"] = (3.0, math.sqrt(8))
-    for name, value in (WHOLE | changed).items():
+    changed = {"LEARNING_RATES": (1.0, 2.0), "EQUAL_KL": math.sqrt(8), "OTHER_KL": (3.0,)}
+    for name, value in (WHOLE | changed | {"SEEDS": 1}).items():
         monkeypatch.setattr(study, name, value)
 
 
@@ -172,21 +171,31 @@ def test_tables_by_hand(at_root_8):
     results += [result("kto", 2.0, 0, [0.2, 0.8])]
     results += [{"arm": "sft", "learning_rate": 1.0, "seed": 0, "error": "diverged"}]
     text = study.tables({"versions": "torch 9"}, results)
-    assert "9 of 111 runs; torch 9. Diverged: sft at 1." in text
-    same = "20.0 | 0.50 | 0.50 | 0.75 | +0.50 | -0.25"
+    assert "9 of 37 runs; torch 9. Diverged: sft at 1." in text
+    same = "20.0 | 0.50 | 0.50 | +0.50 | -0.25"
     for row in (
-        f"| start | 0.000 [0.000, 0.000] | {same} | 1 |",
-        f"| simper | 0.350 [0.350, 0.350] | {same} | 1 |",
-        f"| dpo | 0.250 [0.250, 0.250] | {same} | 1 |",
-        f"| ipo | 0.400 [0.150, 0.650] | {same} | 1 |",
-        "| kto | – | – | – | – | – | – | – | 0 |",  # does not pass √8
+        f"| before training | 0.000 [0.000, 0.000] | – | {same} |",
+        f"| simper | 0.350 [0.350, 0.350] | – | {same} |",
+        f"| dpo | 0.250 [0.250, 0.250] | **-0.100** [-0.100, -0.100], 0 of 1 | {same} |",
+        f"| ipo | 0.400 [0.150, 0.650] | +0.050 [-0.200, +0.300], 1 of 1 | {same} |",
+        "| kto | – | – | – | – | – | – | – |",  # does not pass √8
         # At 3 nats, log 1.5 / log 2 = 0.585 of the way: SimPER has 0.325 there, DPO 0.275.
-        "| dpo | **-0.049** [-0.049, -0.049], 1 | **-0.100** [-0.100, -0.100], 1 |",
-        "| ipo | +0.075 [-0.183, +0.334], 1 | +0.050 [-0.200, +0.300], 1 |",  # ties
-        "| simper | 0.500 (2.0, 20) | 0.200 (4.0, 20) |",
-        "| kto |  | 0.500 (4.0, 20) |",
+        "| dpo | **-0.049** [-0.049, -0.049], 0 of 1 | 0.100 (2.0, 20) | 0.400 (4.0, 20) |",
+        "| ipo | +0.075 [-0.183, +0.334], 1 of 1 | 0.400 (2.0, 20) | 0.400 (4.0, 20) |",
+        "| simper | – | 0.500 (2.0, 20) | 0.200 (4.0, 20) |",
+        "| kto | – |  | 0.500 (4.0, 20) |",
     ):
         assert row in text.splitlines()
+
+
+def test_too_few_seeds_have_no_interval(at_root_8, monkeypatch):
+    monkeypatch.setattr(study, "SEEDS", 2)
+    results = [START]
+    for arm, reward in (("simper", 0.5), ("dpo", 0.4)):
+        results += [result(arm, rate, 0, [reward, reward]) for rate in (1.0, 2.0)]
+    rows = study.tables({"versions": ""}, results).splitlines()
+    assert "| dpo | 0.400 | -0.100, 0 of 1 | 20.0 | 0.50 | 0.50 | +0.50 | -0.25 |" in rows
+    assert "| dpo | -0.100, 0 of 1 | 0.400 (2.0, 20), 1 | 0.400 (4.0, 20), 1 |" in rows
 
 
 def test_log_probs_are_on_a_line_over_kl(at_root_8):
@@ -195,38 +204,39 @@ def test_log_probs_are_on_a_line_over_kl(at_root_8):
     second["after"]["eval/logps/chosen"] = -1.0
     text = study.tables({"versions": ""}, [START, result("simper", 1.0, 0, [0.0, 0.0]), second])
     (row,) = (line for line in text.splitlines() if line.startswith("| simper | 0.000 ["))
-    assert "| +0.91 | -0.25 |" in row
+    assert row.endswith("| +0.91 | -0.25 |")
 
 
-def test_every_seed_has_its_own_place(at_root_8):
+def test_every_seed_has_its_own_place(at_root_8, monkeypatch):
     """Seeds that differ in KL: each is read where its own runs pass √8 nats. A seed whose rates lie
     on one side of it does not count, and losses are compared over the seeds that both have."""
+    monkeypatch.setattr(study, "SEEDS", 2)
     results = [START]
     results += [result("simper", 1.0, 0, [0.5, 0.5]), result("simper", 2.0, 0, [0.2, 0.2])]
+    # Seed 1: KL √2 and, as good as, √8.
     results += [
-        result("simper", rate, 1, [rate, rate]) | {"kl": [rate * 2**0.5]} for rate in (1, 2)
+        result("simper", rate, 1, [rate, rate]) | {"kl": [rate * 2.0000001**0.5]} for rate in (1, 2)
     ]
     results += [result("ipo", 1.0, 0, [0.6, 0.6]), result("ipo", 2.0, 0, [0.3, 0.3])]
     results += [result("ipo", rate, 1, [9.0, 9.0]) | {"kl": [rate]} for rate in (1.0, 2.0)]
     rows = study.tables({"versions": ""}, results).splitlines()
-    # Seed 0: 0.35. Seed 1: KL √2 and √8, which is passed at its end.
-    results[4]["kl"] = [8.0001**0.5]
-    rows = study.tables({"versions": ""}, results).splitlines()
+    # 0.35 and 2.
     (simper,) = (row for row in rows if row.startswith("| simper | 1.1"))
-    assert simper.startswith("| simper | 1.175 [0.350, 2.000] |") and simper.endswith("| 2 |")
-    assert "| ipo | **+0.100** [+0.100, +0.100], 1 | **+0.100** [+0.100, +0.100], 1 |" in rows
+    assert simper.startswith("| simper | 1.175 [0.350, 2.000] | – |")
+    assert any(row.startswith("| ipo | 0.450 | +0.100, 1 of 1 |") for row in rows)
 
 
-def test_differences_are_paired(at_root_8):
+def test_differences_are_paired(at_root_8, monkeypatch):
     """An arm whose answer to every prompt is better by 0.1 is better by that, without any spread,
     however much the prompts and the seeds differ."""
+    monkeypatch.setattr(study, "SEEDS", 2)
     results = [START]
-    for seed, rate in itertools.product((1, 0), (2.0, 1.0)):
+    for seed, rate in itertools.product((1, 0), (1.0, 2.0)):
         rewards = [seed, 0.5, -rate, 7.0]
         results.append(result("simper", rate, seed, rewards))
         results.insert(1, result("dpo", rate, seed, [reward + 0.1 for reward in rewards]))
     text = study.tables({"versions": ""}, results)
-    assert "| dpo | **+0.100** [+0.100, +0.100], 2 | **+0.100** [+0.100, +0.100], 2 |" in text
+    assert "| **+0.100** [+0.100, +0.100], 2 of 2 |" in text
 
 
 def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
