@@ -9,10 +9,11 @@ rejected responses, each after its prompt, padded to the longest and concatenate
 the logits of all positions; log_softmax; gather. `trl` is TRL's CPOTrainer with loss_type="simpo"
 and cpo_alpha=0, the same computation (TRL has no SimPER).
 
-Each writes metrics.jsonl into its output_dir as train.py does, with the same names. A rank computes
-its pairs of a step in one forward, or a single process --pairs_a_forward at a time. On CPUs in
-float32, with DistributedDataParallel for several ranks. On GPUs in bfloat16 with float32
-parameters: `textbook` under FSDP2, as train.py, and `trl` by Trainer's bf16.
+Each writes metrics.jsonl into its output_dir as train.py does, with the same names. Each rank
+computes its pairs of a step in one forward; a single process can take --pairs_a_forward of them at
+a time. On CPUs in float32, with DistributedDataParallel for several ranks. On GPUs in bfloat16 with
+float32 parameters: `textbook` under FSDP2, as train.py, and `trl` by Trainer's bf16 (a single
+process takes all GPUs that it sees).
 """
 
 import argparse
@@ -99,7 +100,7 @@ def padded_logps(model, rows: dict) -> torch.Tensor:
 
 
 def seconds_since(began: float) -> float:
-    """Until the GPU has done what it was given."""
+    """Seconds since `began`, once the GPU has finished what it was given."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
@@ -224,11 +225,11 @@ def main() -> None:
     parser.add_argument("--pairs_a_forward", type=int, default=0)
     own, flags = parser.parse_known_args(sys.argv[2:])
     config = parse_args(flags)
-    if own.pairs_a_forward and (
-        "RANK" in os.environ or config.batch_size % own.pairs_a_forward
-    ):  # ranks with different numbers of forwards would wait for each other; TRL drops a remainder
+    size = own.pairs_a_forward
+    # Ranks with different numbers of forwards would wait for each other; TRL drops a remainder.
+    if size < 0 or size and ("RANK" in os.environ or config.batch_size % size):
         raise InputError("--pairs_a_forward is for one process, and must divide batch_size")
-    step(config, own.pairs_a_forward)
+    step(config, size)
     if dist.is_initialized():
         dist.destroy_process_group()
 

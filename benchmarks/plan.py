@@ -11,7 +11,7 @@ the floating-point operations, the bytes that the forward pass keeps for the bac
 (transformers' code runs on tensors without data), and the number and bytes of the collectives.
 Assumed: the figures of the GPUs' datasheets; EFFICIENCY, LINK_EFFICIENCY and HOP below; that FSDP's
 transfers hide behind the computation wherever they are shorter than it; and pairs with the lengths
-in LENGTHS. docs/plan.md compares two predictions with runs on one GPU.
+in LENGTHS. docs/plan.md compares two predictions with runs on one GPU each.
 """
 
 import argparse

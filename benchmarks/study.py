@@ -101,6 +101,8 @@ def make_run(arm: str, rate: float, seed: int, output: Path, threads: int) -> di
     lines = [{k: v for k, v in line.items() if LOGGED.fullmatch(k)} for line in lines]
     evaluations = [line for line in lines if "eval/accuracy" in line]
     steps = [line for line in lines if "accuracy" in line]
+    if len(steps) != FLAGS["max_steps"]:  # of two processes that wrote to one folder
+        raise RuntimeError(f"{output}: {len(steps)} lines of {FLAGS['max_steps']} steps")
     kept = {"before": evaluations[0], "after": evaluations[-1], "steps": steps}
     with JUDGING:
         kept |= judge(str(output / "final"), seed)
@@ -219,8 +221,8 @@ def mean(runs: Iterable[dict], key: str) -> float:
 
 
 def show_mean(values: np.ndarray, sign: str = "") -> str:
-    """The mean of values (seeds, prompts), and of all seeds its 95 % interval. With the sign "+",
-    for a difference, bold if the interval for as many comparisons as there are excludes 0."""
+    """The mean of values (seeds, prompts) and, if all seeds are there, its 95 % interval. With the
+    sign "+", for a difference, bold if the interval for so many comparisons excludes 0."""
     text = format(values.mean(), f"{sign}.3f")
     if len(values) < SEEDS:  # too few for an interval
         return text
@@ -232,8 +234,8 @@ def show_mean(values: np.ndarray, sign: str = "") -> str:
 
 
 def show_difference(points: dict[str, dict], arm: str) -> str:
-    """An arm's reward minus SimPER's, {arm: at_kl}, over the seeds that both have, and with how
-    many of them it is positive."""
+    """An arm's reward minus SimPER's, over the seeds that both have, and in how many of them it is
+    positive. points: {arm: result of at_kl}."""
     of_arm, simper = ({} if arm == "simper" else points.get(a, {}) for a in (arm, "simper"))
     both = sorted(of_arm.keys() & simper.keys())
     if not both:

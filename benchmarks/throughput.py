@@ -12,8 +12,8 @@ process counts only for the time until its end. Losses, log-probs and gradient n
 must agree. Prints a Markdown table for each workload; --log keeps every step, also of processes
 that turn out to disagree.
 
-arms: simper, textbook or trl, followed by flags of train.py, by ranks, or, for the last two, by
-pairs_a_forward, after commas. The ratios are to the first arm.
+arms: simper, textbook or trl, followed, after commas, by flags of train.py, by ranks=N, or
+(textbook and trl) by pairs_a_forward=N. The ratios are to the first arm.
 
 data: hh or ultrafeedback (random words, with the lengths of Anthropic's HH or of UltraFeedback), or
 anything that --train_data accepts.
@@ -21,8 +21,9 @@ anything that --train_data accepts.
 model: demo, a folder, random-32k, random-128k or random-256k (8 random layers of width 512 with
 a vocabulary of that size), or llama-3-8b:N (N random layers of its shape, and its vocabulary).
 
-With a GPU, the processes run there, in bfloat16 (docs/speed.md has a command). A model is written
-to the folder for temporary files, and one that was trained, too: 32 GB for llama-3-8b:32.
+With a GPU, the processes run there, in bfloat16 (docs/speed.md has a command). The model, and a
+trained one until its process has been measured, are written to the folder for temporary files:
+32 GB together for llama-3-8b:32.
 """
 
 import argparse
@@ -85,15 +86,15 @@ def make_pairs(name: str, folder: Path, count: int) -> str:
 
 def random_config(name: str) -> LlamaConfig:
     """The config of the random model `name`, one of those in this file's head."""
-    kind, _, size = name.replace("random-", "random:").partition(":")
-    if not size.removesuffix("k").isdecimal():
-        raise InputError(f"{name}: {size} is no number of layers or thousands")
-    if kind == "llama-3-8b":
+    found = re.fullmatch(r"llama-3-8b:(?P<layers>\d+)|random-(?P<thousands>\d+)k", name)
+    if not found:
+        raise InputError(f"{name} is neither llama-3-8b:N nor random-Nk")
+    if layers := found["layers"]:
         return LlamaConfig(
             vocab_size=128_256,
             hidden_size=4096,
             intermediate_size=14_336,
-            num_hidden_layers=int(size),
+            num_hidden_layers=int(layers),
             num_attention_heads=32,
             num_key_value_heads=8,
             max_position_embeddings=8192,
@@ -101,7 +102,7 @@ def random_config(name: str) -> LlamaConfig:
             dtype="bfloat16",
         )
     return LlamaConfig(
-        vocab_size=int(size.removesuffix("k")) * 1000,
+        vocab_size=int(found["thousands"]) * 1000,
         hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=8,
@@ -183,8 +184,9 @@ def measure(arm: str, flags: dict, output: Path) -> dict:
 def check_agreement(results: dict[str, dict]) -> None:
     """Raise ValueError unless all arms computed the same as the first: the loss, log-probs and
     gradient norm of each step, to a thousandth (the norm in bfloat16 to a hundredth; the loss, a
-    difference, to 1e-5). Of TRL, whose objective is a different one, only the log-probs of the
-    first two steps are compared, before which no weight has changed."""
+    difference near 0, to a thousandth or 1e-5, which on random weights is no check). Of TRL, whose
+    objective is a different one, only the log-probs of the first two steps are compared, before
+    which no weight has changed."""
     (first, expected), *compared = results.items()
     for arm, result in compared:
         names, steps = ("loss", "grad_norm", "logps/chosen", "logps/rejected"), None

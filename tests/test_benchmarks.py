@@ -142,12 +142,14 @@ def test_the_random_model_has_the_shape_of_llama_3_8b():
         model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == 8_030_261_248  # as published
     assert config.dtype == torch.bfloat16
-    with pytest.raises(InputError, match="llama-3-8b:x: x is no number of layers"):
-        random_config("llama-3-8b:x")
+    for name in ("llama-3-8b:32k", "random-32"):
+        with pytest.raises(InputError, match=f"{name} is neither llama-3-8b:N nor random-Nk"):
+            random_config(name)
 
 
-def test_pairs_a_forward_must_divide_a_step(monkeypatch):
-    flags = ["textbook", str(ROOT / "recipes" / "demo.yaml"), "--pairs_a_forward", "3"]
+@pytest.mark.parametrize("size", ["3", "-1"])
+def test_pairs_a_forward_must_divide_a_step(size, monkeypatch):
+    flags = ["textbook", str(ROOT / "recipes" / "demo.yaml"), "--pairs_a_forward", size]
     monkeypatch.setattr(sys, "argv", ["baselines.py", *flags])
     with pytest.raises(InputError, match="must divide batch_size"):
         baselines_main()

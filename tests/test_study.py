@@ -213,7 +213,7 @@ def test_every_seed_has_its_own_place(at_root_8, monkeypatch):
     monkeypatch.setattr(study, "SEEDS", 2)
     results = [START]
     results += [result("simper", 1.0, 0, [0.5, 0.5]), result("simper", 2.0, 0, [0.2, 0.2])]
-    # Seed 1: KL √2 and, as good as, √8.
+    # Seed 1: KL √2 and just above √8.
     results += [
         result("simper", rate, 1, [rate, rate]) | {"kl": [rate * 2.0000001**0.5]} for rate in (1, 2)
     ]

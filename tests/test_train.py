@@ -256,8 +256,8 @@ def test_metrics_are_exact_means(base, three_runs, model_folder):
 
 def test_a_line_of_training(base, tmp_path, monkeypatch):
     """Of two steps, the last of one: epoch, rates, and the gradient weights that SimPER has by its
-    closed form. Every look at the clock is 20 s later, and so is the end of a wait for the means,
-    in which a GPU does the optimizer's step."""
+    closed form. Every look at the clock is 20 s later, and waiting for the means, during which a
+    GPU finishes the optimizer's step, takes another 20 s."""
     clock, mean_over_ranks = itertools.count(0, 20), train.mean_over_ranks
 
     def wait(rows: list[dict]) -> dict:
