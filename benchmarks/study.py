@@ -56,12 +56,13 @@ ARMS |= {
 # A run that does not change the model: its metrics and answers are those of the start.
 START, START_RATE = "start", 1e-12
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
-IN_DYNAMICS = ("dpo", "simpo", "ipo", "sft")  # beside the ablations: as many as can be told apart
+SHOWN = (*ABLATIONS, "dpo", "kto", "simpo", "ipo", "sft")  # where more lines cannot be told apart
 DYNAMICS_RATE = 3e-5
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 SEEDS = 3  # of the order of the pairs and of the sampled answers
 EQUAL_KL = 5  # nats per answer, at which losses are compared
 OTHER_KL = (2.5, 10)  # to see what that choice does
+UNRESOLVED = 0.02  # the error of a reward that is read between two learning rates
 PROMPTS, NEW_TOKENS, BATCH = 300, 48, 150
 RECIPE = ROOT / "recipes" / "demo.yaml"
 FLAGS = {"max_steps": 20, "eval_every": 0, "save_every": 0, "wandb": "off"}
@@ -143,23 +144,14 @@ def divergences(model, start, prompts: list[list[int]], answers: list[list[int]]
     """The KL divergence of `model` from `start` along each answer (token ids), in nats: that of the
     next token's distributions, summed over the answer's positions. Its mean over answers that were
     sampled from `model` estimates KL(model ‖ start) of whole answers, by the chain rule."""
-    result = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    for first in range(0, len(order), 16):
-        batch = order[first : first + 16]
-        rows = [torch.tensor(prompts[i] + answers[i][:-1]) for i in batch]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right
-        answered = torch.zeros_like(padded, dtype=torch.bool)
-        for row, i in zip(answered, batch):
-            row[len(prompts[i]) - 1 :][: len(answers[i])] = True
-        logps, start_logps = (  # of the answers' positions alone: the vocabulary is wide
-            m.lm_head(m.model(padded).last_hidden_state[answered]).log_softmax(-1)
-            for m in (model, start)
+    totals = []
+    for prompt, answer in zip(prompts, answers):
+        ids = torch.tensor([prompt + answer[:-1]])
+        logps, start_logps = (  # of the answer's positions alone: the vocabulary is wide
+            m(ids, logits_to_keep=len(answer)).logits[0].log_softmax(-1) for m in (model, start)
         )
-        kl = (logps.exp() * (logps - start_logps)).sum(-1).double()
-        for i, positions in zip(batch, kl.split([len(answers[i]) for i in batch])):
-            result[i] = positions.sum().item()
-    return [result[i] for i in range(len(prompts))]
+        totals.append((logps.exp() * (logps - start_logps)).sum(dtype=torch.float64).item())
+    return totals
 
 
 # ---- The report ----------------------------------------------------------------------------------
@@ -183,16 +175,21 @@ def interval(values: np.ndarray, percent: float = 95) -> tuple[float, float, flo
 def group_runs(results: list[dict]) -> dict[tuple[str, float], list[dict]]:
     """{(arm, learning rate): what the report shows of its finished runs}: "reward", an array with a
     value for each prompt; the means of the others; "Δ chosen" and "Δ rejected", the changes of the
-    held-out mean log-probs, in nats per token."""
+    held-out mean log-probs, in nats per token; "steps", the metrics of each, with these changes of
+    its batch, since the same batch before training."""
     groups = {}
+    at_start = {run["seed"]: run["steps"] for run in results if run["arm"] == START}
     for run in results:
         if "error" in run:
             continue
-        shown = {"seed": run["seed"], "reward": np.array(run["reward"]), "steps": run["steps"]}
+        shown = {key: run[key] for key in ("seed", "learning_rate")}
         shown |= {key: np.mean(run[key]) for key in ("kl", "words", "finished", "distinct")}
+        shown |= {"reward": np.array(run["reward"]), "steps": [dict(line) for line in run["steps"]]}
         for change, side in zip(CHANGES, SIDES):
             before, after = (run[when][f"eval/logps/{side}"] for when in ("before", "after"))
             shown[change] = after - before
+            for line, first in zip(shown["steps"], at_start[run["seed"]]):
+                line[change] = line[f"logps/{side}"] - first[f"logps/{side}"]
         groups.setdefault((run["arm"], run["learning_rate"]), []).append(shown)
     return groups
 
@@ -202,8 +199,8 @@ def at_kl(groups: dict, arm: str, nats: float) -> dict[int, dict]:
     rates of the arm lie on both sides: on the line between these two. That line is over log KL, but
     for the changes of log-probs over KL, over which they are straighter."""
     points = {}
+    of_arm = [run for rate in LEARNING_RATES for run in groups.get((arm, rate), [])]
     for seed in range(SEEDS):
-        of_arm = [run for rate in LEARNING_RATES for run in groups.get((arm, rate), [])]
         runs = [run for run in of_arm if run["seed"] == seed]  # by learning rate
         for low, high in zip(runs, runs[1:]):
             if low["kl"] <= nats < high["kl"]:
@@ -220,28 +217,25 @@ def mean(runs: Iterable[dict], key: str) -> float:
     return float(np.mean([run[key] for run in runs]))
 
 
-def show_mean(values: np.ndarray, sign: str = "") -> str:
-    """The mean of values (seeds, prompts) and, if all seeds are there, its 95 % interval. With the
-    sign "+", for a difference, bold if the interval for so many comparisons excludes 0."""
-    text = format(values.mean(), f"{sign}.3f")
-    if len(values) < SEEDS:  # too few for an interval
-        return text
-    _, low, high = interval(values, 100 - 5 / max(1, len(ARMS) - 1))
-    if sign and (low > 0 or high < 0):
-        text = f"**{text}**"
-    _, low, high = interval(values)
-    return f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]"
-
-
-def show_difference(points: dict[str, dict], arm: str) -> str:
-    """An arm's reward minus SimPER's, over the seeds that both have, and in how many of them it is
-    positive. points: {arm: result of at_kl}."""
-    of_arm, simper = ({} if arm == "simper" else points.get(a, {}) for a in (arm, "simper"))
+def minus_simper(groups: dict, arm: str, nats: float) -> np.ndarray:
+    """An arm's rewards minus SimPER's at `nats`, (seeds, prompts), of the seeds that both have."""
+    of_arm, simper = (at_kl(groups, a, nats) if arm != "simper" else {} for a in (arm, "simper"))
     both = sorted(of_arm.keys() & simper.keys())
-    if not both:
+    return np.array([of_arm[seed]["reward"] - simper[seed]["reward"] for seed in both])
+
+
+def show(values: np.ndarray, sign: str = "") -> str:
+    """The mean of values (seeds, prompts) and, if all seeds are there, its 95 % interval. With the
+    sign "+", for a difference: bold if the interval for so many comparisons excludes 0, and in how
+    many of the seeds it is positive."""
+    if not len(values):
         return "–"
-    values = np.array([of_arm[seed]["reward"] - simper[seed]["reward"] for seed in both])
-    return f"{show_mean(values, '+')}, {(values.mean(axis=1) > 0).sum()} of {len(both)}"
+    text = format(values.mean(), f"{sign}.3f")
+    if len(values) == SEEDS:  # fewer are too few for an interval
+        _, low, high = interval(values, 100 - 5 / max(1, len(ARMS) - 1))
+        text = f"**{text}**" if sign and (low > 0 or high < 0) else text
+        text += " [{1:{0}.3f}, {2:{0}.3f}]".format(sign, *interval(values)[1:])
+    return text + (f", {(values.mean(axis=1) > 0).sum()} of {len(values)}" if sign else "")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -253,116 +247,108 @@ def tables(setting: dict, results: list[dict]) -> str:
     """The generated part of docs/study.md."""
     groups = group_runs(results)
     arms = [arm for arm in ARMS if any((arm, rate) in groups for rate in LEARNING_RATES)]
-    points = {
-        nats: {arm: at_kl(groups, arm, nats) for arm in arms} for nats in (EQUAL_KL, *OTHER_KL)
-    }
-    at_start = {"before training": {run["seed"]: run for run in groups[START, START_RATE]}}
-    compared, elsewhere = [], []
-    for arm, of_arm in (at_start | points[EQUAL_KL]).items():
-        row = ["–"] * (2 + len(FORMATS))
-        if of_arm:
-            row = [show_mean(np.array([p["reward"] for p in of_arm.values()]))]
-            row += [show_difference(points[EQUAL_KL], arm)]
-            row += [format(mean(of_arm.values(), key), form) for key, form in FORMATS.items()]
-        compared.append([arm, *row])
+    compared = {"before training": {run["seed"]: run for run in groups[START, START_RATE]}}
+    compared |= {arm: at_kl(groups, arm, EQUAL_KL) for arm in arms}
+    rows = []
+    for arm, runs in compared.items():
+        reward = np.array([run["reward"] for run in runs.values()])
+        row = [arm, show(reward), show(minus_simper(groups, arm, EQUAL_KL), "+")]
+        for key, form in FORMATS.items():
+            row.append(format(mean(runs.values(), key), form) if runs else "–")
+        rows.append(row)
+    minus = "minus SimPER's [95 %], seeds above"
+    first = table([f"at {EQUAL_KL:g} nats", "reward [95 %]", minus, *FORMATS], rows)
+    rows = []
     for arm in arms:
-        row = [arm, *(show_difference(points[nats], arm) for nats in OTHER_KL)]
+        row = [arm, *(show(minus_simper(groups, arm, nats), "+") for nats in OTHER_KL)]
         for runs in (groups.get((arm, rate), []) for rate in LEARNING_RATES):
             shown = [mean(runs, key) for key in ("reward", "kl", "words")] if runs else []
             row.append("{:.3f} ({:.1f}, {:.0f})".format(*shown) if runs else "")
             row[-1] += f", {len(runs)}" if 0 < len(runs) < SEEDS else ""
-        elsewhere.append(row)
+        rows.append(row)
+    header = ["elsewhere", *(f"at {nats:g} nats" for nats in OTHER_KL)]
+    second = table(header + [f"{rate:g}" for rate in LEARNING_RATES], rows)
     failed = [f"{r['arm']} at {r['learning_rate']:g}" for r in results if "error" in r]
     counts = f"{len(results)} of {len(planned_runs())} runs; {setting['versions']}."
     counts += f" Diverged: {'; '.join(failed)}." if failed else ""
-    minus = "minus SimPER's [95 %], seeds above"
-    first = table([f"at {EQUAL_KL:g} nats", "reward [95 %]", minus, *FORMATS], compared)
-    header = ["elsewhere", *(f"at {nats:g} nats" for nats in OTHER_KL)]
-    header += [f"{rate:g}" for rate in LEARNING_RATES]
-    return "\n\n".join([counts, first, table(header, elsewhere)])
+    return "\n\n".join([counts, first, second])
 
 
 def figures(results: list[dict], folder: Path) -> None:
-    """study-frontier.png, study-rates.png and study-dynamics.png, of the learning rates at which an
-    arm has all its seeds."""
+    """study-differences.png, at EQUAL_KL; study-frontier.png, study-rates.png; study-dynamics.png.
+    An arm is shown where it has all its seeds."""
     groups = group_runs(results)
-    panels = {"losses": [arm for arm in LOSSES if arm == "simper" or arm not in ABLATIONS]}
-    panels["SimPER without its parts"] = ABLATIONS
-    panels["other hyperparameters"] = [
-        a for a in ARMS if a.split()[0] in ("simper", "dpo", "simpo")
-    ]
-    for name, label, ticks in (
-        ("frontier", "KL from the starting model, nats per answer", (0.3, 1, 3, 10, 30, 100)),
-        ("rates", "learning rate", LEARNING_RATES),
-    ):
-        with new_figure(folder / f"study-{name}.png", list(panels), (4.6, 4.0)) as axes:
-            from matplotlib import colormaps
+    minus = {arm: minus_simper(groups, arm, EQUAL_KL) for arm in ARMS}
+    minus = {arm: values for arm, values in minus.items() if len(values) == SEEDS}
+    title = f"reward at {EQUAL_KL:g} nats, minus SimPER's"
+    with new_figure(folder / "study-differences.png", [title], (7, 4.5)) as (axis,):
+        axis.axvspan(-UNRESOLVED, UNRESOLVED, color="0.9", label="too small to resolve")
+        for arm in sorted(minus, key=lambda arm: minus[arm].mean()):
+            middle, low, high = interval(minus[arm])
+            bar = {"xerr": [[middle - low], [high - middle]], "fmt": "ko", "label": "mean, 95 %"}
+            axis.errorbar(middle, arm, **bar)
+            seeds = minus[arm].mean(axis=1)
+            axis.plot(seeds, [arm] * SEEDS, "|", color="tab:red", label="each seed")
+    rivals = [loss for loss in LOSSES if loss not in ABLATIONS]
+    panels = {"losses": ["simper", *rivals], "SimPER without its parts": ABLATIONS}
+    variants = ["simper"] + [arm for arm in ARMS if arm.startswith(("dpo", "simpo"))]
+    panels["other hyperparameters"] = variants
+    with new_figure(folder / "study-frontier.png", list(panels), (4.6, 4.0)) as axes:
+        from matplotlib import colormaps
 
-            strong, pale = (colormaps["tab20"].colors[n::2] for n in (0, 1))
-            colors = dict(zip(ARMS, strong + pale)) | {"simper": "black"}
-            for axis, arms in zip(axes, panels.values()):
-                for arm in arms:
-                    of_arm = {rate: groups.get((arm, rate), []) for rate in LEARNING_RATES}
-                    of_arm = {rate: runs for rate, runs in of_arm.items() if len(runs) == SEEDS}
-                    if not of_arm:
-                        continue
-                    rewards = [
-                        np.array([run["reward"] for run in runs]) for runs in of_arm.values()
-                    ]
-                    y, low, high = map(np.array, zip(*map(interval, rewards)))
-                    style = {"lw": 2.5 if arm == "simper" else 1.2, "color": colors[arm]}
-                    if name == "rates":
-                        bars = {"yerr": (y - low, high - y), "marker": ".", "elinewidth": 0.7}
-                        axis.errorbar([*of_arm], y, label=arm, **bars, **style)
-                    else:  # a dot for each run: seeds differ in both
-                        axis.plot(
-                            [mean(runs, "kl") for runs in of_arm.values()], y, label=arm, **style
-                        )
-                        every = [run for runs in of_arm.values() for run in runs]
-                        dots = [run["kl"] for run in every], [run["reward"].mean() for run in every]
-                        axis.plot(*dots, ".", ms=4, color=colors[arm])
-                start = mean(groups[START, START_RATE], "reward")
-                axis.axhline(start, color="grey", linestyle=":", label="before training")
-                axis.set(xscale="log", xlabel=label, ylabel="mean reward")
-                axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-                axis.minorticks_off()
-                if name == "frontier":
-                    axis.axvline(EQUAL_KL, color="grey", lw=0.7, label="where losses are compared")
-    start_steps = {run["seed"]: run["steps"] for run in groups[START, START_RATE]}
-    curves = {}
-    for arm in (*ABLATIONS, *IN_DYNAMICS):
+        others = [arm for arm in ARMS if arm not in rivals and arm != "simper"]
+        colors = dict(zip(rivals + others, colormaps["tab10"].colors + colormaps["Dark2"].colors))
+        for axis, arms in zip(axes, panels.values()):
+            for arm in arms:
+                runs = [groups.get((arm, rate), []) for rate in LEARNING_RATES]
+                runs = [of_rate for of_rate in runs if len(of_rate) == SEEDS]
+                line = [[mean(of_rate, key) for of_rate in runs] for key in ("kl", "reward")]
+                style = {"color": colors.get(arm, "black"), "lw": 1 if arm in colors else 2.5}
+                axis.plot(*line, label=arm, **style)
+                dots = [[mean([run], key) for run in sum(runs, [])] for key in ("kl", "reward")]
+                axis.plot(*dots, ".", ms=4, color=style["color"])  # seeds differ in both
+            start = mean(groups[START, START_RATE], "reward")
+            axis.axhline(start, color="grey", lw=0.7, label="before training")
+            axis.set(xscale="log", xlabel="KL from the starting model, nats", ylabel="mean reward")
+            axis.set_xticks((1, 3, 10, 30), (1, 3, 10, 30))
+            axis.minorticks_off()
+    by_rate, by_step = {}, {}
+    for arm in SHOWN:
+        runs = [groups[arm, rate] for rate in LEARNING_RATES if (arm, rate) in groups]
+        by_rate |= {arm: list(zip(*runs))} if runs else {}
         if runs := groups.get((arm, DYNAMICS_RATE)):
-            curves[f"{arm} ({mean(runs, 'kl'):.0f} nats)"] = [
-                subtract(run["steps"], start_steps[run["seed"]]) for run in runs
-            ]
-    changes = {
-        "change of the chosen mean log-prob, nats": lambda line: line["logps/chosen"],
-        "change of the rejected one, nats": lambda line: line["logps/rejected"],
-        "change of their margin, nats": lambda line: line["logps/chosen"] - line["logps/rejected"],
+            by_step[f"{arm} ({mean(runs, 'kl'):.0f} nats)"] = [run["steps"] for run in runs]
+    shown = {
+        "mean reward": lambda run: run["reward"].mean(),
+        "share of the answers that ended": lambda run: run["finished"],
+        "rejected responses' share of gradient weight": late_share,
     }
-    plot(curves, str(folder / "study-dynamics.png"), changes)
+    plot(by_rate, str(folder / "study-rates.png"), shown, x="learning_rate")
+    chosen, rejected = CHANGES
+    shown = {
+        f"{chosen}, nats per token": lambda line: line[chosen],
+        rejected: lambda line: line[rejected],
+        "Δ of their margin": lambda line: line[chosen] - line[rejected],
+    }
+    plot(by_step, str(folder / "study-dynamics.png"), shown)
 
 
-def subtract(steps: list[dict], start_steps: list[dict]) -> list[dict]:
-    """The lines of `steps`, with those of `start_steps` subtracted from their log-probs: the same
-    batches under the starting model, so that differences between batches add no noise."""
-    return [
-        line | {f"logps/{side}": line[f"logps/{side}"] - first[f"logps/{side}"] for side in SIDES}
-        for line, first in zip(steps, start_steps)
-    ]
+def late_share(run: dict) -> float:
+    """The rejected responses' share of the gradient weight in the last half of a run's steps."""
+    late = run["steps"][len(run["steps"]) // 2 :]
+    chosen, rejected = (mean(late, f"gradient_weight/{side}") for side in SIDES)
+    return rejected / (chosen + rejected)
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
 
 def planned_runs() -> list[tuple[str, float, int]]:
-    """(arm, learning rate, seed) of every run, in their order: first the two rates around the
-    demo's, where most losses pass EQUAL_KL, then the highest, at which the others do."""
-    rates = sorted(LEARNING_RATES, key=lambda rate: abs(math.log(rate / 2e-5)))
+    """(arm, learning rate, seed) of every run, in their order."""
     plan = [(START, START_RATE, seed) for seed in range(SEEDS)]
-    for some in (rates[:2], rates[2:3], rates[3:]):
-        plan += [(arm, rate, seed) for seed in range(SEEDS) for arm in ARMS for rate in some]
-    return plan
+    return plan + [
+        (arm, rate, seed) for seed in range(SEEDS) for rate in LEARNING_RATES for arm in ARMS
+    ]
 
 
 def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
@@ -397,7 +383,7 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="only write the tables and figures")
     args = parser.parse_args()
-    setting, results = read_results(args.results)
+    setting, *results = read_records(args.results) or [{}]
     if not args.report:
         now = this_setting()
         if setting and setting != now:
@@ -405,8 +391,9 @@ def main() -> None:
         if not setting:
             write_whole(args.results, json.dumps(setting := now) + "\n")
         run_all(results, args.results, args.output_dir.resolve(), args.jobs)
-    if not any(result["arm"] == START for result in results):
-        raise InputError(f"{args.results} does not hold a finished run of the start")
+    at_start = {result["seed"] for result in results if result["arm"] == START}
+    if not at_start or {result["seed"] for result in results} - at_start:
+        raise InputError(f"{args.results} does not hold the runs of the start")
     before, _, rest = args.page.read_text().partition(BEGIN)
     written = f"{BEGIN}\n\n{tables(setting, results)}\n\n{END}"
     args.page.write_text(before + written + rest.partition(END)[2])
@@ -425,12 +412,6 @@ def this_setting() -> dict:
         "answers": {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "batch": BATCH},
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
     }
-
-
-def read_results(path: Path) -> tuple[dict, list[dict]]:
-    """(the setting, the finished runs) of a results file; ({}, []) if there is none."""
-    lines = read_records(path)
-    return (lines[0], lines[1:]) if lines else ({}, [])
 
 
 if __name__ == "__main__":

@@ -104,15 +104,20 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def plot(
-    curves: dict[str, list[list[dict]]], path: str, panels: dict = PANELS, window: int = 1
+    curves: dict[str, list[list[dict]]],
+    path: str,
+    panels: dict = PANELS,
+    window: int = 1,
+    x: str = "step",
 ) -> None:
-    """Draw {label: runs, each a list of metrics} over steps, one panel per entry of `panels`.
+    """Draw {label: runs, each a list of metrics} over `x`, a key of the metrics, the learning rate
+    on a scale of logarithms; one panel per entry of `panels`.
     Several runs under one label, such as seeds, are drawn as their mean and the range between the
     smallest and the largest. window: of the moving average of the mean, behind which the mean
     itself is pale. Panels whose titles are the same up to a comma have the same scale.
 
     Raises InputError if matplotlib is not installed, or if the runs under a label have different
-    steps.
+    values of x.
     """
     with new_figure(path, list(panels)) as axes:
         from matplotlib import colormaps
@@ -120,9 +125,9 @@ def plot(
         colors = colormaps["tab10" if len(curves) <= 10 else "tab20"].colors
         for axis, metric in zip(axes, panels.values()):
             for color, (label, runs) in zip(itertools.cycle(colors), curves.items()):
-                steps = [line["step"] for line in runs[0]]
-                if any([line["step"] for line in run] != steps for run in runs):
-                    raise InputError(f"the runs of {label} do not have the same steps")
+                steps = [line[x] for line in runs[0]]
+                if any([line[x] for line in run] != steps for run in runs):
+                    raise InputError(f"the runs of {label} do not have the same {x}s")
                 values = np.array([[metric(line) for line in run] for run in runs])
                 mean = values.mean(axis=0)
                 smooth = moving_average(mean, window)
@@ -132,7 +137,7 @@ def plot(
                 if len(runs) > 1:
                     low, high = values.min(axis=0), values.max(axis=0)
                     axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-            axis.set_xlabel("step")
+            axis.set(xlabel=x.replace("_", " "), xscale="linear" if x == "step" else "log")
             axis.grid(alpha=0.3)
         for axis, title in zip(axes, panels):
             same = [a for a, t in zip(axes, panels) if t.split(",")[0] == title.split(",")[0]]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from test_train import read_metrics, write_pairs
 from benchmarks import study
 from data import InputError
 from eval import plots
+from eval.report import read_records
 
 ROOT = Path(__file__).parent.parent
 WHOLE = {name: getattr(study, name) for name in ("ARMS", "LEARNING_RATES", "SEEDS")}
@@ -52,11 +54,11 @@ def tiny_study(tmp_path_factory):
         results.write_text(first + '{"arm": "simp')  # its writing was interrupted
         patch.setattr(study, "SEEDS", 2)
         study.main()
-        yield folder, first, study.read_results(results)
+        yield folder, first, read_records(results)
 
 
 def test_study_continues_after_finished_runs(tiny_study):
-    folder, first, (_, results) = tiny_study
+    folder, first, (_, *results) = tiny_study
     assert (folder / "study.jsonl").read_text().startswith(first)
     done = [(r["arm"], r["learning_rate"], r["seed"]) for r in results]
     settings = {("start", 1e-12), ("simpo x", 3e-3)}
@@ -65,7 +67,7 @@ def test_study_continues_after_finished_runs(tiny_study):
 
 
 def test_study_keeps_what_the_runs_logged(tiny_study):
-    folder, _, (_, results) = tiny_study
+    folder, _, (_, *results) = tiny_study
     for result in results:
         name = f"{result['arm']}-{result['learning_rate']:g}-{result['seed']}".replace(" ", "-")
         lines = read_metrics(folder / "runs" / name)
@@ -84,6 +86,20 @@ def test_study_keeps_what_the_runs_logged(tiny_study):
     configs = map(yaml.safe_load, (p.read_text() for p in folder.glob("runs/*/config.yaml")))
     losses = {(config["loss"], config["loss_args"]) for config in configs}
     assert losses == {("simper", ""), ("simpo", "beta=1")}
+
+
+def test_lines_of_two_processes_are_refused(tmp_path, monkeypatch):
+    def train(command, **_):
+        (tmp_path / "run").mkdir()
+        lines = [{"step": 0, "eval/accuracy": 0.5}, {"step": 3, "eval/accuracy": 0.5}]
+        lines[1:1] = [{"step": step, "accuracy": 0.5} for step in (1, 2, 2, 3)]
+        (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(study.subprocess, "run", train)
+    monkeypatch.setattr(study, "FLAGS", {"max_steps": 3})
+    with pytest.raises(RuntimeError, match="run: 4 lines of 3 steps"):
+        study.make_run("simper", 1e-5, 0, tmp_path / "run", threads=1)
 
 
 def test_divergence_equals_one_position_at_a_time():
@@ -105,12 +121,13 @@ def test_divergence_equals_one_position_at_a_time():
 
 
 def test_tables_are_those_of_the_results(tiny_study):
-    folder, _, results = tiny_study
+    folder, _, (setting, *results) = tiny_study
     page = (folder / "study.md").read_text()
     assert page.startswith("# Study\n\nWords.\n") and page.endswith("\n\nMore words.\n")
-    assert study.tables(*results) in page and "old" not in page
+    assert study.tables(setting, results) in page and "old" not in page
     figures = {path.name for path in folder.glob("*.png")}
-    assert figures == {f"study-{name}.png" for name in ("frontier", "rates", "dynamics")}
+    names = ("differences", "frontier", "rates", "dynamics")
+    assert figures == {f"study-{name}.png" for name in names}
 
 
 def test_other_settings_are_not_mixed(tiny_study, monkeypatch):
@@ -211,7 +228,7 @@ def test_every_seed_has_its_own_place(at_root_8, monkeypatch):
     """Seeds that differ in KL: each is read where its own runs pass √8 nats. A seed whose rates lie
     on one side of it does not count, and losses are compared over the seeds that both have."""
     monkeypatch.setattr(study, "SEEDS", 2)
-    results = [START]
+    results = [START, START | {"seed": 1}]
     results += [result("simper", 1.0, 0, [0.5, 0.5]), result("simper", 2.0, 0, [0.2, 0.2])]
     # Seed 1: KL √2 and just above √8.
     results += [
@@ -230,7 +247,7 @@ def test_differences_are_paired(at_root_8, monkeypatch):
     """An arm whose answer to every prompt is better by 0.1 is better by that, without any spread,
     however much the prompts and the seeds differ."""
     monkeypatch.setattr(study, "SEEDS", 2)
-    results = [START]
+    results = [START, START | {"seed": 1}]
     for seed, rate in itertools.product((1, 0), (1.0, 2.0)):
         rewards = [seed, 0.5, -rate, 7.0]
         results.append(result("simper", rate, seed, rewards))
@@ -243,11 +260,44 @@ def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
     for name, value in WHOLE.items():
         monkeypatch.setattr(study, name, value)
     page = (ROOT / "docs" / "study.md").read_text()
-    setting, results = study.read_results(ROOT / "docs" / "study.jsonl")
+    setting, *results = read_records(ROOT / "docs" / "study.jsonl")
     assert f"{study.BEGIN}\n\n{study.tables(setting, results)}\n\n{study.END}" in page
     lines = [line for result in results for line in result.get("steps", [])]
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert {r["arm"] for r in results} <= {"start", *study.ARMS}
+
+
+def test_why_the_page_says_that_simper_falls_behind():
+    """Its figures, computed here from the committed results."""
+    page = " ".join((ROOT / "docs" / "study.md").read_text().split())
+    _, *results = read_records(ROOT / "docs" / "study.jsonl")
+    rewards, shares, weights, ended = {}, {}, {}, {}
+    for arm in ("simper", "kto", "dpo", "simpo", "simper_log", "slic_hf", "sft"):
+        runs = [r for r in results if r["arm"] == arm and r["learning_rate"] == 1e-4]
+        words, reward = (np.concatenate([run[key] for run in runs]) for key in ("words", "reward"))
+        bins = np.digitize(words, (16, 24, 32, 40))
+        rewards[arm] = [reward.mean(), *(reward[bins == n].mean() for n in range(5))]
+        shares[arm] = [np.mean(bins == n) for n in range(5)]
+        sums = {
+            side: [sum(s[f"gradient_weight/{side}"] for s in run["steps"][10:]) for run in runs]
+            for side in ("chosen", "rejected")
+        }
+        totals = np.add(sums["chosen"], sums["rejected"])
+        weights[arm] = format(np.divide(sums["rejected"], totals).mean(), ".0%").replace("%", " %")
+        ended[arm] = format(np.mean([run["finished"] for run in runs]), ".0%").replace("%", " %")
+    weighted = np.dot(rewards["simper"][1:], shares["dpo"])
+    simper, dpo = rewards["simper"][0], rewards["dpo"][0]
+    for text in (
+        f"It has {simper:.3f} at 19 nats, KTO {rewards['kto'][0]:.3f} at 16,",
+        f"DPO has {dpo:.3f} at 23 and SimPO {rewards['simpo'][0]:.3f} at 29.",
+        f"have {weighted:.3f}, so {round(100 * (weighted - simper) / (dpo - simper))} % of the gap",
+        f"{ended['simper']} by themselves, {ended['dpo']} of DPO's, {ended['sft']} after SFT",
+        f"have {weights['simper']} of SimPER's gradient weight and {weights['kto']} of KTO's "
+        f"({weights['dpo']} of DPO's)",
+        f"fewer answers end (simper_log {ended['simper_log']}, SimPO {ended['simpo']})",
+        f"it has {weights['slic_hf']}, and {ended['slic_hf']} of its answers end",
+    ):
+        assert text in page
 
 
 # ---- Figures of any runs -------------------------------------------------------------------------
@@ -292,6 +342,11 @@ def test_plotted_lines_are_the_metrics(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="the runs of x .*the same steps"):
         plots.plot({"x": [run, run[:1]]}, figure, panels)
+    by_rate = {"x": [[{"rate": 0.1, "a": 1.0}, {"rate": 1.0, "a": 2.0}]]}
+    plots.plot(by_rate, figure, {"a": lambda line: line["a"]}, x="rate")
+    (axis,) = drawn["figure"].axes
+    assert axis.lines[0].get_xydata().tolist() == [[0.1, 1], [1, 2]]
+    assert (axis.get_xlabel(), axis.get_xscale()) == ("rate", "log")
 
 
 def test_a_legend_stays_in_its_figure(tmp_path, monkeypatch):
