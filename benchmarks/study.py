@@ -48,15 +48,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # What is compared: every loss with the hyperparameters of its paper or its authors' code, which are
 # the defaults in loss.py, and for DPO and SimPO others from their papers.
 ARMS = {loss: {"loss": loss} for loss in LOSSES}
-ARMS |= {f"dpo {args}": {"loss": "dpo", "loss_args": args} for args in ("beta=0.01", "beta=1")}
-ARMS |= {
-    f"simpo {args}": {"loss": "simpo", "loss_args": args}
-    for args in ("beta=2.5,gamma=0.25", "beta=10,gamma=3")
-}
+for arm in ("dpo beta=0.01", "dpo beta=1", "simpo beta=2.5,gamma=0.25", "simpo beta=10,gamma=3"):
+    ARMS[arm] = dict(zip(("loss", "loss_args"), arm.split()))
 # A run that does not change the model: its metrics and answers are those of the start.
 START, START_RATE = "start", 1e-12
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
-SHOWN = (*ABLATIONS, "dpo", "kto", "simpo", "ipo", "sft")  # where more lines cannot be told apart
+# Where more lines could not be told apart.
+SHOWN = ("simper", "simper_log", "simper_reference", "dpo", "kto", "simpo", "slic_hf", "sft")
 DYNAMICS_RATE = 3e-5
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 SEEDS = 3  # of the order of the pairs and of the sampled answers
@@ -179,9 +177,7 @@ def group_runs(results: list[dict]) -> dict[tuple[str, float], list[dict]]:
     its batch, since the same batch before training."""
     groups = {}
     at_start = {run["seed"]: run["steps"] for run in results if run["arm"] == START}
-    for run in results:
-        if "error" in run:
-            continue
+    for run in sorted((r for r in results if "error" not in r), key=lambda run: run["seed"]):
         shown = {key: run[key] for key in ("seed", "learning_rate")}
         shown |= {key: np.mean(run[key]) for key in ("kl", "words", "finished", "distinct")}
         shown |= {"reward": np.array(run["reward"]), "steps": [dict(line) for line in run["steps"]]}
@@ -219,8 +215,8 @@ def mean(runs: Iterable[dict], key: str) -> float:
 
 def minus_simper(groups: dict, arm: str, nats: float) -> np.ndarray:
     """An arm's rewards minus SimPER's at `nats`, (seeds, prompts), of the seeds that both have."""
-    of_arm, simper = (at_kl(groups, a, nats) if arm != "simper" else {} for a in (arm, "simper"))
-    both = sorted(of_arm.keys() & simper.keys())
+    of_arm, simper = at_kl(groups, arm, nats), at_kl(groups, "simper", nats)
+    both = sorted(of_arm.keys() & simper.keys()) if arm != "simper" else []
     return np.array([of_arm[seed]["reward"] - simper[seed]["reward"] for seed in both])
 
 
@@ -271,18 +267,19 @@ def tables(setting: dict, results: list[dict]) -> str:
     failed = [f"{r['arm']} at {r['learning_rate']:g}" for r in results if "error" in r]
     counts = f"{len(results)} of {len(planned_runs())} runs; {setting['versions']}."
     counts += f" Diverged: {'; '.join(failed)}." if failed else ""
-    return "\n\n".join([counts, first, second])
+    folded = "<details><summary>At other KLs, and at each learning rate</summary>"
+    return "\n\n".join([counts, first, folded, second, "</details>"])
 
 
 def figures(results: list[dict], folder: Path) -> None:
     """study-differences.png, at EQUAL_KL; study-frontier.png, study-rates.png; study-dynamics.png.
     An arm is shown where it has all its seeds."""
     groups = group_runs(results)
-    minus = {arm: minus_simper(groups, arm, EQUAL_KL) for arm in ARMS}
-    minus = {arm: values for arm, values in minus.items() if len(values) == SEEDS}
+    minus = {a: v for a in ARMS if len(v := minus_simper(groups, a, EQUAL_KL)) == SEEDS}
     title = f"reward at {EQUAL_KL:g} nats, minus SimPER's"
     with new_figure(folder / "study-differences.png", [title], (7, 4.5)) as (axis,):
         axis.axvspan(-UNRESOLVED, UNRESOLVED, color="0.9", label="too small to resolve")
+        axis.axvline(0, color="black", lw=0.7)
         for arm in sorted(minus, key=lambda arm: minus[arm].mean()):
             middle, low, high = interval(minus[arm])
             bar = {"xerr": [[middle - low], [high - middle]], "fmt": "ko", "label": "mean, 95 %"}
@@ -300,8 +297,7 @@ def figures(results: list[dict], folder: Path) -> None:
         colors = dict(zip(rivals + others, colormaps["tab10"].colors + colormaps["Dark2"].colors))
         for axis, arms in zip(axes, panels.values()):
             for arm in arms:
-                runs = [groups.get((arm, rate), []) for rate in LEARNING_RATES]
-                runs = [of_rate for of_rate in runs if len(of_rate) == SEEDS]
+                runs = with_all_seeds(groups, arm)
                 line = [[mean(of_rate, key) for of_rate in runs] for key in ("kl", "reward")]
                 style = {"color": colors.get(arm, "black"), "lw": 1 if arm in colors else 2.5}
                 axis.plot(*line, label=arm, **style)
@@ -310,17 +306,17 @@ def figures(results: list[dict], folder: Path) -> None:
             start = mean(groups[START, START_RATE], "reward")
             axis.axhline(start, color="grey", lw=0.7, label="before training")
             axis.set(xscale="log", xlabel="KL from the starting model, nats", ylabel="mean reward")
-            axis.set_xticks((1, 3, 10, 30), (1, 3, 10, 30))
+            axis.set_xticks(ticks := (0.3, 1, 3, 10, 30), ticks)
             axis.minorticks_off()
     by_rate, by_step = {}, {}
     for arm in SHOWN:
-        runs = [groups[arm, rate] for rate in LEARNING_RATES if (arm, rate) in groups]
-        by_rate |= {arm: list(zip(*runs))} if runs else {}
+        if runs := with_all_seeds(groups, arm):
+            by_rate[arm] = list(zip(*runs))
         if runs := groups.get((arm, DYNAMICS_RATE)):
             by_step[f"{arm} ({mean(runs, 'kl'):.0f} nats)"] = [run["steps"] for run in runs]
     shown = {
         "mean reward": lambda run: run["reward"].mean(),
-        "share of the answers that ended": lambda run: run["finished"],
+        "share of finished answers": lambda run: run["finished"],
         "rejected responses' share of gradient weight": late_share,
     }
     plot(by_rate, str(folder / "study-rates.png"), shown, x="learning_rate")
@@ -331,6 +327,12 @@ def figures(results: list[dict], folder: Path) -> None:
         "Δ of their margin": lambda line: line[chosen] - line[rejected],
     }
     plot(by_step, str(folder / "study-dynamics.png"), shown)
+
+
+def with_all_seeds(groups: dict, arm: str) -> list[list[dict]]:
+    """The runs of an arm at each learning rate at which it has all its seeds."""
+    of_rates = (groups.get((arm, rate), []) for rate in LEARNING_RATES)
+    return [runs for runs in of_rates if len(runs) == SEEDS]
 
 
 def late_share(run: dict) -> float:

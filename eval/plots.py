@@ -125,19 +125,23 @@ def plot(
         colors = colormaps["tab10" if len(curves) <= 10 else "tab20"].colors
         for axis, metric in zip(axes, panels.values()):
             for color, (label, runs) in zip(itertools.cycle(colors), curves.items()):
-                steps = [line[x] for line in runs[0]]
-                if any([line[x] for line in run] != steps for run in runs):
-                    raise InputError(f"the runs of {label} do not have the same {x}s")
+                xs = [line[x] for line in runs[0]]
+                if any([line[x] for line in run] != xs for run in runs):
+                    raise InputError(f"the runs of {label} do not have the same values of {x}")
                 values = np.array([[metric(line) for line in run] for run in runs])
                 mean = values.mean(axis=0)
                 smooth = moving_average(mean, window)
-                axis.plot(steps, smooth, color=color, label=label, linewidth=1.5)
+                axis.plot(xs, smooth, color=color, label=label, linewidth=1.5)
                 if window > 1:
-                    axis.plot(steps, mean, color=color, alpha=0.25, linewidth=0.8, zorder=1)
+                    axis.plot(xs, mean, color=color, alpha=0.25, linewidth=0.8, zorder=1)
                 if len(runs) > 1:
                     low, high = values.min(axis=0), values.max(axis=0)
-                    axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-            axis.set(xlabel=x.replace("_", " "), xscale="linear" if x == "step" else "log")
+                    axis.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
+            axis.set_xlabel(x.replace("_", " "))
+            if x == "learning_rate":
+                axis.set_xscale("log")
+                axis.set_xticks(xs, [f"{rate:g}" for rate in xs])
+                axis.minorticks_off()
             axis.grid(alpha=0.3)
         for axis, title in zip(axes, panels):
             same = [a for a, t in zip(axes, panels) if t.split(",")[0] == title.split(",")[0]]

@@ -256,6 +256,41 @@ def test_differences_are_paired(at_root_8, monkeypatch):
     assert "| **+0.100** [+0.100, +0.100], 2 of 2 |" in text
 
 
+def test_figures_show_the_runs(at_root_8, monkeypatch, tmp_path):
+    """Only learning rates with all seeds; the steps' log-probs since the start, the weights' share
+    by hand; the differences of test_differences_are_paired as dots and bars."""
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(study, "SEEDS", 2)
+    monkeypatch.setattr(study, "DYNAMICS_RATE", 2.0)
+    step = {"step": 1, "gradient_weight/chosen": 1.0, "gradient_weight/rejected": 3.0}
+    before = step | {"logps/chosen": -2.0, "logps/rejected": -1.0}
+    after = step | {"logps/chosen": -2.5, "logps/rejected": -3.0}
+    results = [START | {"seed": seed, "steps": [before]} for seed in (0, 1)]
+    for rate, seed in ((2.0, 1), (1.0, 0), (2.0, 0)):
+        results.append(result("simper", rate, seed, [seed, seed]) | {"steps": [after]})
+    drawn, axes = [], []
+    monkeypatch.setattr(study, "plot", lambda *args, **x: drawn.append(args))
+    monkeypatch.setattr(pyplot, "close", lambda figure: axes.append(figure.axes))
+    study.figures(results, tmp_path)
+    (by_rate, _, of_rate), (by_step, _, of_step) = drawn
+    assert [[run["learning_rate"] for run in seed] for seed in by_rate["simper"]] == [[2.0], [2.0]]
+    shown = [[metric(run) for metric in of_rate.values()] for (run,) in by_rate["simper"]]
+    assert shown == [[0, 0.5, 0.75], [1, 0.5, 0.75]]
+    (runs,) = by_step.values()
+    assert [[metric(run[0]) for metric in of_step.values()] for run in runs] == [
+        [-0.5, -2, 1.5]
+    ] * 2
+    results.append(result("simper", 1.0, 1, [1.0, 1.0]) | {"steps": [after]})
+    for rate, seed in itertools.product((1.0, 2.0), (0, 1)):
+        results.append(result("dpo", rate, seed, [seed + 0.1] * 2) | {"steps": [after]})
+    study.figures(results, tmp_path)
+    differences = axes[2][0]
+    assert [label.get_text() for label in differences.get_yticklabels()] == ["dpo"]
+    (bar,) = differences.containers
+    assert bar.lines[0].get_xydata()[0] == pytest.approx((0.1, 0))
+
+
 def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
     for name, value in WHOLE.items():
         monkeypatch.setattr(study, name, value)
@@ -267,35 +302,55 @@ def test_committed_tables_are_those_of_the_committed_results(monkeypatch):
     assert {r["arm"] for r in results} <= {"start", *study.ARMS}
 
 
-def test_why_the_page_says_that_simper_falls_behind():
+def test_what_the_page_says_of_the_highest_rate():
     """Its figures, computed here from the committed results."""
     page = " ".join((ROOT / "docs" / "study.md").read_text().split())
     _, *results = read_records(ROOT / "docs" / "study.jsonl")
-    rewards, shares, weights, ended = {}, {}, {}, {}
-    for arm in ("simper", "kto", "dpo", "simpo", "simper_log", "slic_hf", "sft"):
-        runs = [r for r in results if r["arm"] == arm and r["learning_rate"] == 1e-4]
-        words, reward = (np.concatenate([run[key] for run in runs]) for key in ("words", "reward"))
-        bins = np.digitize(words, (16, 24, 32, 40))
-        rewards[arm] = [reward.mean(), *(reward[bins == n].mean() for n in range(5))]
-        shares[arm] = [np.mean(bins == n) for n in range(5)]
-        sums = {
-            side: [sum(s[f"gradient_weight/{side}"] for s in run["steps"][10:]) for run in runs]
-            for side in ("chosen", "rejected")
-        }
-        totals = np.add(sums["chosen"], sums["rejected"])
-        weights[arm] = format(np.divide(sums["rejected"], totals).mean(), ".0%").replace("%", " %")
-        ended[arm] = format(np.mean([run["finished"] for run in runs]), ".0%").replace("%", " %")
-    weighted = np.dot(rewards["simper"][1:], shares["dpo"])
-    simper, dpo = rewards["simper"][0], rewards["dpo"][0]
+
+    def runs(arm, rate):
+        return [r for r in results if r["arm"] == arm and r["learning_rate"] == rate]
+
+    def mean(arm, key, rate=1e-4):
+        return np.mean([np.mean(run[key]) for run in runs(arm, rate)])
+
+    def share(arm, rate=1e-4):
+        return f"{100 * mean(arm, 'finished', rate):.0f}"
+
+    def reward_at(arm, kl):
+        (kl_1, kl_2), (low, high) = (
+            [mean(arm, key, rate) for rate in (3e-5, 1e-4)] for key in ("kl", "reward")
+        )
+        return low + (high - low) * math.log(kl / kl_1) / math.log(kl_2 / kl_1)
+
+    def rejected_share(arm):
+        shares = []
+        for run in runs(arm, 1e-4):
+            chosen, rejected = (
+                sum(step[f"gradient_weight/{side}"] for step in run["steps"][10:])
+                for side in ("chosen", "rejected")
+            )
+            shares.append(100 * rejected / (chosen + rejected))
+        return f"{np.mean(shares):.0f}"
+
+    arms = ("simper", "kto", "dpo", "simpo", "simper_log")
+    kl, reward, words = ({a: mean(a, k) for a in arms} for k in ("kl", "reward", "words"))
     for text in (
-        f"It has {simper:.3f} at 19 nats, KTO {rewards['kto'][0]:.3f} at 16,",
-        f"DPO has {dpo:.3f} at 23 and SimPO {rewards['simpo'][0]:.3f} at 29.",
-        f"have {weighted:.3f}, so {round(100 * (weighted - simper) / (dpo - simper))} % of the gap",
-        f"{ended['simper']} by themselves, {ended['dpo']} of DPO's, {ended['sft']} after SFT",
-        f"have {weights['simper']} of SimPER's gradient weight and {weights['kto']} of KTO's "
-        f"({weights['dpo']} of DPO's)",
-        f"fewer answers end (simper_log {ended['simper_log']}, SimPO {ended['simpo']})",
-        f"it has {weights['slic_hf']}, and {ended['slic_hf']} of its answers end",
+        f"less**: {reward['simper']:.3f} at {kl['simper']:.0f} nats and {reward['kto']:.3f} at "
+        f"{kl['kto']:.0f}; DPO has {reward['dpo']:.3f} at {kl['dpo']:.0f}, SimPO "
+        f"{reward['simpo']:.3f} at {kl['simpo']:.0f}.",
+        f"DPO has {reward_at('dpo', kl['simper']):.3f} at SimPER's KL, "
+        f"SimPO {reward_at('simpo', kl['simper']):.3f}.",
+        f"({words['simper']:.0f} and {words['kto']:.0f} words; {words['dpo']:.0f} and "
+        f"{words['simpo']:.0f})",
+        f"({share('simper')} and {share('kto')} %; {share('dpo')} and {share('simpo')} %)",
+        f"the rejected ones have {rejected_share('simper')} % (KTO {rejected_share('kto')} %, "
+        f"DPO {rejected_share('dpo')} %)",
+        *(
+            f"{arm}: {reward[arm]:.3f}, {kl[arm]:.0f} nats, {share(arm)} %"
+            for arm in ("simper", "simper_log")
+        ),
+        f"SFT on the chosen responses ({share('sft')} %)",
+        f"{rejected_share('slic_hf')} %, and {share('slic_hf')} % of its answers end",
     ):
         assert text in page
 
@@ -340,13 +395,13 @@ def test_plotted_lines_are_the_metrics(tmp_path, monkeypatch):
     assert (
         first.get_ylim() == second.get_ylim() and first.get_ylim()[0] < 1 < 9 < first.get_ylim()[1]
     )
-    with pytest.raises(InputError, match="the runs of x .*the same steps"):
+    with pytest.raises(InputError, match="the runs of x .*the same values of step"):
         plots.plot({"x": [run, run[:1]]}, figure, panels)
-    by_rate = {"x": [[{"rate": 0.1, "a": 1.0}, {"rate": 1.0, "a": 2.0}]]}
-    plots.plot(by_rate, figure, {"a": lambda line: line["a"]}, x="rate")
+    by_rate = {"x": [[{"learning_rate": 0.1, "a": 1.0}, {"learning_rate": 1.0, "a": 2.0}]]}
+    plots.plot(by_rate, figure, {"a": lambda line: line["a"]}, x="learning_rate")
     (axis,) = drawn["figure"].axes
     assert axis.lines[0].get_xydata().tolist() == [[0.1, 1], [1, 2]]
-    assert (axis.get_xlabel(), axis.get_xscale()) == ("rate", "log")
+    assert (axis.get_xlabel(), axis.get_xscale()) == ("learning rate", "log")
 
 
 def test_a_legend_stays_in_its_figure(tmp_path, monkeypatch):
