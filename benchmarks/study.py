@@ -304,7 +304,7 @@ def figures(results: list[dict], folder: Path) -> None:
                 dots = [[mean([run], key) for run in sum(runs, [])] for key in ("kl", "reward")]
                 axis.plot(*dots, ".", ms=4, color=style["color"])  # seeds differ in both
             start = mean(groups[START, START_RATE], "reward")
-            axis.axhline(start, color="grey", lw=0.7, label="before training")
+            axis.axhline(start, color="black", ls=":", lw=0.7, label="before training")
             axis.set(xscale="log", xlabel="KL from the starting model, nats", ylabel="mean reward")
             axis.set_xticks(ticks := (0.3, 1, 3, 10, 30), ticks)
             axis.minorticks_off()
@@ -312,7 +312,7 @@ def figures(results: list[dict], folder: Path) -> None:
     for arm in SHOWN:
         if runs := with_all_seeds(groups, arm):
             by_rate[arm] = list(zip(*runs))
-        if runs := groups.get((arm, DYNAMICS_RATE)):
+        if len(runs := groups.get((arm, DYNAMICS_RATE), [])) == SEEDS:
             by_step[f"{arm} ({mean(runs, 'kl'):.0f} nats)"] = [run["steps"] for run in runs]
     shown = {
         "mean reward": lambda run: run["reward"].mean(),

@@ -140,7 +140,8 @@ def plot(
             axis.set_xlabel(x.replace("_", " "))
             if x == "learning_rate":
                 axis.set_xscale("log")
-                axis.set_xticks(xs, [f"{rate:g}" for rate in xs])
+                rates = sorted({line[x] for runs in curves.values() for line in runs[0]})
+                axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
                 axis.minorticks_off()
             axis.grid(alpha=0.3)
         for axis, title in zip(axes, panels):

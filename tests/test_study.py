@@ -332,7 +332,7 @@ def test_what_the_page_says_of_the_highest_rate():
             shares.append(100 * rejected / (chosen + rejected))
         return f"{np.mean(shares):.0f}"
 
-    arms = ("simper", "kto", "dpo", "simpo", "simper_log")
+    arms = ("simper", "kto", "dpo", "simpo", "simper_log", "ipo", "dpo beta=1")
     kl, reward, words = ({a: mean(a, k) for a in arms} for k in ("kl", "reward", "words"))
     for text in (
         f"less**: {reward['simper']:.3f} at {kl['simper']:.0f} nats and {reward['kto']:.3f} at "
@@ -349,8 +349,11 @@ def test_what_the_page_says_of_the_highest_rate():
             f"{arm}: {reward[arm]:.3f}, {kl[arm]:.0f} nats, {share(arm)} %"
             for arm in ("simper", "simper_log")
         ),
-        f"SFT on the chosen responses ({share('sft')} %)",
-        f"{rejected_share('slic_hf')} %, and {share('slic_hf')} % of its answers end",
+        f"SFT on the chosen responses, {share('sft')} %)",
+        f"SLiC-HF has {rejected_share('slic_hf')} %, and {share('slic_hf')} % of its answers end",
+        f"have {rejected_share('ipo')} and {rejected_share('dpo beta=1')} %, but move "
+        f"{kl['ipo']:.0f} and {kl['dpo beta=1']:.0f} nats",
+        f"{share('simper', 3e-5)} % of SimPER's answers end and {share('dpo', 3e-5)} % of DPO's",
     ):
         assert text in page
 
@@ -398,8 +401,10 @@ def test_plotted_lines_are_the_metrics(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="the runs of x .*the same values of step"):
         plots.plot({"x": [run, run[:1]]}, figure, panels)
     by_rate = {"x": [[{"learning_rate": 0.1, "a": 1.0}, {"learning_rate": 1.0, "a": 2.0}]]}
+    by_rate["y"] = [[{"learning_rate": 0.5, "a": 1.0}]]
     plots.plot(by_rate, figure, {"a": lambda line: line["a"]}, x="learning_rate")
     (axis,) = drawn["figure"].axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.1", "0.5", "1"]
     assert axis.lines[0].get_xydata().tolist() == [[0.1, 1], [1, 2]]
     assert (axis.get_xlabel(), axis.get_xscale()) == ("learning rate", "log")
 
