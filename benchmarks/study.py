@@ -48,8 +48,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # What is compared: every loss with the hyperparameters of its paper or its authors' code, which are
 # the defaults in loss.py, and for DPO and SimPO others from their papers.
 ARMS = {loss: {"loss": loss} for loss in LOSSES}
-for arm in ("dpo beta=0.01", "dpo beta=1", "simpo beta=2.5,gamma=0.25", "simpo beta=10,gamma=3"):
-    ARMS[arm] = dict(zip(("loss", "loss_args"), arm.split()))
+VARIANTS = ("dpo beta=0.01", "dpo beta=1", "simpo beta=2.5,gamma=0.25", "simpo beta=10,gamma=3")
+ARMS |= {arm: dict(zip(("loss", "loss_args"), arm.split())) for arm in VARIANTS}
 # A run that does not change the model: its metrics and answers are those of the start.
 START, START_RATE = "start", 1e-12
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
@@ -288,13 +288,12 @@ def figures(results: list[dict], folder: Path) -> None:
             axis.plot(seeds, [arm] * SEEDS, "|", color="tab:red", label="each seed")
     rivals = [loss for loss in LOSSES if loss not in ABLATIONS]
     panels = {"losses": ["simper", *rivals], "SimPER without its parts": ABLATIONS}
-    variants = ["simper"] + [arm for arm in ARMS if arm.startswith(("dpo", "simpo"))]
-    panels["other hyperparameters"] = variants
+    panels["other hyperparameters"] = ["simper", "dpo", "simpo", *VARIANTS]
     with new_figure(folder / "study-frontier.png", list(panels), (4.6, 4.0)) as axes:
         from matplotlib import colormaps
 
-        others = [arm for arm in ARMS if arm not in rivals and arm != "simper"]
-        colors = dict(zip(rivals + others, colormaps["tab10"].colors + colormaps["Dark2"].colors))
+        colors = dict(zip(rivals, colormaps["tab10"].colors))
+        colors |= dict(zip((*ABLATIONS[1:], *VARIANTS), colormaps["Dark2"].colors))
         for axis, arms in zip(axes, panels.values()):
             for arm in arms:
                 runs = with_all_seeds(groups, arm)

@@ -136,6 +136,17 @@ def test_other_settings_are_not_mixed(tiny_study, monkeypatch):
         study.main()
 
 
+def test_runs_without_the_start_of_their_seed(tmp_path, monkeypatch):
+    """Their changes since the start cannot be reported."""
+    monkeypatch.setattr(
+        sys, "argv", ["study.py", "--report", "--results", str(tmp_path / "r.jsonl")]
+    )
+    for lines in ([{}], [{}, START, result("dpo", 1e-5, 1, [0.5])]):
+        (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(InputError, match="r.jsonl does not hold the runs of the start"):
+            study.main()
+
+
 # ---- The statistics ------------------------------------------------------------------------------
 
 
@@ -258,7 +269,7 @@ def test_differences_are_paired(at_root_8, monkeypatch):
 
 def test_figures_show_the_runs(at_root_8, monkeypatch, tmp_path):
     """Only learning rates with all seeds; the steps' log-probs since the start, the weights' share
-    by hand; the differences of test_differences_are_paired as dots and bars."""
+    by hand; a difference of 0.1 with every seed as a bar at 0.1."""
     from matplotlib import pyplot
 
     monkeypatch.setattr(study, "SEEDS", 2)
