@@ -34,8 +34,8 @@ def simper_loss(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
 
 
 def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """log p(response | prompt), the sum over its tokens: (pairs, 2), chosen and rejected. Arguments
-    as in simper_loss."""
+    """log p(response | prompt), the sum over its tokens, in the shape of `lengths`: (pairs, K) for
+    K responses to a prompt. Arguments as in simper_loss."""
     # unsafe skips the check that the lengths sum to the number of tokens, for which the host would
     # have to wait for the GPU.
     return torch.segment_reduce(
@@ -47,8 +47,9 @@ def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 #
 # `--loss NAME` is the function NAME_loss of this file, `--loss_args beta=0.1` its keyword
 # arguments, whose defaults are those of its paper or its authors' code. Arguments and result are
-# those of simper_loss. A function with a parameter `reference` is given the summed log-probs of
-# both responses under the model that training starts from: (pairs, 2) float32.
+# those of simper_loss. Parameters without a default beyond the first two are given by name:
+# `reference` is the summed log-probs of both responses under the model that training starts from,
+# (pairs, 2) float32; any other name is a column of numbers of the data, (pairs,) float32.
 #
 # In the equations w and l are the chosen and the rejected response, |w| and |l| their numbers of
 # tokens, s their summed and m their mean log-probs, r = s − reference; σ is the sigmoid. All are
@@ -56,9 +57,8 @@ def sum_logps(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def sft_loss(token_logps, lengths):
-    """−m_w: supervised fine-tuning on the chosen response; the rejected one is not used."""
-    chosen, _ = (sum_logps(token_logps, lengths) / lengths).unbind(dim=1)
-    return -chosen
+    """−m_w: supervised fine-tuning on the chosen response, the first; others are not used."""
+    return -(sum_logps(token_logps, lengths) / lengths)[:, 0]
 
 
 def rrhf_loss(token_logps, lengths, lambda_=1.0):

@@ -9,7 +9,6 @@ Every field of Config is a flag. A value that is not on the command line comes f
 (without one, the demo's), then from Config's defaults.
 """
 
-import inspect
 import math
 import signal
 import sys
@@ -18,30 +17,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-import runtime
-from data import (
-    InputError,
-    MicroBatch,
-    fingerprint,
-    load_pairs,
-    load_tokenizer,
-    longest_sequence,
-    pack_rows,
-    pair_lengths,
-    spread_pairs,
-    step_indices,
-    tokenizer_digests,
-)
-from demo.smollm2 import resolve_model
-from loss import LOSSES, simper_loss, sum_logps
-from model import check_model, export, load_model, reference_logps
+from data import DataSet, MicroBatch, load_data, make_schedule, spread_rows
+from loss import LOSSES, sum_logps
+from model import PackedModel, compile_blocks, export, load_model
+from runtime import command_line, processes
+from runtime.checkpoints import TrainerState, find_start
+from runtime.checks import check_forward, check_loss, check_trainable, digests
+from runtime.command_line import choose_loss
+from runtime.errors import InputError
+from runtime.log import Logger
+from runtime.processes import Stopped, say
+from runtime.reference import add_reference
+from runtime.rehearsal import rehearse
+from runtime.weights import load_tokenizer, resolve_model
 
 
 def option(default, help: str):
@@ -75,213 +68,154 @@ class Config:
     save_every: int = option(100, "steps between checkpoints; 0: only when stopped by SIGTERM")
     keep_checkpoints: int = option(1, "newest checkpoints to keep; 0: all")
     log_every: int = option(1, "steps per line of metrics; fewer before a save or evaluation")
-    resume: str = option("auto", "auto: newest checkpoint; anyway: despite changes; never; PATH")
+    resume: str = option("auto", "auto: newest checkpoint; anyway: despite changes; or never")
     wandb: str = option("auto", "online, offline, off, or auto: online if logged in, otherwise off")
 
 
 def train(config: Config) -> None:
     """One run, from the data to the exported model. Collective: every rank calls it."""
-    rank, ranks, device = runtime.start_process()
-    print_once = print if rank == 0 else lambda *args: None
-    output = Path(config.output_dir)
-    if config.resume != "never" and (output / "final").exists():
-        print_once(f"{output} holds a finished run (final/). To train again: --resume never")
-        return
+    rank, ranks, device = processes.start_process()
 
-    # ---- Data. Whatever is wrong with the input is found before a model is loaded.
-    loss_function = simper_loss
-    if config.loss != "simper" or config.loss_args:
-        loss_function = runtime.choose_loss(config.loss, config.loss_args)
+    # ---- Data and files. Whatever is wrong with them is found before a model is loaded.
+    loss_function, asked = choose_loss(config.loss, config.loss_args)  # simper_loss, by default
     source = resolve_model(config.model)
     tokenizer = load_tokenizer(source, config.chat_template)
-    limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    pairs, report = load_pairs(config.train_data, tokenizer, **limits)
-    print_once(f"training: {report}")
-    pair_tokens = pair_lengths(pairs).sum(axis=1)  # of each pair, its prompt counted once
-    schedule, budget = make_schedule(config, pair_tokens, ranks), config.micro_batch_tokens
-    heldout, heldout_schedule, data_sets = None, [], [pairs]
-    if config.eval_data:
-        heldout, report = load_pairs(config.eval_data, tokenizer, **limits)
-        print_once(f"held out: {report}")
-        heldout_tokens = pair_lengths(heldout).sum(axis=1)
-        try:
-            heldout_schedule = spread_pairs(range(len(heldout)), heldout_tokens, ranks, budget)
-        except InputError as error:
-            raise InputError(f"eval_data: {error}") from None
-        data_sets.append(heldout)
-    digests = tokenizer_digests(tokenizer) | {"training tokens": fingerprint(pairs)}
-    digests["held-out tokens"] = fingerprint(heldout) if heldout else ""
-    digests["model files"] = check_model(source, config.max_length, data_sets)
-    dtype = config.dtype.replace("auto", "bfloat16" if device.type == "cuda" else "float32")
-    digests["dtype in use"], dtype = dtype, getattr(torch, dtype)
-    steps_per_epoch, left_out = divmod(len(pairs), config.batch_size)
-    print_once(f"{len(schedule)} steps; {left_out} pairs per epoch fill no batch and are left out")
+    data, heldout = load_data_sets(config, tokenizer, loss_function, asked, ranks)
+    dtype = processes.choose_dtype(config.dtype, device)
+    made_of = digests(config, source, tokenizer, dtype, data, heldout)
 
     # ---- Model and optimizer
-    runtime.start_group(device)
-    checkpoint, state = runtime.find_checkpoint(config, digests)
-    log = runtime.Logger(config, state)
-    model = load_model(
-        source,
-        device.type,
-        dtype,
-        replicas=config.replicas,
-        activation_checkpointing=config.activation_checkpointing,
-        compile=config.compile,
-        longest=max(map(longest_sequence, data_sets)),
-    )
+    processes.start_group(device)
+    start = find_start(config, made_of)
+    if start.finished:
+        say(f"{config.output_dir} holds this run, finished. To train again: --resume never")
+        return dist.destroy_process_group()
+    log = Logger(config, start, made_of)
+    torch.manual_seed(config.seed)  # for the first values of what surgery() adds
+    model = load_model(source, device, dtype, config.replicas, config.activation_checkpointing)
     optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.999), weight_decay=0.0, fused=True
+        model.optimized().values(), lr=config.learning_rate, weight_decay=0.0, fused=True
     )
-    rehearse(model, optimizer, pairs, schedule, device)
-    reference = heldout_reference = None
-    if "reference" in inspect.signature(loss_function).parameters:
-        # Before a checkpoint is loaded: the model is still the one that training starts from.
-        micro_batches = spread_pairs(range(len(pairs)), pair_tokens, ranks, budget)
-        reference = reference_logps(model, source, pairs, micro_batches, dtype)
-        if heldout:
-            heldout_reference = reference_logps(model, source, heldout, heldout_schedule, dtype)
-    heldout_batches = [pack_rows(heldout, s[rank], heldout_reference) for s in heldout_schedule]
-    if checkpoint:
-        began = time.perf_counter()
-        runtime.load_checkpoint(checkpoint, model, optimizer, state["step"])
-        print_once(f"resuming from {checkpoint}, read in {time.perf_counter() - began:.0f} s")
+    check_trainable(model, optimizer, source)
+    check_forward(model, data, heldout)
+    if config.compile:
+        compile_blocks(model)
+    rehearse(model, data, device)
+    if "reference" in asked:  # the model is still the one that training starts from
+        add_reference(model, data, heldout, config, made_of)
+    state = TrainerState(config, made_of, model, optimizer, start)
 
     # ---- Training
-    start, last = state["step"], len(schedule)
-
-    def pack_step(step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step (counted from 1), on CPU; none after the last."""
-        micro_batches = schedule[step - 1] if step <= last else []
-        return [pack_rows(pairs, shares[rank], reference) for shares in micro_batches]
-
+    last, stop = len(data.schedule), False
     evaluate_at = {last, *range(0, last, config.eval_every or last)} if heldout else set()
-    new_heldout = start > 0 and heldout and not state["heldout_unchanged"]
-    sigterm, stop = runtime.watch_sigterm(), False
-    if new_heldout or (start in evaluate_at and not state["evaluated"]):
-        if means := evaluate(model, loss_function, heldout_batches, device, sigterm):
-            log.write({"step": start} | means)
-        stop = not means
-    progress = tqdm(desc="SimPER", total=last, initial=start, unit="step", disable=rank > 0)
-    metrics_since_log, tokens_since_log, seconds_since_log, logged = [], 0, 0.0, start
-    batches = pack_step(start + 1)
-    for step in range(start + 1, last + 1):  # schedule, learning_rate and step_indices begin at 0
-        if stop:
-            break
-        began = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = learning_rate(step - 1, last, config)
-        for number, batch in enumerate(batches, 1):
-            if config.replicas > 1:  # FSDP's method: replicas exchange a step's gradient once
-                model.set_requires_all_reduce(number == len(batches))
-            batch = batch.to(device)
-            logps = model(batch)  # (R,) float32: the log-prob of each of R response tokens
-            logps.retain_grad()  # for the metrics
-            losses = loss_function(logps, batch.lengths, *batch.reference)  # (pairs,)
-            # The mean over the batch. FSDP averages gradients over ranks, so times their number.
-            (losses.sum() * ranks / config.batch_size).backward()
-            grads = logps.grad * config.batch_size / ranks  # ∂(the pair's loss) / ∂logps
-            metrics_since_log.append(pair_metrics(logps, losses, grads, batch))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        batches = pack_step(step + 1)  # before the host waits for the GPU
-        memory = runtime.peak_memory(device)
-        norm, stop, memory = runtime.max_over_ranks(device, norm, sigterm.is_set(), memory)
-        indices = step_indices(len(pairs), config.batch_size, config.seed, step - 1)
-        if not math.isfinite(norm):
-            places = ", ".join(f"{pairs[i]['source']} row {pairs[i]['row']}" for i in indices)
-            raise FloatingPointError(f"step {step}: gradient of norm {norm}. Its pairs: {places}")
-        optimizer.step()
-        optimizer.zero_grad()
-        saves = config.save_every and (step == last or step % config.save_every == 0)
-        # Also before a checkpoint or an evaluation: a resumed run begins a new line there.
-        logs = stop or saves or step == last or step in evaluate_at or step % config.log_every == 0
-        means = mean_over_ranks(metrics_since_log) if logs else {}  # waits for the optimizer, too
-        seconds_since_log += time.perf_counter() - began
-        tokens_since_log += pair_tokens[indices].sum()
-        if logs:
-            line = {"step": step, "epoch": step / steps_per_epoch} | means
-            line |= {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
-            line["pairs_per_second"] = (step - logged) * config.batch_size / seconds_since_log
-            line["tokens_per_second"] = tokens_since_log / seconds_since_log
-            line["peak_memory_gb"] = memory
-            log.write(line)
-            progress.set_postfix({name: f"{means[name]:.3f}" for name in ("loss", "accuracy")})
-            metrics_since_log, tokens_since_log, seconds_since_log, logged = [], 0, 0.0, step
-        state |= {"step": step, "evaluated": False}
-        if step in evaluate_at and not stop:
-            if means := evaluate(model, loss_function, heldout_batches, device, sigterm):
-                log.write({"step": step} | means)
-            state["evaluated"], stop = bool(means), not means
-        if saves or stop:
-            runtime.save_checkpoint(model, optimizer, config, state)
-        progress.update()
-    progress.close()
-
-    if not stop:
-        export(model, source, tokenizer, output / "final", dtype)
+    evaluate_at |= {start.step} if heldout and start.changed else set()  # of new curves
+    evaluate_at -= {start.step} if start.evaluated else set()
+    meter, sigterm = Meter(), processes.watch_sigterm()
+    batches = data.batches(start.step, rank)
+    log.begin(start.step, last)
+    try:
+        for step in range(start.step, last + 1):  # so many steps have been taken
+            if stop:
+                raise Stopped
+            if step in evaluate_at:
+                log.write({"step": step} | evaluate(model, loss_function, heldout, device, sigterm))
+            if step == last:
+                break
+            meter.start()
+            set_learning_rate(optimizer, share_of_peak(step, last, config.warmup_ratio))
+            for number, batch in enumerate(batches, 1):
+                if config.replicas > 1:  # FSDP's method: replicas exchange a step's gradient once
+                    model.set_requires_all_reduce(number == len(batches))
+                batch = batch.to(device)
+                logps = model(batch)  # (R,) float32: the log-prob of each of R response tokens
+                logps.retain_grad()  # for the metrics
+                losses = loss_function(logps, batch.lengths, **batch.columns)  # (pairs,)
+                # The mean over the batch. FSDP averages over ranks, so times their number.
+                (losses.sum() * ranks / config.batch_size).backward()
+                grads = logps.grad * config.batch_size / ranks  # ∂(the pair's loss) / ∂logps
+                meter.rows.append(pair_metrics(logps, losses, grads, batch))
+            norms = gradient_metrics(model)
+            clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norms["grad_norm"])
+            batches = data.batches(step + 1, rank)  # before the host waits for the GPU
+            norm, stop, memory = processes.max_over_ranks(
+                device, norms["grad_norm"], sigterm.is_set(), processes.peak_memory(device)
+            )
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"gradient norm {norm}. Step {step + 1}: {data.text(step)}"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            model.refresh()
+            if step == start.step:
+                state.entries()  # whatever could not be saved is refused now
+            done = step + 1
+            saves = config.save_every and (done == last or done % config.save_every == 0)
+            # Also before a checkpoint or an evaluation: a resumed run begins a new line there.
+            ends = stop or saves or done == last or done in evaluate_at
+            logs = ends or done % config.log_every == 0
+            line = {"step": done, "epoch": done / (len(data.rows) // config.batch_size)}
+            line |= mean_over_ranks(meter.rows) if logs else {}  # waits for the optimizer, too
+            meter.stop(config.batch_size, data.tokens[data.indices(step)].sum())
+            if logs:
+                line |= {k: float(v) for k, v in (norms | {"grad_norm": norm}).items()}
+                line["learning_rate"] = optimizer.param_groups[0]["lr"]
+                log.write(line | meter.speed() | {"peak_memory_gb": memory})
+                meter = Meter()
+            if saves:
+                state.save(done)
+            log.progress.update()
+        export(model, source, tokenizer, Path(config.output_dir) / "final")
+    except Stopped:
+        state.save(step)
+        stop = True
     table = log.close()
     dist.destroy_process_group()
     if stop:
-        print_once(f"stopped by SIGTERM after step {state['step']}; --resume auto continues there")
+        say(f"stopped by SIGTERM after step {step}; --resume auto continues there")
         sys.exit(128 + signal.SIGTERM)  # for torchrun and schedulers: this was not the end
-    print_once(f"{table}The trained model is in {output / 'final'}")
+    say(f"{table}The trained model is in {Path(config.output_dir) / 'final'}")
 
 
-# ---- The schedule --------------------------------------------------------------------------------
+def load_data_sets(
+    config: Config, tokenizer, loss_function: Callable, asked: list[str], ranks: int
+) -> tuple[DataSet, DataSet | None]:
+    """The training and, if there is eval_data, the held-out pairs, with their schedules. asked: see
+    choose_loss. Raises InputError if rows are wrong, do not fit the loss, or cannot be spread over
+    the ranks."""
+    columns = [name for name in asked if name != "reference"]
+    how = (tokenizer, config.max_length, config.max_prompt_length, columns)
+    data, heldout = load_data(config.train_data, *how), None
+    say(f"training: {data.report}")
+    data.schedule = make_schedule(data.tokens, config, ranks)
+    left_out = len(data.rows) % config.batch_size
+    say(f"{len(data.schedule)} steps; {left_out} pairs per epoch fill no batch and are left out")
+    if config.eval_data:
+        heldout = load_data(config.eval_data, *how)
+        say(f"held out: {heldout.report}")
+        try:
+            everything = range(len(heldout.rows)), heldout.tokens
+            heldout.schedule = [spread_rows(*everything, ranks, config.micro_batch_tokens)]
+        except InputError as error:
+            raise InputError(f"eval_data: {error}") from None
+    check_loss(loss_function, asked, data, heldout)
+    return data, heldout
 
 
-def make_schedule(config: Config, pair_tokens: np.ndarray, ranks: int) -> list:
-    """What every step does: result[step][m][rank] are the indices of the pairs in the rank's
-    micro-batch m. pair_tokens: (pairs,) tokens of each pair, its prompt once. Raises
-    InputError if a step cannot be spread over the ranks."""
-    count, size = len(pair_tokens), config.batch_size
-    if count < size:
-        raise InputError(f"{count} pairs do not fill one batch: lower batch_size={size}")
-    steps = range(config.max_steps or config.num_epochs * (count // size))
-    indices = (step_indices(count, size, config.seed, step) for step in steps)
-    return [spread_pairs(i, pair_tokens, ranks, config.micro_batch_tokens) for i in indices]
-
-
-def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """The learning rate of `step` (counted from 0): linear warm-up from 0, then half a cosine to 0,
-    as transformers' get_cosine_schedule_with_warmup, which the authors use."""
-    warmup = math.ceil(total_steps * config.warmup_ratio)
+def share_of_peak(step: int, last: int, warmup_ratio: float) -> float:
+    """The learning rate of `step` (counted from 0) of `last` steps, as a share of its peak: linear
+    warm-up from 0, then half a cosine to 0, as transformers' get_cosine_schedule_with_warmup, which
+    the authors use."""
+    warmup = math.ceil(last * warmup_ratio)
     if step < warmup:
-        return config.learning_rate * step / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, last - warmup)))
 
 
-def rehearse(model, optimizer, pairs: Dataset, schedule: list, device) -> None:
-    """Run forward and backward of the micro-batches with the most tokens (for the blocks' memory)
-    and the most response tokens (for the head's) on one rank, Adam's state in place, and forget the
-    result: a run that does not fit fails now, with a note, and not hours later. Collective."""
-    lengths = pair_lengths(pairs)
-    pair_tokens, response_tokens = lengths.sum(axis=1), lengths[:, 1:].sum(axis=1)
-    micro_batches = [shares for step in schedule for shares in step]
-
-    def largest(tokens: np.ndarray) -> int:
-        costs = [max(tokens[share].sum() for share in shares) for shares in micro_batches]
-        return costs.index(max(costs))
-
-    runtime.checkpoint_tensors(model, optimizer)  # for its side effect: Adam's state, as zeros
-    if len(micro_batches) > len(schedule):  # there are gradients of earlier micro-batches
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-    try:
-        for number in {largest(pair_tokens), largest(response_tokens)}:
-            shares = micro_batches[number]
-            model(pack_rows(pairs, shares[dist.get_rank()]).to(device)).sum().backward()
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            tokens = max(pair_tokens[share].sum() for share in shares)
-            error.add_note(
-                f"The run's largest micro-batch, {tokens} tokens on a rank, needs too much memory: "
-                f"lower --micro_batch_tokens (the longest pair has {pair_tokens.max()}), or set "
-                "--activation_checkpointing true."
-            )
-        raise
-    optimizer.zero_grad()
+def set_learning_rate(optimizer, share: float) -> None:
+    """Of every group of parameters, as a share of the rate that the group was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group.setdefault("initial_lr", group["lr"])
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -291,60 +225,107 @@ def rehearse(model, optimizer, pairs: Dataset, schedule: list, device) -> None:
 def pair_metrics(logps, losses, grads, batch: MicroBatch) -> dict[str, torch.Tensor]:
     """What is logged of each pair of a MicroBatch: {name: (pairs,)}. A new metric is one line here.
 
-    logps: (R,) log-probs of the response tokens; losses: (pairs,); grads: (R,) ∂loss/∂logps.
+    logps: (R,) log-probs of the response tokens; losses: (pairs,); grads: (R,) ∂loss/∂logps. Of K
+    responses, chosen is the first, and rejected the mean of the others.
     """
-    mean_logps = sum_logps(logps.double(), batch.lengths) / batch.lengths
-    chosen, rejected = mean_logps.unbind(dim=1)
-    chosen_grad, rejected_grad = sum_logps(grads.double(), batch.lengths).unbind(dim=1)
-    return {
+    sums = sum_logps(logps.double(), batch.lengths)  # (pairs, K)
+    mean_logps = sums / batch.lengths
+    chosen, rejected = mean_logps[:, 0], mean_logps[:, 1:]  # (pairs,), (pairs, K - 1)
+    # How hard the loss raises the chosen and lowers the rejected response's mean log-prob:
+    # −∂loss/∂m_w and ∂loss/∂m_l. Under SimPER these are the two inverse perplexities.
+    weights = sum_logps(grads.double(), batch.lengths)
+    metrics = {
         "loss": losses.detach(),
         "inverse_perplexity/chosen": chosen.exp(),
-        "inverse_perplexity/rejected": rejected.exp(),
-        "inverse_perplexity/margin": chosen.exp() - rejected.exp(),
         "logps/chosen": chosen,
-        "logps/rejected": rejected,
-        "accuracy": chosen > rejected,
         "length/chosen": batch.lengths[:, 0],
-        "length/rejected": batch.lengths[:, 1],
-        # How hard the loss raises the chosen and lowers the rejected response's mean log-prob:
-        # −∂loss/∂m_w and ∂loss/∂m_l. Under SimPER these are the two inverse perplexities.
-        "gradient_weight/chosen": -chosen_grad,
-        "gradient_weight/rejected": rejected_grad,
+        "gradient_weight/chosen": -weights[:, 0],
     }
+    if rejected.shape[1] > 0:
+        metrics |= {
+            "inverse_perplexity/rejected": rejected.exp().mean(dim=1),
+            "inverse_perplexity/margin": chosen.exp() - rejected.exp().mean(dim=1),
+            "logps/rejected": rejected.mean(dim=1),
+            "accuracy": (chosen[:, None] > rejected).double().mean(dim=1),
+            "length/rejected": batch.lengths[:, 1:].double().mean(dim=1),
+            "gradient_weight/rejected": weights[:, 1:].mean(dim=1),
+        }
+    return metrics
+
+
+def gradient_metrics(model: PackedModel) -> dict[str, torch.Tensor]:
+    """What is logged of a step's gradient, before it is clipped: {name: () tensor}, the same on
+    every rank. A new metric is one line here. Collective."""
+    return {"grad_norm": total_norm(model.optimized().values())}
+
+
+def total_norm(parameters) -> torch.Tensor:
+    """The norm of the parameters' gradients, over all ranks. Collective."""
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def mean_over_ranks(rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """pair_metrics of this rank's micro-batches → the means over the pairs of all ranks, which may
-    have different numbers of them. Collective."""
+    have different numbers of them. Collective. Raises FloatingPointError if one is not finite."""
     table = torch.stack([torch.cat([row[name] for row in rows]).double() for name in rows[0]])
     sums = torch.cat([table, torch.ones_like(table[:1])]).sum(dim=1)  # and the number of pairs
     dist.all_reduce(sums)
     *totals, count = sums.tolist()
-    return {name: total / count for name, total in zip(rows[0], totals)}
+    means = {name: total / count for name, total in zip(rows[0], totals)}
+    if strange := [name for name, mean in means.items() if not math.isfinite(mean)]:
+        raise FloatingPointError(f"the mean of {strange[0]} is {means[strange[0]]}")
+    return means
+
+
+@dataclass
+class Meter:
+    """What has been measured since the last line of metrics."""
+
+    rows: list[dict[str, torch.Tensor]] = field(default_factory=list)  # of pair_metrics
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def stop(self, pairs: int, tokens: int) -> None:
+        """What was done since start()."""
+        self.pairs += pairs
+        self.tokens += int(tokens)
+        self.seconds += time.perf_counter() - self.began
+
+    def speed(self) -> dict[str, float]:
+        amounts = {"pairs_per_second": self.pairs, "tokens_per_second": self.tokens}
+        return {name: amount / self.seconds for name, amount in amounts.items()}
 
 
 @torch.no_grad()
-def evaluate(model, loss_function: Callable, batches: list, device, sigterm) -> dict[str, float]:
-    """{"eval/NAME": mean over the held-out pairs of all ranks}, or {} as soon as one rank has
-    received SIGTERM. batches: this rank's MicroBatches, on CPU; sigterm: see runtime.watch_sigterm.
-    Collective."""
-    rows, stop = [], False
-    for batch in batches:
-        if stop := any(runtime.max_over_ranks(device, sigterm.is_set())):
-            break
-        batch = batch.to(device)
-        logps = model(batch).requires_grad_()  # no gradient beyond them, which the metrics need
-        with torch.enable_grad():
-            losses = loss_function(logps, batch.lengths, *batch.reference)
-            losses.sum().backward()
-        rows.append(pair_metrics(logps, losses, logps.grad, batch))
-    model.reshard()  # after forwards without a backward, whose parameters stay gathered
-    return {} if stop else {f"eval/{name}": mean for name, mean in mean_over_ranks(rows).items()}
+def evaluate(
+    model, loss_function: Callable, heldout: DataSet, device: torch.device, sigterm
+) -> dict[str, float]:
+    """{"eval/NAME": mean over the held-out pairs of all ranks}. sigterm: see watch_sigterm. Raises
+    Stopped on all ranks as soon as one has received SIGTERM. Collective."""
+    rows = []
+    try:
+        for batch in heldout.batches(0, dist.get_rank()):
+            if any(processes.max_over_ranks(device, sigterm.is_set())):
+                raise Stopped
+            batch = batch.to(device)
+            logps = model(batch).requires_grad_()  # no gradient beyond them: for the metrics
+            with torch.enable_grad():
+                losses = loss_function(logps, batch.lengths, **batch.columns)
+                losses.sum().backward()
+            rows.append(pair_metrics(logps, losses, logps.grad, batch))
+    finally:
+        model.reshard()  # after forwards without a backward, whose parameters stay gathered
+    return {f"eval/{name}": mean for name, mean in mean_over_ranks(rows).items()}
 
 
 def parse_args(args: list[str]) -> Config:
-    return runtime.parse_args(Config, args, description=__doc__)
+    return command_line.parse_args(Config, args, description=__doc__)
 
 
 if __name__ == "__main__":
-    runtime.run_command(lambda: train(parse_args(sys.argv[1:])))
+    command_line.run_command(lambda: train(parse_args(sys.argv[1:])))

@@ -33,11 +33,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from data import InputError, load_pairs, load_tokenizer, pair_lengths
-from demo.smollm2 import resolve_model
+from data import load_data, make_schedule
 from model import blocks
-from runtime import max_over_ranks, peak_memory, run_command, start_group
-from train import Config, learning_rate, make_schedule, mean_over_ranks, parse_args
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.processes import max_over_ranks, peak_memory, start_group
+from runtime.weights import load_tokenizer, resolve_model
+from train import Config, mean_over_ranks, parse_args, share_of_peak
 
 DEVICE = torch.device("cpu")
 if torch.cuda.is_available():
@@ -50,19 +52,19 @@ def write_metrics(config: Config, metrics: dict) -> None:
 
 
 def prepare(config: Config):
-    """→ rank, ranks, tokenizer, pairs, and for every step the indices of its pairs on each rank:
-    [step][rank]."""
+    """→ rank, ranks, tokenizer, the rows of the pairs, and for every step the indices of its pairs
+    on each rank: [step][rank]."""
     # Not by start_process, whose settings of the memory allocator are train.py's own.
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
         torch.backends.cuda.enable_cudnn_sdp(False)  # as start_process, and for its reason
     tokenizer = load_tokenizer(resolve_model(config.model))
-    pairs, _ = load_pairs(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
-    schedule = make_schedule(config, pair_lengths(pairs).sum(axis=1), ranks)
+    data = load_data(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
+    schedule = make_schedule(data.tokens, config, ranks)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     steps = [[sum(shares, []) for shares in zip(*step)] for step in schedule]
-    return rank, ranks, tokenizer, pairs, steps
+    return rank, ranks, tokenizer, data.rows, steps
 
 
 def plain_model(config: Config):
@@ -81,7 +83,7 @@ def shard_plain(model, mesh) -> None:
 def padded_logps(model, rows: dict) -> torch.Tensor:
     """The textbook's forward pass: the mean log-prob of every response, (2, pairs), chosen and then
     rejected."""
-    responses = rows["chosen"] + rows["rejected"]
+    responses = [answer for side in zip(*rows["responses"]) for answer in side]
     prompts = rows["prompt"] * 2
     longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -121,7 +123,8 @@ def textbook(config: Config, pairs_a_forward: int) -> None:
     )
     for step, shares in enumerate(steps):
         began = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, len(steps), config)
+        share = share_of_peak(step, len(steps), config.warmup_ratio)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * share
         mine, metrics = shares[rank], []
         size = pairs_a_forward or len(mine)
         for first in range(0, len(mine), size):
@@ -179,10 +182,10 @@ def trl(config: Config, pairs_a_forward: int) -> None:
         pair = pairs[index]
         prompt = pair["prompt"]
         row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
-        for side in ("chosen", "rejected"):
-            row[f"{side}_input_ids"] = prompt + pair[side]
-            row[f"{side}_attention_mask"] = [1] * len(prompt + pair[side])
-            row[f"{side}_labels"] = [-100] * len(prompt) + pair[side]
+        for side, response in zip(("chosen", "rejected"), pair["responses"]):
+            row[f"{side}_input_ids"] = prompt + response
+            row[f"{side}_attention_mask"] = [1] * len(prompt + response)
+            row[f"{side}_labels"] = [-100] * len(prompt) + response
         rows.append(row)
     share = config.batch_size // ranks
     options = CPOConfig(

@@ -4,12 +4,13 @@
     python benchmarks/fake_gpu.py recipes/llama-3-8b-instruct.yaml --arm textbook
     python benchmarks/fake_gpu.py recipes/llama-3-8b-instruct.yaml --ranks 64 --row
 
-train.train itself runs on fake CUDA tensors: shapes, dtypes, devices, operators, memory and the
-host's waits are real; kernels, values and times are not. Only the weights, the tokenizer, the data
-(random lengths, benchmarks/plan.py) and the export are replaced. `--arm textbook` is the step that
-SimPO's code, the authors' SimPER and TRL share, under the same FSDP2: chosen and rejected responses
-padded and concatenated, all logits, log_softmax, gather; with activation checkpointing and
---textbook_pairs pairs a forward (the authors' two). Further flags are train.py's.
+train.train itself runs on fake CUDA tensors, and its second step is counted: shapes, dtypes,
+devices, operators, memory and the host's waits are real; kernels, values and times are not. Only
+the weights, the tokenizer and the data (random lengths, benchmarks/plan.py) are replaced. `--arm
+textbook` is the step that SimPO's code, the authors' SimPER and TRL share, under the same FSDP2:
+chosen and rejected responses padded and concatenated, all logits, log_softmax, gather; with
+activation checkpointing and --textbook_pairs pairs a forward (the authors' two). Further flags are
+train.py's.
 
 Needs a CUDA build of torch (which `pip install torch` gives on Linux), and the model's config. It
 proves nothing about kernels: what they support, their speed and their values need a GPU.
@@ -48,12 +49,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model as model_module
-import runtime
 import train
 from benchmarks.baselines import shard_plain
 from benchmarks.plan import LENGTHS, sample_lengths
-from data import truncate
-from demo.smollm2 import resolve_model
+from data import DataSet, truncate
+from runtime import processes
+from runtime.command_line import run_command
+from runtime.weights import resolve_model
 
 # ---- CUDA without a GPU --------------------------------------------------------------------------
 
@@ -279,17 +281,23 @@ def sample_pairs(config: train.Config, lengths: str) -> list[tuple[int, int, int
     says."""
     limits = (config.max_length, config.max_prompt_length)
     rows = sample_lengths(lengths, config.batch_size).tolist()
-    cut = [truncate([0] * p, [0] * c, [0] * r, *limits) for p, c, r in rows]
+    cut = [truncate([[0] * n for n in sizes], *limits) for sizes in rows]
     return [tuple(map(len, pair)) for pair in cut]
 
 
+class Counted(Exception):
+    """The second step has ended."""
+
+
 def simper(config: train.Config, sizes: list[tuple[int, int, int]], ranks: int) -> Recorder:
-    """train.train with one step; counted from the end of the rehearsal."""
-    names = ("prompt", "chosen", "rejected")
-    rows = {name: [[5] * size[n] for size in sizes] for n, name in enumerate(names)}
+    """The second step of train.train: Adam's state is in place, as in all later ones."""
+    rows = {"prompt": [[5] * p for p, _, _ in sizes]}
+    rows |= {"responses": [[[5] * c, [5] * r] for _, c, r in sizes]}
     rows |= {"lengths": [[*size] for size in sizes], "row": [*range(len(sizes))]}
-    pairs = datasets.Dataset.from_dict(rows | {"source": ["random"] * len(sizes)})
+    rows |= {"columns": [[]] * len(sizes), "source": ["random"] * len(sizes)}
+    pairs = DataSet(datasets.Dataset.from_dict(rows), report="random pairs")
     varlen, rehearse = model_module.varlen_attention, train.rehearse
+    set_learning_rate, begun = train.set_learning_rate, []
     with fake_cuda(ranks) as recorder:
 
         def count_attention(query, key, value, window, batch, options):
@@ -297,39 +305,44 @@ def simper(config: train.Config, sizes: list[tuple[int, int, int]], ranks: int) 
             recorder.attention_flops = 4 * products * query.shape[1] * query.shape[3]
             return varlen(query, key, value, window, batch, options)
 
-        def rehearse_and_restart(*args):
+        def count_rehearsal(*args):
+            recorder.restart()
             rehearse(*args)
             recorder.rehearsed = recorder.peak
+
+        def begin_step(*args):
+            begun.append(True)
+            if len(begun) == 3:
+                raise Counted
             recorder.restart()
+            set_learning_rate(*args)
 
         device = torch.device("cuda", 0)
         replaced = {
             train: {
                 "resolve_model": lambda name: config.model,
-                "check_model": lambda *args: None,
                 "load_tokenizer": lambda *args: None,
-                "tokenizer_digests": lambda tokenizer: {},
-                "load_pairs": lambda *args, **kwargs: (pairs, "random pairs"),
-                "rehearse": rehearse_and_restart,
-                "export": lambda *args: None,
+                "load_data": lambda *args: pairs,
+                "digests": lambda *args: {},
+                "rehearse": count_rehearsal,
+                "set_learning_rate": begin_step,
             },
-            runtime: {
+            processes: {
                 "start_process": lambda: (0, ranks, device),
                 "start_group": lambda device: None,
             },
             model_module: {
-                "load_weights": lambda *args: None,
-                "weights_folder": lambda name: name,
+                "weights_folder": lambda *args: config.model,
+                "read_weights": lambda *args: None,
                 "varlen_works": lambda dtype, head_dim: dtype == torch.bfloat16,
                 "varlen_attention": count_attention,
             },
         }
-        destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
         for module, functions in replaced.items():
             for name, function in functions.items():
                 setattr(module, name, function)
-        train.train(config)
-        dist.destroy_process_group = destroy
+        with contextlib.suppress(Counted):
+            train.train(config)
     return recorder
 
 
@@ -381,7 +394,7 @@ def main() -> None:
     if not torch.version.cuda:
         sys.exit("this needs a CUDA build of torch; a GPU is not needed")
     output = tempfile.mkdtemp()
-    flags = ["--max_steps", "1", "--eval_data", "", "--save_every", "0", "--resume", "never"]
+    flags = ["--max_steps", "3", "--eval_data", "", "--save_every", "0", "--resume", "never"]
     flags += ["--wandb", "off", "--output_dir", f"{output}/run", "--train_data", "random"]
     config = train.parse_args([args.recipe, *rest, *flags])
     folder = Path(resolve_model(config.model))
@@ -407,4 +420,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.run_command(main)
+    run_command(main)

@@ -23,8 +23,10 @@ import torch
 
 import model as model_module
 from data import pack
-from demo.smollm2 import resolve_model
-from runtime import read_lines, run_command
+from runtime import checks
+from runtime.command_line import run_command
+from runtime.log import read_lines
+from runtime.weights import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,14 +34,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def attention_error(
     device: str, dtype: torch.dtype, heads: int, kv_heads: int, width: int
 ) -> float:
-    """model.attention_error of three pairs, without a window and with two."""
+    """checks.attention_error of three pairs, without a window and with two."""
     sizes = ((300, 200, 170), (5, 130, 1), (129, 1, 300))
-    batch = pack([([1] * p, [2] * c, [3] * r) for p, c, r in sizes]).to(device)
+    batch = pack([[[1] * p, [2] * c, [3] * r] for p, c, r in sizes]).to(device)
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(1, n, len(batch.input_ids), width) for n in (heads, kv_heads, kv_heads)]
     inputs = [torch.randn(s, generator=generator, device=device, dtype=dtype) for s in shapes]
     windows = (None, 64, 5)
-    return max(model_module.attention_error(*inputs, None, w, batch).item() for w in windows)
+    return max(checks.attention_error(*inputs, None, w, batch).item() for w in windows)
 
 
 def head_error(device: str, dtype: torch.dtype) -> float:

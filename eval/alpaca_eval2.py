@@ -23,11 +23,12 @@ from pathlib import Path
 import yaml
 from huggingface_hub import hf_hub_download
 
-from data import InputError
 from eval.generate import answer, engine_options, short_name
 from eval.judge import MODEL, REFUSALS, REFUSED, Judge, api_key, open_judge
 from eval.report import GENERATION, at_least, file_sha256, make_parser, start_model, write_result
-from runtime import lock_folder, run_command, write_whole
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.log import lock_folder, write_whole
 
 # The authors' settings by recipe (the configs for alpaca_eval of SimPO and SimPER).
 DECODING = {

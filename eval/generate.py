@@ -25,19 +25,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from data import (
-    InputError,
-    as_messages,
-    end_of_turn,
-    is_conversation,
-    load_rows,
-    load_tokenizer,
-    parse_row,
-    prompt_text,
-    tokenize_text,
-    tokenizer_digests,
-)
-from demo.smollm2 import resolve_model
+from data import as_messages, end_of_turn, prompt_text, tokenize_text
 from eval.report import (
     GENERATION,
     at_least,
@@ -47,8 +35,17 @@ from eval.report import (
     read_records,
 )
 from eval.score import load_scorer, score_answers, summary
-from model import generation_config, load_config, model_fingerprint
-from runtime import run_command
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.rows import Dropped, is_conversation, load_rows, parse_row
+from runtime.weights import (
+    generation_config,
+    load_config,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+    tokenizer_digests,
+)
 
 VLLM_BATCH = 512  # prompts in one call of vLLM, which forms its own batches
 SEEDS_APART = 10**9  # more than there are prompts: no batch has the seed of a run with another seed
@@ -68,7 +65,7 @@ def generate(model, tokenizer, prompts: list, **options) -> list[tuple[str, bool
 
 
 def decode(tokenizer, prompt: list | str, ids: list[int]) -> str:
-    """The text of an answer, which tokenize_pair takes to the same ids: where no chat template
+    """The text of an answer, which tokenize_row takes to the same ids: where no chat template
     comes between a text and its answer, the answer's first space belongs to it."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     plain = isinstance(prompt, str) and not tokenizer.chat_template
@@ -198,7 +195,8 @@ def own_sampling(name: str) -> dict:
     """top_p, top_k and repetition_penalty of a model's own generation config, with transformers'
     values for what it does not set: the sampling of a bare model.generate(temperature=...)."""
     folder = resolve_model(name)
-    own = generation_config(folder, load_config(folder), load_tokenizer(folder))
+    end = end_of_turn(load_tokenizer(folder))[0]
+    own = generation_config(folder, load_config(folder), end)
     values = {"top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
     return {key: own.get(key, value) for key, value in values.items()}
 
@@ -227,7 +225,8 @@ def load_engine(engine: str, folder: str, batch_size: int, seed: int, engine_arg
         from vllm import LLM
     except ImportError:
         raise InputError(NO_VLLM) from None
-    stop_ids = {*generation_config(folder, load_config(folder), tokenizer)["eos_token_id"]}
+    end = end_of_turn(tokenizer)[0]
+    stop_ids = {*generation_config(folder, load_config(folder), end)["eos_token_id"]}
     model = LLM(model=folder, seed=seed, **more)
     return functools.partial(generate_with_vllm, model, tokenizer, stop_ids)
 
@@ -254,7 +253,7 @@ def answer(
     """
     folder = resolve_model(name)
     tokenizer, size = load_tokenizer(folder), VLLM_BATCH if engine == "vllm" else batch_size
-    own = generation_config(folder, load_config(folder), tokenizer)
+    own = generation_config(folder, load_config(folder), end_of_turn(tokenizer)[0])
     sampling = {"temperature": 0.0, "top_p": 1.0} | sampling
     settings = {
         "model": name,
@@ -335,7 +334,7 @@ def load_prompts(source: str, count: int = 0) -> list:
     """`count` prompts, spread over the rows of a source, or with 0 all: each a list of messages or
     text.
 
-    A row is {"prompt": text or messages} or a pair in any form that training takes, of which those
+    A row is {"prompt": text or messages} or a row in any form that training takes, of which those
     with different prompts are left out. Raises InputError, naming the source and the row, for any
     other, and for an empty prompt.
     """
@@ -347,20 +346,21 @@ def load_prompts(source: str, count: int = 0) -> list:
         row = rows[index]
         try:
             prompt = row.get("prompt")
-            if not row.get("chosen") and not row.get("rejected"):
+            if not any(map(row.get, ("chosen", "rejected", "responses"))):
                 if not (is_conversation(prompt) or isinstance(prompt, str) and prompt.strip()):
-                    raise InputError('without a pair, it must be {"prompt": text or messages}')
+                    raise InputError('without answers, it must be {"prompt": text or messages}')
                 if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
                     raise InputError("its prompt ends with an answer")
                 prompts.append(prompt if isinstance(prompt, str) else as_messages(prompt))
-            elif parsed := parse_row(row):
-                prompts.append(parsed[0])
-                if not parsed[0]:
-                    raise InputError("its prompt, chosen or rejected is empty")
+            else:
+                prompts.append(parse_row(row)[0])
+        except Dropped as reason:
+            if str(reason) == "empty":
+                raise InputError(f"{source}, row {index}: an empty prompt or answer") from None
         except InputError as error:
             raise InputError(f"{source}, row {index}: {error}") from None
     if not prompts:
-        raise InputError(f"{source}: the two sides of every pair answer different prompts")
+        raise InputError(f"{source}: the answers in every row are to different prompts")
     return prompts
 
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data import InputError
+from runtime.errors import InputError
 
 MODEL = "meta-llama/Llama-3.3-70B-Instruct"
 URL = "http://localhost:8000/v1"

@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from data import DATE, InputError, load_tokenizer, tokenizer_digests
-from demo.smollm2 import resolve_model
+from data import DATE
 from eval.generate import NO_VLLM, short_name
 from eval.report import at_least, make_parser, parse_engine_args, write_result
-from model import model_fingerprint
-from runtime import run_command
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.weights import load_tokenizer, model_fingerprint, resolve_model, tokenizer_digests
 
 # {benchmark: (the harness's task or group, shots, metrics whose mean is the score)}
 IFEVAL_METRICS = ("prompt_level_strict_acc,none", "inst_level_strict_acc,none")

@@ -25,12 +25,13 @@ import uuid
 from collections import defaultdict
 from pathlib import Path
 
-from data import InputError
 from eval.generate import answer, engine_options, own_sampling, short_name
 from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
 from eval.plots import radar_figure
 from eval.report import GENERATION, at_least, file_sha256, make_parser, read_records, write_result
-from runtime import run_command, write_whole
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.log import write_whole
 
 # FastChat's temperatures (llm_judge/common.py); all other settings are FastChat's, too.
 TEMPERATURES = {

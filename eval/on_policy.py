@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 
-from data import InputError
 from eval.generate import answer, load_engine, load_prompts, sampling_options
 from eval.report import GENERATION, at_least, make_parser
 from eval.score import load_scorer, score_answers
-from runtime import run_command, write_whole
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.log import write_whole
 
 
 def choose_pair(

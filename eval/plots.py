@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError
 from eval.report import at_least, make_parser
-from runtime import read_lines, run_command
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.log import read_lines
 
 CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
 PANELS = {

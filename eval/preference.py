@@ -21,33 +21,37 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import (
-    InputError,
-    fingerprint,
-    load_pairs,
-    load_rows,
-    load_tokenizer,
-    longest_sequence,
-    pair_lengths,
-    spread_pairs,
-)
-from demo.smollm2 import resolve_model
+from data import DataSet, load_data, spread_rows
 from eval.generate import short_name
 from eval.plots import new_figure
 from eval.report import file_sha256, make_parser, print_scores, write_result
-from model import load_model, response_logps
-from runtime import run_command
+from model import load_model
+from runtime.checks import check_forward
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.processes import choose_dtype
+from runtime.reference import response_logps
+from runtime.rows import load_rows
+from runtime.weights import load_tokenizer, resolve_model
 
 
-def pair_logps(name: str, pairs, micro_batch_tokens: int) -> np.ndarray:
-    """log p(response | prompt) of every pair of load_pairs under the model: (pairs, 2) float64,
-    chosen and rejected. In bfloat16 on GPUs, in float32 on CPU. Needs a process group of one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pair_tokens = pair_lengths(pairs).sum(axis=1)
-    micro_batches = spread_pairs(range(len(pairs)), pair_tokens, 1, micro_batch_tokens)
-    model = load_model(resolve_model(name), device, dtype, longest=longest_sequence(pairs))
-    return response_logps(model, pairs, micro_batches).cpu().numpy()
+def load_pairs(source: str, model: str, max_length: int, max_prompt_length: int) -> DataSet:
+    """The pairs of the sources, tokenized for the model. Raises InputError if the rows do not have
+    two responses each."""
+    data = load_data(source, load_tokenizer(resolve_model(model)), max_length, max_prompt_length)
+    if data.responses != 2:
+        raise InputError(f"{source}: {data.responses} responses to a prompt; pairs have two")
+    return data
+
+
+def pair_logps(name: str, data: DataSet, micro_batch_tokens: int) -> np.ndarray:
+    """log p(response | prompt) of every pair under the model: (pairs, 2) float64, chosen and
+    rejected. In bfloat16 on GPUs, in float32 on CPU. Needs a process group of one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(resolve_model(name), device, choose_dtype("auto", device))
+    check_forward(model, data, None)
+    micro_batches = spread_rows(range(len(data.rows)), data.tokens, 1, micro_batch_tokens)
+    return response_logps(model, data, micro_batches).cpu().numpy()
 
 
 def score(
@@ -131,28 +135,24 @@ def main() -> None:
         )
     limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
     # The pairs of all models are tokenized before the first model runs, so that errors come early.
-    inputs = [
-        load_pairs(args.data, load_tokenizer(resolve_model(model)), **limits)
-        for model in args.models
-    ]
+    inputs = [load_pairs(args.data, model, **limits) for model in args.models]
     if args.reference:
-        reference_pairs, _ = load_pairs(
-            args.data, load_tokenizer(resolve_model(args.reference)), **limits
-        )
-        for model, (pairs, _) in zip(args.models, inputs):
-            if fingerprint(pairs) != fingerprint(reference_pairs):
+        reference_pairs = load_pairs(args.data, args.reference, **limits)
+        for model, pairs in zip(args.models, inputs):
+            if pairs.facts != reference_pairs.facts:
                 raise InputError(f"{model} and the reference {args.reference} read other tokens")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    settings = {"data": args.data, **limits, "reference": args.reference}
     columns, inverse, reference = {}, {}, None
     if args.reference:
         reference = pair_logps(args.reference, reference_pairs, args.micro_batch_tokens)
-    for model, name, (pairs, report) in zip(args.models, names, inputs):
-        print(f"{name}: {report}")
+    for model, name, pairs in zip(args.models, names, inputs):
+        print(f"{name}: {pairs.report}")
         sums = pair_logps(model, pairs, args.micro_batch_tokens)
-        lengths = pair_lengths(pairs)[:, 1:]
+        lengths = pairs.lengths[:, 1:]
         scores, errors = score(sums, lengths, reference)
-        places = list(zip(pairs["source"], pairs["row"]))
+        places = list(zip(pairs.rows["source"], pairs.rows["row"]))
         of_rows = [rows[source][row] for source, row in places]
         categories = [str(row.get("category") or row.get("subset") or "") for row in of_rows]
         for category in sorted({*categories} - {""}):
@@ -169,7 +169,7 @@ def main() -> None:
             model,
             scores,
             errors=errors,
-            settings={"data": args.data, **limits, "pairs": report, "reference": args.reference},
+            settings=settings | {"pairs": pairs.report},
             inputs=hashes,
             wandb_mode=args.wandb,
         )

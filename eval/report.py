@@ -27,11 +27,11 @@ from pathlib import Path
 
 import yaml
 
-from data import InputError
-from demo.smollm2 import resolve_model
 from eval.judge import URL
-from model import model_fingerprint
-from runtime import run_command, write_whole
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.log import write_whole
+from runtime.weights import model_fingerprint, resolve_model
 
 
 def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
@@ -140,12 +140,26 @@ def read_records(path: Path) -> list[dict]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def run_config(model: str) -> str:
+    """The config.yaml of the run whose final/ `model` is; "" for any other model."""
+    final = Path(resolve_model(model)).resolve()
+    config = final.parent / "config.yaml"
+    return config.read_text() if final.name == "final" and config.is_file() else ""
+
+
 def start_model(model: str) -> str:
     """The model that training started from, by the config.yaml of the run whose final/ `model` is;
     of any other model the model itself."""
-    config = Path(resolve_model(model)).resolve().parent / "config.yaml"
-    values = yaml.safe_load(config.read_text()) if config.is_file() else None
+    values = yaml.safe_load(run_config(model))
     return values.get("model", model) if isinstance(values, dict) else model
+
+
+def made_by(model: str) -> dict[str, str]:
+    """The digest of the code and the commit of the run whose final/ `model` is, by the head of its
+    config.yaml; {} for any other model."""
+    head = [line for line in run_config(model).splitlines() if line.startswith("# ")]
+    values = dict(line[2:].partition(": ")[::2] for line in head)
+    return {name: values[name] for name in ("code", "commit") if name in values}
 
 
 def print_scores(columns: list[tuple[str, dict[str, float], dict[str, float]]]) -> None:
@@ -172,7 +186,7 @@ def write_result(
     packages: tuple[str, ...] = (),
     wandb_mode: str = "off",
 ) -> None:
-    """Write folder/BENCHMARK.json.
+    """Write folder/BENCHMARK.json, which names the run that made the model, if one did.
 
     model: folder or hub id; scores: numbers by name; errors: standard errors of some of them;
     settings: decoding and all else that decides the scores; inputs: SHA-256 of what was read, by
@@ -193,6 +207,7 @@ def write_result(
         "model_sha256": model_fingerprint(resolve_model(model)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    result |= {"run": run} if (run := made_by(model)) else {}
     write_whole(folder / f"{benchmark}.json", json.dumps(result, indent=1) + "\n")
     if wandb_mode == "off":
         return

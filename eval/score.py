@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from data import InputError, as_messages, load_tokenizer, render, tokenize_text
-from model import load_config
+from data import as_messages, render, tokenize_text
+from runtime.errors import InputError
+from runtime.weights import load_config, load_tokenizer
 
 Scorer = Callable[[list[dict]], list[float]]
 

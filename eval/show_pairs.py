@@ -3,15 +3,16 @@
     python -m eval.show_pairs demo/train.jsonl
     python -m eval.show_pairs Anthropic/hh-rlhf:test --model EleutherAI/pythia-2.8b --num_pairs 5
 
-Prints the first pairs, how many rows are dropped or truncated, and how long the pairs are.
+Prints the first rows, how many are dropped or truncated, and how long their parts are. Of K
+responses to a prompt, the first is the best.
 """
 
 import numpy as np
 
-from data import load_pairs, load_tokenizer, pair_lengths
-from demo.smollm2 import resolve_model
+from data import load_data
 from eval.report import make_parser
-from runtime import run_command
+from runtime.command_line import run_command
+from runtime.weights import load_tokenizer, resolve_model
 
 
 def main() -> None:
@@ -19,25 +20,29 @@ def main() -> None:
     parser.add_argument("data", help="sources as for --train_data")
     parser.add_argument("--model", default="demo", help="hub id or folder whose tokenizer to use")
     parser.add_argument("--chat_template", default="", help="as for train.py")
-    parser.add_argument("--num_pairs", type=int, default=2, help="pairs to print")
+    parser.add_argument("--num_pairs", type=int, default=2, help="rows to print")
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--max_prompt_length", type=int, default=1800)
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(resolve_model(args.model), args.chat_template)
-    pairs, report = load_pairs(args.data, tokenizer, args.max_length, args.max_prompt_length)
-    for pair in pairs.select(range(min(args.num_pairs, len(pairs)))):
-        print(f"{pair['source']}, row {pair['row']}")
-        for part in ("prompt", "chosen", "rejected"):
-            role = "context" if part == "prompt" else "scored"
-            tokens = "|".join(repr(tokenizer.decode([i]))[1:-1] for i in pair[part])
-            print(f"  {part} ({len(pair[part])} tokens, {role}): {tokens}")
-    lengths = pair_lengths(pairs)
-    print(f"{report}\n{'tokens':<10}{'mean':>8}{'median':>8}{'95 %':>8}{'max':>8}")
-    columns = (*lengths.T, lengths.sum(axis=1))
-    for name, column in zip(("prompt", "chosen", "rejected", "pair"), columns):
+    data = load_data(args.data, tokenizer, args.max_length, args.max_prompt_length)
+    numbered = [f"response {number}" for number in range(1, data.responses + 1)]
+    sides, whole = numbered, "together"
+    if data.responses == 2:
+        sides, whole = ["chosen", "rejected"], "pair"
+    for row in data.rows.select(range(min(args.num_pairs, len(data.rows)))):
+        print(f"{row['source']}, row {row['row']}")
+        for name, ids in zip(("prompt", *sides), (row["prompt"], *row["responses"])):
+            role = "context" if name == "prompt" else "scored"
+            tokens = "|".join(repr(tokenizer.decode([i]))[1:-1] for i in ids)
+            print(f"  {name} ({len(ids)} tokens, {role}): {tokens}")
+    names = ("prompt", *sides, whole)
+    width = max(map(len, names)) + 2
+    print(f"{data.report}\n{'tokens':<{width}}{'mean':>8}{'median':>8}{'95 %':>8}{'max':>8}")
+    for name, column in zip(names, (*data.lengths.T, data.tokens)):
         numbers = (column.mean(), np.median(column), np.percentile(column, 95), column.max())
-        print(f"{name:<10}" + "".join(f"{number:>8.0f}" for number in numbers))
+        print(f"{name:<{width}}" + "".join(f"{number:>8.0f}" for number in numbers))
 
 
 if __name__ == "__main__":

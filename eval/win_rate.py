@@ -17,11 +17,13 @@ import re
 import statistics
 from pathlib import Path
 
-from data import InputError, as_messages, load_rows, parse_row
+from data import as_messages
 from eval.generate import answer, sampling_options, short_name
 from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
 from eval.report import GENERATION, at_least, file_sha256, make_parser, read_records, write_result
-from runtime import run_command
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.rows import Dropped, load_rows, parse_row
 
 JUDGE_TOKENS = 512
 # The criteria are those of the DPO paper (appendix C.2), the words are not.
@@ -49,11 +51,13 @@ def load_chosen(source: str, count: int) -> list[tuple[list | str, str]]:
     rows, pairs = load_rows(source), []
     for index in range(len(rows)):
         try:
-            parsed = parse_row(rows[index])
+            prompt, (chosen, *_) = parse_row(rows[index])
+        except Dropped:
+            continue
         except InputError as error:
             raise InputError(f"{source}, row {index}: {error}") from None
-        if parsed and parsed[0] and parsed[1].strip():
-            pairs.append(parsed[:2])
+        if chosen.strip():
+            pairs.append((prompt, chosen))
     if not pairs:
         raise InputError(
             f"{source}: none of its {len(rows)} rows has a prompt and a chosen response"

@@ -1,7 +1,14 @@
 """What the tests share: a tokenizer trained here, tiny random models, and a process group of
 one."""
 
+import json
 import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault(
     "CUDA_VISIBLE_DEVICES", ""
@@ -13,10 +20,13 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+ROOT = Path(__file__).resolve().parent.parent
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{{ message['content'] + '<|im_end|>\n' }}"
@@ -32,12 +42,7 @@ TEXT = [
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Tests neither read nor fill the user's caches, ours and that of the datasets library."""
-    import data
-    import model
-    from demo import smollm2
-
-    data.CACHE_DIR = model.CACHE_DIR = smollm2.CACHE_DIR = tmp_path_factory.mktemp("cache")
-    os.environ["SIMPER_CACHE"] = str(data.CACHE_DIR)
+    os.environ["SIMPER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
 
@@ -135,6 +140,222 @@ def model_folder(tmp_path_factory):
     make_model("llama").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+# ---- Short runs ----------------------------------------------------------------------------------
+
+
+def write_pairs(path: Path, count: int, seed: int = 0) -> str:
+    """Conversations with answers of very different lengths; chosen ones hold lower-case letters,
+    rejected ones digits."""
+    draw = random.Random(seed)
+    text = lambda letters, most: "".join(draw.choice(letters) for _ in range(draw.randint(1, most)))  # noqa: E731
+    with open(path, "w") as file:
+        for _ in range(count):
+            prompt = [{"role": "user", "content": text("what is two plus ", 40)}]
+            print(
+                json.dumps(
+                    {"prompt": prompt, "chosen": text("abcde", 30), "rejected": text("01234", 50)}
+                ),
+                file=file,
+            )
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, model_folder) -> dict:
+    """Settings of a short run: 3 steps of 8 pairs."""
+    folder = tmp_path_factory.mktemp("data")
+    values = {
+        "model": str(model_folder),
+        "train_data": write_pairs(folder / "train.jsonl", 26),
+        "wandb": "off",
+    }
+    values |= {
+        "eval_data": write_pairs(folder / "heldout.jsonl", 11, seed=1),
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+    }
+    return values | {
+        "max_length": 96,
+        "max_prompt_length": 60,
+        "micro_batch_tokens": 600,
+        "max_grad_norm": 1e9,
+    }
+
+
+def run(values: dict, output: Path) -> list[dict]:
+    """Train in this process, alone; return the lines of metrics.jsonl."""
+    import train
+
+    try:
+        train.train(train.Config(**values | {"output_dir": str(output)}))
+    finally:
+        if torch.distributed.is_initialized():  # it has failed
+            torch.distributed.destroy_process_group()
+    return read_metrics(output)
+
+
+def as_flags(values: dict, output: Path) -> list[str]:
+    return [f"--{name}={value}" for name, value in (values | {"output_dir": output}).items()]
+
+
+def command(values: dict, output: Path, ranks: int) -> list[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+    ]
+    return [*launcher, str(ROOT / "train.py"), *as_flags(values, output)]
+
+
+def run_ranks(values: dict, output: Path, ranks: int = 2) -> list[dict]:
+    """The same through torchrun."""
+    done = subprocess.run(command(values, output, ranks), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_metrics(output)
+
+
+SEVERAL = """
+import json, os, sys
+from pathlib import Path
+import train
+from conftest import interrupt
+{code}
+for number, (flags, source) in enumerate(json.loads(sys.argv[1])):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # for keys of its own in the store
+    config = train.parse_args(flags)
+    if source and os.environ["RANK"] == "0":
+        interrupt(Path(source), Path(config.output_dir))
+    train.train(config)
+"""
+
+
+def run_several(runs: list[tuple], folder: Path, ranks: int = 2, code: str = "") -> str:
+    """Several runs one after the other, through torchrun, which is started once. Returns what they
+    have printed.
+
+    runs: (values, output) or (values, output, source), where output is made from the finished run
+    `source`: see interrupt; folder: for the script; code: what it does first, with `train`
+    imported, and `number` of the run when it is called later.
+    """
+    script, given = folder / "several.py", []
+    script.write_text(SEVERAL.replace("{code}", code))
+    for values, output, *source in runs:
+        given.append((as_flags(values, output), str(source[0]) if source else None))
+    launch = command({}, folder, ranks)
+    launch[launch.index(str(ROOT / "train.py")) :] = [str(script), json.dumps(given)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def interrupt(whole: Path, output: Path) -> None:
+    """Copy a finished run, as if it had been killed before its newest checkpoint was there."""
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("final"))
+    folders = (output / "checkpoints").iterdir()
+    shutil.rmtree(max(folders, key=lambda path: int(path.name.removeprefix("step_"))))
+
+
+@pytest.fixture(scope="session")
+def three_steps(base, tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
+    """The same run, with all its checkpoints, in one process, in many small micro-batches, and on
+    two ranks, sharded and as two replicas: {name: (output_dir, lines of metrics.jsonl)}."""
+    folder = tmp_path_factory.mktemp("runs")
+    values = base | {"max_steps": 3, "save_every": 1, "keep_checkpoints": 0}
+    run(values, folder / "one")
+    run(values | {"micro_batch_tokens": 200}, folder / "split")
+    ranks = values | {"micro_batch_tokens": 250}
+    run_several([(ranks, folder / "ranks"), (ranks | {"replicas": 2}, folder / "replicas")], folder)
+    return {path.name: (path, read_metrics(path)) for path in folder.iterdir() if path.is_dir()}
+
+
+class Signals:
+    """In place of the event that SIGTERM sets: set when it has been asked `quiet` times."""
+
+    def __init__(self, quiet: int):
+        self.quiet = quiet
+
+    def is_set(self) -> bool:
+        self.quiet -= 1
+        return self.quiet < 0
+
+    def set(self) -> None:
+        self.quiet = 0
+
+
+@pytest.fixture
+def sigterm_after(monkeypatch):
+    """A function: from its call on, a run in this process finds that SIGTERM has arrived when it
+    has asked so many times. (The run's code stays as it is, so that it can be resumed.)"""
+    from runtime import processes
+
+    def arrive(quiet: int) -> None:
+        threading = ModuleType("threading")
+        threading.Event = lambda: Signals(quiet)
+        monkeypatch.setattr(processes, "threading", threading)
+
+    return arrive
+
+
+def read_metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(some: Path, other: Path) -> bool:
+    """Whether two exported models are equal, bit for bit."""
+    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (some, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def plain_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Log-probs of a response's tokens by a transformers model's own forward of one sequence."""
+    ids = torch.tensor([prompt + response])
+    logps = model(ids).logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+    return logps[len(prompt) - 1 :]
+
+
+def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint that any number of ranks wrote."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    state = {
+        name: torch.empty(entry.size)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+    }
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return state
+
+
+def gradients(folder: Path) -> dict[str, torch.Tensor]:
+    """The gradient of step 1, from Adam's first moment after it: exp_avg = (1 - 0.9) · gradient."""
+    tensors = read_checkpoint(folder / "checkpoints" / "step_1")
+    return {
+        name.removeprefix("exp_avg.model."): 10 * t
+        for name, t in tensors.items()
+        if name.startswith("exp_avg.")
+    }
+
+
+def relative_difference(some: dict, others: dict) -> float:
+    assert some.keys() == others.keys()
+    difference = sum((some[name] - others[name]).square().sum() for name in some).sqrt()
+    return (difference / sum(tensor.square().sum() for tensor in others.values()).sqrt()).item()
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    """Metrics without what depends on the machine's speed."""
+    return [
+        {
+            k: v
+            for k, v in line.items()
+            if k not in ("pairs_per_second", "tokens_per_second", "peak_memory_gb")
+        }
+        for line in lines
+    ]
 
 
 transformers.utils.logging.disable_progress_bar()

@@ -22,11 +22,11 @@ from conftest import CHATML, TINY, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-import data
-import runtime
 import train
-from data import InputError, load_pairs
-from demo import smollm2
+from data import load_data
+from runtime import checkpoints, log
+from runtime.command_line import run_command
+from runtime.errors import InputError
 from train import parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -172,10 +172,10 @@ FILES = [
         "in Latin-1",
         "rows.jsonl",
         LINES.encode() + b'{"prompt": "gr\xfc\xdfe"}\n',
-        ["row 2: ", "utf-8"],
+        ["line 3 is not UTF-8"],
     ),
     ("in Latin-1", "rows.csv", b"prompt,chosen,rejected\ngr\xfc\xdfe,a,b\n", ["utf-8"]),
-    ("binary", "rows.jsonl", bytes(range(256)) * 9, ["line 1 is not valid"]),
+    ("binary", "rows.jsonl", bytes(range(256)) * 9, ["line 2 is not UTF-8"]),
     ("an array of no objects", "rows.json", b"[1, 2]", ["row 0: in none of"]),
     ("a single number", "rows.json", b"5", ["rows.json: cannot be read"]),
     ("broken", "rows.json", b'[{"prompt": "a"', ["at position 15"]),
@@ -253,6 +253,11 @@ FLAGS = [
         "another wandb",
         "--wandb maybe",
         ["wandb must be one of auto, online, offline, off, not may"],
+    ),
+    (
+        "a folder as resume",
+        "--resume run/checkpoints/step_1",
+        ["resume must be one of auto, never, anyway, not run/checkpoints/step_1"],
     ),
     ("no model", "--model=", ["model is needed: give --model"]),
     ("no data", "--train_data=", ["train_data is needed: give --train_data"]),
@@ -377,23 +382,23 @@ def smaller_vocabulary(folder: Path) -> None:
     make_model("llama", vocab_size=200).save_pretrained(folder)
 
 
-def checkpoint_with(change):
-    """Resume from a whole checkpoint after `change` of its folder."""
+def checkpoint_with(change, **flags):
+    """Go on from a whole checkpoint after `change` of its folder."""
 
     def setup(place) -> dict:
-        shutil.copytree(place.checkpoint, place.folder / "step_1")
-        change(place.folder / "step_1")
-        return {"resume": place.folder / "step_1"}
+        folder = place.folder / "run" / "checkpoints" / "step_1"
+        shutil.copytree(place.checkpoint, folder)
+        change(folder)
+        return flags
 
     return setup
 
 
 def trainer_with(**changes):
     def change(folder: Path) -> None:
-        state = json.loads((folder / "trainer.json").read_text()) | changes
-        (folder / "trainer.json").write_text(json.dumps(state))
+        checkpoints.write_state(folder, checkpoints.read_state(folder) | changes)
 
-    return checkpoint_with(change)
+    return change
 
 
 def scribble(folder: Path) -> None:
@@ -410,7 +415,6 @@ CODE = {
     "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"},
 }
 LONG = TEXT | {"chosen": "a b c d " * 30}
-NO_CHECKPOINT = ["no whole checkpoint is there"]
 # Before the data are read:
 LOSSES = [
     ("an unknown loss", give(loss="dop"), ["loss must be one of simper, sft,", "not dop"]),
@@ -562,34 +566,42 @@ MODELS_AND_CHECKPOINTS = [
         ["model.embed_tokens.weight", "not finite"],
     ),
     # Checkpoints
-    ("no checkpoint", give(resume="{folder}/nowhere"), ["resume=", "nowhere", *NO_CHECKPOINT]),
-    ("a file as checkpoint", give(resume=__file__), [__file__, *NO_CHECKPOINT]),
-    ("a file missing", checkpoint_with(lambda f: next(f.glob("*.safe*")).unlink()), NO_CHECKPOINT),
-    ("a checkpoint cut off", checkpoint_with(cut("trainer.json", 99)), NO_CHECKPOINT),
-    ("a list for trainer.json", checkpoint_with(write("trainer.json", "[1]")), NO_CHECKPOINT),
-    ("null for trainer.json", checkpoint_with(write("trainer.json", "null")), NO_CHECKPOINT),
-    ("sizes that are a list", trainer_with(sizes=[1]), NO_CHECKPOINT),
-    ("a step that is text", trainer_with(step="one"), NO_CHECKPOINT),
-    ("a config that is text", trainer_with(config="none"), NO_CHECKPOINT),
-    ("other bytes of the same size", checkpoint_with(scribble), ["step_1", "cannot be read"]),
+    ("other bytes of the same size", checkpoint_with(scribble), ["step_1", "is damaged: move"]),
+    (
+        "a checkpoint of another format",
+        checkpoint_with(trainer_with(format=1)),
+        ["step_1 is of another version of this code: ", "--resume never"],
+    ),
+    (
+        "a checkpoint of other settings",
+        checkpoint_with(nothing, seed=7),
+        ["step_1 is of another run: seed was 42, is 7. Use --resume never or anyway"],
+    ),
+    (
+        "a checkpoint of more groups",
+        checkpoint_with(trainer_with(groups=[{}, {}])),
+        ["step_1 has 2 groups of parameters"],
+    ),
 ]
-# The function of train.py that is not reached, and the cases.
-STAGES = {"load_pairs": LOSSES, "load_model": INPUTS, "learning_rate": MODELS_AND_CHECKPOINTS}
+# Folders that are no whole checkpoints:
+DAMAGES = {
+    "a file missing": lambda folder: next(folder.glob("*.safetensors")).unlink(),
+    "a file cut off": lambda folder: cut(next(folder.glob("*.safetensors")).name, -9)(folder),
+    "trainer.json missing": lambda folder: (folder / "trainer.json").unlink(),
+    "trainer.json cut off": cut("trainer.json", 99),
+    "a list for trainer.json": write("trainer.json", "[1]"),
+    "null for trainer.json": write("trainer.json", "null"),
+    "files that are a list": trainer_with(files=[1]),
+    "other content of trainer.json": lambda folder: write(
+        "trainer.json", (folder / "trainer.json").read_text().replace('"seed": 42', '"seed": 43')
+    )(folder),
+}
+# What is not reached, and the cases. (A patched function of train.py itself would be other code,
+# which refuses a checkpoint.)
+FIRST_STEP = "torch.optim.AdamW.step"
+STAGES = {"train.load_data": LOSSES, "train.load_model": INPUTS}
+STAGES |= {FIRST_STEP: MODELS_AND_CHECKPOINTS}
 RUNS = [(name, stage, *case) for stage, cases in STAGES.items() for name, *case in cases]
-
-# Each variable is of torchrun's environment, but for SIMPER_CACHE.
-PARTLY = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-PARTLY |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
-ENVIRONMENTS = [
-    ("a rank that is no number", PARTLY | {"RANK": "first"}, ["RANK=first", "torchrun"]),
-    ("a negative rank", PARTLY | {"RANK": "-1"}, ["RANK=-1", "torchrun"]),
-    ("a number of ranks that is none", PARTLY | {"WORLD_SIZE": "two"}, ["WORLD_SIZE=two"]),
-    ("a rank beyond the last", PARTLY | {"RANK": "1"}, ["RANK=1", "WORLD_SIZE=1"]),
-    ("a number of ranks alone", {"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "torchrun"]),
-    ("a rank alone", {"RANK": "0"}, ["RANK=0", "torchrun"]),
-    ("ranks without an address", PARTLY | {"MASTER_ADDR": ""}, ["MASTER_ADDR= ", "torchrun"]),
-    ("a rank without its GPU's number", PARTLY | {"LOCAL_RANK": ""}, ["LOCAL_RANK= ", "torchrun"]),
-]
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -631,7 +643,7 @@ def run(recipe: Path, flags: dict) -> None:
 
 
 def load(source, tokenizer=None):
-    return load_pairs(str(source), tokenizer or make_tokenizer(), 200, 100)
+    return load_data(str(source), tokenizer or make_tokenizer(), 200, 100)
 
 
 def table(cases: list, columns: str = "given, said"):
@@ -667,8 +679,9 @@ def test_a_template_that_ends_some_conversations_otherwise_is_an_error(tmp_path)
 def test_a_row_without_a_preference_is_dropped_and_counted(tmp_path, given, said):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{LINES}{json.dumps(given)}\n")
-    pairs, report = load(path)
-    assert len(pairs) == 2 and "1 of 3 rows dropped" in report and said[0] in report
+    found = load(path)
+    assert len(found.rows) == 2
+    assert "1 of 3 rows dropped" in found.report and said[0] in found.report
     path.write_text(json.dumps(given))
     refused(lambda: load(path), said, "no pairs are left: 0 pairs from ", "1 of 1 rows dropped")
 
@@ -717,37 +730,42 @@ def test_a_bad_recipe_is_an_error_that_names_it(tmp_path, given, said):
 
 @table(RUNS, "stage, given, said")
 def test_a_bad_run_is_an_error_in_time(place, recipe, monkeypatch, stage, given, said):
-    monkeypatch.setattr(train, stage, lambda *_, **__: pytest.fail(f"{stage} was reached"))
+    monkeypatch.setattr(stage, lambda *_, **__: pytest.fail(f"{stage} was reached"))
     flags = {"output_dir": place.folder / "run"} | given(place)
     refused(lambda: run(recipe, flags), said)
-    assert stage == "learning_rate" or not (place.folder / "run").exists()
+    assert stage == FIRST_STEP or not (place.folder / "run").exists()
 
 
-@table(ENVIRONMENTS)
-def test_a_bad_environment_is_an_error_that_names_it(tmp_path, recipe, monkeypatch, given, said):
-    for name in PARTLY:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    refused(lambda: run(recipe, {"output_dir": tmp_path / "run"}), said)
+@pytest.mark.parametrize("change", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_as_if_it_were_not_there(place, recipe, change):
+    folder = place.folder / "run"
+    run(recipe, {"output_dir": folder} | checkpoint_with(change)(place))
+    steps = [json.loads(line)["step"] for line in open(folder / "metrics.jsonl")]
+    assert steps == [1] and (folder / "final").exists()
+    saved, expected = (
+        load_file(next(run.glob("checkpoints/step_1/*.safetensors")))
+        for run in (folder, recipe.parent / "out")
+    )
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("model", ["demo", "model"])
 def test_a_cache_that_cannot_be_written_is_an_error(recipe, tmp_path, monkeypatch, model):
-    for module in (data, runtime, smollm2):
-        monkeypatch.setattr(module, "CACHE_DIR", Path(__file__))
+    monkeypatch.setenv("SIMPER_CACHE", __file__)
     flags = {"output_dir": tmp_path / "run"} | ({"model": "demo"} if model == "demo" else {})
-    with pytest.raises(
-        SystemExit, match=f"(File exists|Not a directory): .*SIMPER_CACHE, {__file__}"
-    ):
-        runtime.run_command(lambda: run(recipe, flags))
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: run(recipe, flags))
+    said = str(ended.value)
+    assert "File exists" in said or "Not a directory" in said
+    assert __file__ in said and "SIMPER_CACHE" in said
 
 
 @pytest.mark.parametrize("output_dir", [__file__, f"{__file__}/run"])
 def test_a_file_as_output_dir_is_an_error(recipe, output_dir):
     error = f"(File exists|Not a directory): '{__file__}.*writes to its output_dir"
     with pytest.raises(SystemExit, match=error):
-        runtime.run_command(lambda: run(recipe, {"output_dir": output_dir}))
+        run_command(lambda: run(recipe, {"output_dir": output_dir}))
 
 
 @pytest.mark.parametrize("number", DISK, ids=errno.errorcode.get)
@@ -755,10 +773,10 @@ def test_a_disk_that_takes_no_file_is_one_line(number, tmp_path, monkeypatch):
     def fail(path):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(runtime, "sync", fail)
-    said = rf"^error: {os.strerror(number)}, in write_whole \(runtime.py\)\. A run writes to"
+    monkeypatch.setattr(log, "sync", fail)
+    said = rf"^error: .*{os.strerror(number)}\. A run writes to its output_dir and to SIMPER_CACHE"
     with pytest.raises(SystemExit, match=said):
-        runtime.run_command(lambda: runtime.write_whole(tmp_path / "file", "text"))
+        run_command(lambda: log.write_whole(tmp_path / "file", "text"))
 
 
 @pytest.mark.parametrize("text", ["ibv_reg_mr failed: Permission denied", "File exists already"])
@@ -767,7 +785,7 @@ def test_an_error_that_only_sounds_like_a_disk_keeps_its_traceback(text):
         raise RuntimeError(text)
 
     with pytest.raises(RuntimeError, match=text):
-        runtime.run_command(fail)
+        run_command(fail)
 
 
 def test_an_error_ends_all_ranks_with_one_message(recipe, tmp_path):

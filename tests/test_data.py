@@ -3,6 +3,7 @@ data.py."""
 
 import dataclasses
 import gzip
+import inspect
 import json
 import os
 import pkgutil
@@ -23,18 +24,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import (
-    InputError,
-    fingerprint,
-    load_pairs,
-    load_rows,
-    load_tokenizer,
-    pack,
-    pack_rows,
-    spread_pairs,
-    step_indices,
-    truncate,
-)
+import runtime.rows
+from data import DataSet, load_data, pack, spread_rows, step_indices, truncate
+from runtime.errors import InputError
+from runtime.rows import load_rows
+from runtime.weights import load_tokenizer, tokenizer_digests
 
 CHAT, PLAIN = make_tokenizer(), make_tokenizer(None)
 TEXT = {"prompt": "what is two?", "chosen": "plus", "rejected": "what"}
@@ -62,11 +56,21 @@ def write(tmp_path):
 
 def load(sources, tokenizer=CHAT, max_length=200, max_prompt_length=100):
     """The pairs as [prompt, chosen, rejected], each as its tokens with a dot between them."""
-    pairs, _ = load_pairs(sources, tokenizer, max_length, max_prompt_length)
+    rows = load_data(sources, tokenizer, max_length, max_prompt_length).rows
     return [
-        ["·".join(map(tokenizer.decode, pair[part])) for part in ("prompt", "chosen", "rejected")]
-        for pair in pairs
+        ["·".join(map(tokenizer.decode, part)) for part in (row["prompt"], *row["responses"])]
+        for row in rows
     ]
+
+
+def make_rows(*rows: tuple) -> datasets.Dataset:
+    """Rows of token ids, each of a prompt and its responses, as those of a DataSet."""
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": p, "responses": [*rest], "lengths": [*map(len, (p, *rest))], "columns": []}
+            for p, *rest in rows
+        ]
+    )
 
 
 # ---- Row formats ---------------------------------------------------------------------------------
@@ -229,15 +233,20 @@ def test_a_comma_after_the_last_source(write):
 
 def test_several_sources_of_different_formats_in_order(write):
     first, second = write([TEXT, TEXT | {"chosen": ""}, TEXT]), write([IMPLICIT], "more.jsonl")
-    pairs, report = load_pairs(f"{first}, {second}", CHAT, 200, 100)
-    assert (list(pairs["source"]), list(pairs["row"])) == ([first, first, second], [0, 2, 0])
-    assert list(pairs["lengths"]) == [[13, 2, 2]] * 3 and pairs[0]["chosen"] == pairs[2]["chosen"]
-    assert report.startswith(f"3 pairs from {first}, {second}: 1 of 4 rows dropped (1 empty, ")
+    found = load_data(f"{first}, {second}", CHAT, 200, 100)
+    rows = found.rows
+    assert (list(rows["source"]), list(rows["row"])) == ([first, first, second], [0, 2, 0])
+    assert list(rows["lengths"]) == [[13, 2, 2]] * 3
+    assert rows[0]["responses"] == rows[2]["responses"]
+    assert found.place(2) == f"{second} row 0"
+    assert found.report.startswith(
+        f"3 pairs from {first}, {second}: 1 of 4 rows dropped (1 empty, "
+    )
 
 
 def test_files_of_the_same_content_keep_their_names(write):
     sources = [write([TEXT], name) for name in ("one.jsonl", "two.jsonl")]
-    assert list(load_pairs(",".join(sources), CHAT, 200, 100)[0]["source"]) == sources
+    assert list(load_data(",".join(sources), CHAT, 200, 100).rows["source"]) == sources
 
 
 def test_a_file_name_is_not_a_pattern(write):
@@ -280,15 +289,14 @@ def test_ids_are_those_of_the_chat_template(write, template, end, adds_bos):
         + message("user", "🙂")
     )
     conversation = context + message("assistant", " plus two\n")
-    pairs, _ = load_pairs(
-        write([{"chosen": conversation, "rejected": context + WHAT}]), tokenizer, 200, 100
-    )
+    source = write([{"chosen": conversation, "rejected": context + WHAT}])
+    row = load_data(source, tokenizer, 200, 100).rows[0]
     prompt = tokenizer.apply_chat_template(
         context, tokenize=True, return_dict=False, add_generation_prompt=True
     )
     whole = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
     first_end = whole.index(tokenizer.convert_tokens_to_ids(end), len(prompt))
-    assert (pairs[0]["prompt"], pairs[0]["chosen"]) == (prompt, whole[len(prompt) : first_end + 1])
+    assert row["prompt"] == prompt and row["responses"][0] == whole[len(prompt) : first_end + 1]
 
 
 @pytest.mark.parametrize("ending", ["", "END", "END\n", "ENDEND", "END \n END "])
@@ -343,8 +351,8 @@ def test_an_answer_that_would_merge_with_a_line_break_too_is_whole(write):
     backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     row = {"prompt": "q\n", "chosen": "\na", "rejected": "b"}
-    pairs, _ = load_pairs(write([row]), tokenizer, 200, 100)
-    parts = [tokenizer.convert_ids_to_tokens(pairs[0][k]) for k in ("prompt", "chosen", "rejected")]
+    found = load_data(write([row]), tokenizer, 200, 100).rows[0]
+    parts = [*map(tokenizer.convert_ids_to_tokens, (found["prompt"], *found["responses"]))]
     assert parts == [["q", "\n"], ["\n", "a", "</s>"], ["b", "</s>"]]
 
 
@@ -401,48 +409,48 @@ def test_a_system_message_without_a_chat_template_has_no_name(write):
 @pytest.mark.parametrize(
     "pair, max_length, max_prompt_length, expected",
     [
-        (([1, 2, 3, 4], [5, 6, 7], [8]), 5, 3, ([2, 3, 4], [5, 6], [8])),  # the docstring's
+        ([[1, 2, 3, 4], [5, 6, 7], [8]], 5, 3, [[2, 3, 4], [5, 6], [8]]),  # the docstring's
         (
-            ([1, 2, 3], [4, 5], [6]),
+            [[1, 2, 3], [4, 5], [6]],
             5,
             2,
-            ([1, 2, 3], [4, 5], [6]),
+            [[1, 2, 3], [4, 5], [6]],
         ),  # fits exactly, also with a prompt over its limit
-        (([1], [2, 3, 4], [5]), 4, 2, ([1], [2, 3, 4], [5])),  # also with a response over its limit
+        ([[1], [2, 3, 4], [5]], 4, 2, [[1], [2, 3, 4], [5]]),  # also with a response over its limit
         (
-            ([1, 2, 3, 4, 5], [6, 7], [8]),
+            [[1, 2, 3, 4, 5], [6, 7], [8]],
             5,
             3,
-            ([3, 4, 5], [6, 7], [8]),
+            [[3, 4, 5], [6, 7], [8]],
         ),  # cutting the prompt is enough
         (
-            ([1, 2, 3, 4], [5], [6, 7, 8]),
+            [[1, 2, 3, 4], [5], [6, 7, 8]],
             5,
             2,
-            ([3, 4], [5], [6, 7, 8]),
+            [[3, 4], [5], [6, 7, 8]],
         ),  # the rejected one is the longer
         (
-            ([1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]),
+            [[1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]],
             5,
             3,
-            ([2, 3, 4], [5, 6], [8, 9]),
+            [[2, 3, 4], [5, 6], [8, 9]],
         ),  # prompt and both responses
         (
-            ([1], [2, 3, 4, 5, 6], [7]),
+            [[1], [2, 3, 4, 5, 6], [7]],
             4,
             2,
-            ([1], [2, 3], [7]),
+            [[1], [2, 3], [7]],
         ),  # a short prompt leaves no more room
         (
-            ([1, 2, 3, 4], [5, 6], [7, 8]),
+            [[1, 2, 3, 4], [5, 6], [7, 8]],
             4,
             3,
-            ([2, 3, 4], [5], [7]),
+            [[2, 3, 4], [5], [7]],
         ),  # one response token survives
     ],
 )
 def test_truncate(pair, max_length, max_prompt_length, expected):
-    assert truncate(*pair, max_length, max_prompt_length) == expected
+    assert truncate(pair, max_length, max_prompt_length) == expected
 
 
 @pytest.mark.parametrize("max_prompt_length", [-1, 0, 8, 9])
@@ -469,13 +477,16 @@ def test_dropped_and_truncated_rows_are_counted(write):
         TEXT | {"chosen": "plus two?"},
     ]
     source = write(rows)
-    pairs, report = load_pairs(source, CHAT, 15, 13)
-    dropped = (
-        "6 of 8 rows dropped (3 empty, 2 identical, 1 different prompts, 0 end of turn inside, "
-        "0 refused by template)"
-    )
-    assert report == f"2 pairs from {source}: {dropped}, 50.0% of the pairs truncated"
-    assert list(pairs["row"]) == [0, 7] and list(pairs["lengths"]) == [[13, 2, 2], [13, 2, 2]]
+    found = load_data(source, CHAT, 15, 13)
+    assert found.report.startswith(f"2 pairs from {source}: 6 of 8 rows dropped (")
+    assert found.report.endswith("), 50.0% of the pairs truncated")
+    counts = {reason: int(n) for n, reason in re.findall(r"(\d+) ([a-z ]+)[,)]", found.report)}
+    assert {reason: n for reason, n in counts.items() if n} == {
+        "empty": 3,
+        "identical": 2,
+        "different prompts": 1,
+    }
+    assert list(found.rows["row"]) == [0, 7] and found.lengths.tolist() == [[13, 2, 2]] * 2
     assert load(source, CHAT, 15, 13)[1] == [PROMPT, "plus· two", "what·<|im_end|>"]
     with pytest.raises(InputError, match="no pairs are left: 0 pairs from .*: 3 of 3 rows dropped"):
         load(write(rows[1:4]))
@@ -484,14 +495,22 @@ def test_dropped_and_truncated_rows_are_counted(write):
 # ---- Cache and fingerprint -----------------------------------------------------------------------
 
 
-def test_the_cache_is_used_but_never_stale(write, monkeypatch):
-    def tokenize_row(*args, **kwargs):
+def forbid_tokenizing(monkeypatch) -> None:
+    """Rows that are not in the cache are an error."""
+    original = datasets.Dataset.map
+
+    def tokenizes(*args, **options):
         raise RuntimeError("tokenizes")
 
+    patched = lambda rows, function, **options: original(rows, tokenizes, **options)  # noqa: E731
+    monkeypatch.setattr(datasets.Dataset, "map", patched)
+
+
+def test_the_cache_is_used_but_never_stale(write, monkeypatch):
     source, other_vocabulary = write([TEXT]), make_tokenizer()
     other_vocabulary.add_tokens("two?")
     first = load(source)
-    monkeypatch.setattr(data, "tokenize_row", tokenize_row)
+    forbid_tokenizing(monkeypatch)
     assert (
         first
         == load(source)
@@ -512,17 +531,40 @@ def test_the_cache_is_used_but_never_stale(write, monkeypatch):
         load(source)
 
 
-def test_edited_code_tokenizes_anew(write, monkeypatch):
-    def tokenize_row(*args, **kwargs):
-        raise RuntimeError("tokenizes")
+def edit(monkeypatch, function, old: str, new: str) -> None:
+    """As if its file had `new` for `old` in the function's text."""
+    text, module = inspect.getsource(function), sys.modules[function.__module__]
+    assert text.count(old) == 1
+    before = vars(module)[function.__name__]
+    exec(compile(text.replace(old, new), module.__file__, "exec"), vars(module))
+    after = vars(module)[function.__name__]
+    setattr(module, function.__name__, before)
+    monkeypatch.setattr(module, function.__name__, after)
 
+
+@pytest.mark.parametrize(
+    "function, old, new",
+    [
+        (truncate, "prompt[-max_prompt_length:]", "prompt[:max_prompt_length]"),
+        (data.tokenize_text, "ids[0] == ids[1]", "ids[0] != ids[1]"),
+        (runtime.rows.split_dialogues, '"\\n\\nAssistant:"', '"\\n\\nBot:"'),
+        (runtime.rows.is_conversation, "len(value) > 0", "len(value) > 1"),
+    ],
+)
+def test_edited_code_tokenizes_anew(write, monkeypatch, function, old, new):
+    """But not code with another comment or docstring."""
     source = write([TEXT])
     load(source)
-    monkeypatch.setattr(data, "tokenize_row", tokenize_row)
+    forbid_tokenizing(monkeypatch)
     load(source)
-    monkeypatch.setattr(data.inspect, "getsource", lambda module: "edited")
-    with pytest.raises(RuntimeError, match="tokenizes"):
+    with monkeypatch.context() as patch:
+        edit(patch, function, '"""\n', '"""  # a comment\n\n\n')
+        edit(patch, truncate, "The authors' rule", "A rule")
         load(source)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="tokenizes"):
+        edit(patch, function, old, new)
+        load(source)
+    load(source)
 
 
 def test_another_end_token_tokenizes_anew(write):
@@ -546,31 +588,28 @@ def test_a_slow_tokenizer_is_known_by_its_vocabulary():
     def digests(**vocabulary):
         tokenizer = SimpleNamespace(is_fast=False, get_vocab=lambda: vocabulary)
         tokenizer.special_tokens_map, tokenizer.chat_template = {}, None
-        return data.tokenizer_digests(tokenizer)
+        return tokenizer_digests(tokenizer)
 
     assert digests(a=0, b=1) == digests(b=1, a=0) != digests(a=1, b=0)
 
 
 def test_the_longest_sequence_may_be_of_either_response():
-    ids = [{"prompt": [1, 2], "chosen": [3], "rejected": [4, 5, 6]}]
-    ids += [{"prompt": [7], "chosen": [8, 9], "rejected": [10]}]
-    rows = [row | {"lengths": [*map(len, row.values())]} for row in ids]
-    pairs = datasets.Dataset.from_list(rows)
-    found = [data.longest_sequence(p) for p in (pairs, pairs.select([0]), pairs.select([1]))]
+    rows = [([1, 2], [3], [4, 5, 6]), ([7], [8, 9], [10])]
+    found = [DataSet(make_rows(*r)).longest for r in (rows, rows[:1], rows[1:])]
     assert found == [5, 5, 3]
 
 
 def test_what_a_killed_tokenization_left_is_removed(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setenv("SIMPER_CACHE", str(tmp_path / "cache"))
     first = load(write([TEXT]))
-    (pairs,) = tmp_path.glob("cache/tokenized/*/pairs.arrow")
-    pairs.rename(pairs.with_name("tmp1234"))
+    (rows,) = tmp_path.glob("cache/tokenized/*/rows.arrow")
+    rows.rename(rows.with_name("tmp1234"))
     assert load(write([TEXT])) == first
-    assert list(pairs.parent.iterdir()) == [pairs]
+    assert {path.name for path in rows.parent.iterdir()} == {"rows.arrow", "digests.json"}
 
 
 def test_one_process_tokenizes_while_the_others_wait(write, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setenv("SIMPER_CACHE", str(tmp_path / "cache"))
     source = write([TEXT])
     load(source)
     (lock,) = tmp_path.glob("cache/tokenized/*.lock")
@@ -584,12 +623,12 @@ def test_one_process_tokenizes_while_the_others_wait(write, tmp_path, monkeypatc
 
 
 def test_many_rows_are_tokenized_by_several_processes(write, monkeypatch):
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(runtime.rows.os, "cpu_count", lambda: 2)
     rows = [TEXT | {"chosen": f"{number}"} for number in range(5001)]
-    pairs, report = load_pairs(write(rows), CHAT, 200, 100)
-    assert report.startswith("5001 pairs") and list(pairs["row"]) == [*range(5001)]
+    found = load_data(write(rows), CHAT, 200, 100)
+    assert found.report.startswith("5001 pairs") and list(found.rows["row"]) == [*range(5001)]
     for number in (0, 2500, 2501, 5000):
-        assert CHAT.decode(pairs[number]["chosen"]) == f"{number}<|im_end|>"
+        assert CHAT.decode(found.rows[number]["responses"][0]) == f"{number}<|im_end|>"
 
 
 def test_a_folder_is_known_by_its_content(tmp_path):
@@ -614,17 +653,13 @@ def test_blank_text_is_empty_text(write):
     rows = [
         TEXT | {column: blank} for column in ("prompt", "chosen") for blank in ("", " ", "\n\t")
     ]
-    _, report = load_pairs(write([TEXT, *rows]), CHAT, 200, 100)
+    report = load_data(write([TEXT, *rows]), CHAT, 200, 100).report
     assert "6 of 7 rows dropped (6 empty, " in report
 
 
 def test_fingerprint_is_of_the_tokens_and_their_order(write):
-    def of(*pairs):
-        rows = [
-            dict(zip(("prompt", "chosen", "rejected"), pair)) | {"lengths": [*map(len, pair)]}
-            for pair in pairs
-        ]
-        return fingerprint(datasets.Dataset.from_list(rows))
+    def of(*rows):
+        return DataSet(make_rows(*rows)).facts[0]
 
     one, two = ([1, 2], [3, 4], [5]), ([6], [7], [8, 9])
     hashes = [
@@ -638,14 +673,16 @@ def test_fingerprint_is_of_the_tokens_and_their_order(write):
         of(one, ([0], [7], [8, 9])),
         of(one, ([6], [0], [8, 9])),
         of(one, ([6], [7], [8, 0])),
+        of(one, ([6], [7, 8], [9])),
+        of(([1, 2], [3, 4, 5]), ([6], [7, 8, 9])),
     ]
-    assert len(set(hashes)) == 8 and all(re.fullmatch("[0-9a-f]{64}", h) for h in hashes)
+    assert len(set(hashes)) == 10 and all(re.fullmatch("[0-9a-f]{64}", h) for h in hashes)
     sources = (
         write([TEXT | {"chosen": ""}, TEXT]),
         write([IMPLICIT], "b.jsonl"),
         write([IMPLICIT, TEXT], "c.jsonl"),
     )
-    same, equal, longer = (fingerprint(load_pairs(source, CHAT, 200, 100)[0]) for source in sources)
+    same, equal, longer = (load_data(source, CHAT, 200, 100).facts[0] for source in sources)
     assert same == equal != longer
 
 
@@ -655,8 +692,8 @@ def test_a_template_that_leaves_out_a_part_of_the_answer_is_an_error(write):
     assert split != CHATML
     rows = [{"prompt": "what", "chosen": f"<think>{a}</think> plus", "rejected": a} for a in "ab"]
     with pytest.raises(InputError, match="row 0: the chat template leaves out a part of the answ"):
-        load_pairs(write(rows), make_tokenizer(split), 100, 90)
-    assert load_pairs(write(rows), make_tokenizer(CHATML), 100, 90)[0]
+        load_data(write(rows), make_tokenizer(split), 100, 90)
+    assert load_data(write(rows), make_tokenizer(CHATML), 100, 90).rows
 
 
 def test_mistral_models_keep_their_chat_template(tmp_path, monkeypatch):
@@ -679,9 +716,9 @@ def test_dialogues_that_the_template_refuses_are_counted(write):
         {"chosen": p + " d", "rejected": p + " e"}
         for p in (good, good.replace("Human: c", "Assistant: c"))
     ]
-    _, report = load_pairs(write(rows), make_tokenizer(turns + CHATML), 100, 90)
+    report = load_data(write(rows), make_tokenizer(turns + CHATML), 100, 90).report
     assert "1 of 2 rows dropped" in report and "1 refused by template" in report
-    assert "0 of 2 rows dropped" in load_pairs(write(rows), make_tokenizer(), 100, 90)[1]
+    assert "0 of 2 rows dropped" in load_data(write(rows), make_tokenizer(), 100, 90).report
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -718,16 +755,16 @@ def test_step_indices_are_a_permutation_in_each_epoch(num_pairs, batch_size):
         ([6, 6, 6], 2, 10, "3 pairs cannot be spread over 2 ranks .* micro_batch_tokens=10"),
     ],
 )
-def test_spread_pairs_literally(tokens, ranks, budget, expected):
+def test_spread_rows_literally(tokens, ranks, budget, expected):
     if isinstance(expected, str):
         with pytest.raises(InputError, match=expected):
-            spread_pairs(range(len(tokens)), tokens, ranks, budget)
+            spread_rows(range(len(tokens)), tokens, ranks, budget)
     else:
-        assert spread_pairs(range(len(tokens)), tokens, ranks, budget) == expected
+        assert spread_rows(range(len(tokens)), tokens, ranks, budget) == expected
         shifted = [10 * i for i in range(len(tokens))]  # what is spread are indices, not positions
         by_index = dict(zip(shifted, tokens))
         expected = [[[10 * i for i in share] for share in shares] for shares in expected]
-        assert spread_pairs(shifted, by_index, ranks, budget) == expected
+        assert spread_rows(shifted, by_index, ranks, budget) == expected
 
 
 PAIRS = [([1, 2], [3, 4], [5]), ([6], [7], [8, 9])]
@@ -745,12 +782,9 @@ BOTH = [
     "number, expected, segments", [(1, ONE, [(2, 2, 1)]), (2, BOTH, [(2, 2, 1), (1, 1, 2)])]
 )
 def test_pack(number, expected, segments):
-    rows = datasets.Dataset.from_list(
-        [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS[::-1]]
-    )
     for batch in (
         pack(PAIRS[:number]),
-        pack_rows(rows, [1, 0][:number]),
+        DataSet(make_rows(*PAIRS[::-1])).pack([1, 0][:number]),
         pack(PAIRS[:number]).to("cpu"),
     ):
         tensors = (
@@ -773,10 +807,12 @@ def test_pack_lays_out_the_keys():
 
 
 def test_a_micro_batch_moves_as_a_whole():
-    batch = dataclasses.replace(pack(PAIRS), reference=(torch.zeros(2, 2),))
+    columns = {"reference": torch.zeros(2, 2), "margin": torch.zeros(2)}
+    batch = dataclasses.replace(pack(PAIRS), columns=columns)
     moved = batch.to("meta")
     tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 8 and all(t.is_meta for t in (*tensors, *moved.reference))
+    assert len(tensors) == 8 and [*moved.columns] == ["reference", "margin"]
+    assert all(tensor.is_meta for tensor in (*tensors, *moved.columns.values()))
     assert moved.segments == batch.segments
 
 
@@ -799,9 +835,7 @@ def test_the_command_line_shows_tokens_and_statistics_or_one_line_of_error(write
         r"<|im_start|>|assistant|\n",
         "  chosen (2 tokens, scored): plus|<|im_end|>",
         "  rejected (2 tokens, scored): what|<|im_end|>",
-        f"2 pairs from {source}: 1 of 3 rows dropped (1 empty, 0 identical, "
-        "0 different prompts, 0 end of turn inside, 0 refused by template), "
-        "0.0% of the pairs truncated",
+        load_data(source, CHAT, 2048, 1800).report,
         "tokens        mean  median    95 %     max",
         "prompt          13      13      13      13",
         "chosen           3       3       4       4",

@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data import InputError, load_tokenizer
 from demo import smollm2
+from runtime.errors import InputError
+from runtime.weights import load_tokenizer
 
 FOLDER = Path(__file__).parent.parent / "demo"
 
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2, "CACHE_DIR", tmp_path)
+    monkeypatch.setenv("SIMPER_CACHE", str(tmp_path))
     return tmp_path
 
 

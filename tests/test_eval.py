@@ -25,17 +25,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CHATML, make_model, make_tokenizer
-from test_train import write_pairs
+from conftest import CHATML, make_model, make_tokenizer, run, write_pairs
 
-from data import InputError, load_pairs, tokenizer_digests
+from data import load_data
 from eval import alpaca_eval2 as alpaca_eval2_module
 from eval import judge as judge_module
-from eval import leaderboard, preference, report, win_rate
+from eval import leaderboard, preference, report, show_pairs, win_rate
 from eval import mt_bench as mt_bench_module
 from eval.judge import Judge, open_judge
 from eval.preference import score
-from runtime import lock_folder
+from runtime.errors import InputError
+from runtime.log import lock_folder
+from runtime.weights import tokenizer_digests
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,14 +81,14 @@ def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
     flags += ["--max_length", 96, "--max_prompt_length", 60, "--reference", other_folder]
     done = command("preference", model_folder, other_folder, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    pairs, _ = load_pairs(str(data), make_tokenizer(), 96, 60)
-    lengths = np.array(pairs["lengths"])
+    pairs = load_data(str(data), make_tokenizer(), 96, 60)
+    lengths = pairs.lengths
     of_models = {}
     for name, seed in (("other", 1), ("tiny", 0)):
         model, sums = make_model("llama", seed=seed).double(), []
-        for pair in pairs:
-            for side in ("chosen", "rejected"):
-                ids = torch.tensor([pair["prompt"] + pair[side]])
+        for pair in pairs.rows:
+            for response in pair["responses"]:
+                ids = torch.tensor([pair["prompt"] + response])
                 with torch.no_grad():
                     logps = model(ids).logits[0, :-1].log_softmax(dim=-1)
                 logps = logps.gather(1, ids[0, 1:, None])[:, 0]
@@ -143,6 +144,35 @@ def test_preference_scores_by_hand():
     assert implicit["implicit_reward/margin"] == pytest.approx((np.log(3) - 2 * np.log(2)) / 2)
     # The values 1 and 0 have the sample deviation √½; over √2.
     assert errors["accuracy"] == pytest.approx(math.sqrt(0.5) / math.sqrt(2))
+
+
+def test_preference_refuses_rows_that_are_no_pairs(model_folder, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["preference", str(model_folder), "--data", str(path)])
+    for count in (1, 3):
+        path.write_text(json.dumps({"prompt": "one", "responses": ["a", "b", "c"][:count]}) + "\n")
+        message = f"rows.jsonl: {count} responses to a prompt; pairs have two"
+        with pytest.raises(InputError, match=message):
+            preference.main()
+
+
+def test_show_pairs_numbers_the_responses_unless_they_are_two(
+    model_folder, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["show", str(path), "--model", str(model_folder)])
+    for answers, names in (
+        (["ab", "cd", "a"], ["prompt", "response 1", "response 2", "response 3", "together"]),
+        (["ab", "cd"], ["prompt", "chosen", "rejected", "pair"]),
+        (["ab"], ["prompt", "response 1", "together"]),
+    ):
+        path.write_text(json.dumps({"prompt": "one", "responses": answers}) + "\n")
+        show_pairs.main()
+        shown = capsys.readouterr().out
+        assert re.findall(r"^  (.+) \(\d+ tokens", shown, re.MULTILINE) == names[:-1]
+        counted = re.findall(r"^(\w+(?: \d)?)  +\d+ +\d+ +\d+ +\d+$", shown, re.MULTILINE)
+        assert counted == names
+        assert f"  {names[1]} (3 tokens, scored): a|b|<|im_end|>\n" in shown
 
 
 def test_preference_refuses_two_models_of_one_name(model_folder, monkeypatch):
@@ -270,6 +300,22 @@ def test_report_by_start_model(model_folder, tmp_path, monkeypatch, capsys):
     assert report.start_model("org/base") == "org/base"
     (tmp_path / "one" / "config.yaml").write_text("- a list\n")
     assert report.start_model(str(tmp_path / "one" / "final")) == str(tmp_path / "one" / "final")
+
+
+def test_a_result_names_the_run_that_made_the_model(model_folder, base, tmp_path):
+    """By a real run's config.yaml; a model that is no run's final/ has none, whatever is beside
+    it."""
+    run(base | {"eval_data": "", "max_steps": 1}, tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "final", tmp_path / "run" / "copy")
+    results = []
+    for model in (tmp_path / "run" / "final", tmp_path / "run" / "copy", model_folder):
+        write(tmp_path / "result", model, "mt_bench", {"score": 7.0})
+        results.append(json.loads((tmp_path / "result" / "mt_bench.json").read_text()))
+    head = (tmp_path / "run" / "config.yaml").read_text()
+    assert results[0]["run"] == dict(re.findall(r"^# (code|commit): (.*)$", head, re.MULTILINE))
+    assert results[0]["run"].keys() == {"code", "commit"}
+    assert len(results[0]["run"]["code"]) == 64 and results[0]["start_model"] == str(model_folder)
+    assert ["run" in result for result in results] == [True, False, False]
 
 
 def test_report_refuses_what_it_cannot_compare(model_folder, other_folder, tmp_path):
@@ -465,10 +511,11 @@ def alpaca_eval2(
 ) -> subprocess.CompletedProcess:
     """The command, with these tests' instructions for the official ones, and short answers."""
     code = f"""
-import eval.alpaca_eval2 as a, runtime
+import eval.alpaca_eval2 as a
+from runtime.command_line import run_command
 a.INSTRUCTIONS_SHA256 = "{instructions_sha256(alpaca)}"
 a.DECODING["greedy"]["max_new_tokens"] = 5
-runtime.run_command(a.main)
+run_command(a.main)
 """
     flags = ["--reference", alpaca / "reference.json", "--output_dir", output, *flags]
     environment = {"HF_HUB_CACHE": str(alpaca / "hub"), "OPENAI_API_KEY": ""} | environment
@@ -660,7 +707,8 @@ def rate(request: dict) -> dict:
 
 
 def mt_bench(model, data: Path, output: Path, *flags, **environment) -> subprocess.CompletedProcess:
-    code = "import eval.mt_bench as m, runtime; m.NEW_TOKENS = 4; runtime.run_command(m.main)"
+    code = "import eval.mt_bench as m; from runtime.command_line import run_command; "
+    code += "m.NEW_TOKENS = 4; run_command(m.main)"
     flags = ["--output_dir", output, "--judge", "mock", "--batch_size", 40, *flags]
     flags += ["--reference", "mock"]
     environment = {"OPENAI_API_KEY": ""} | environment
@@ -974,6 +1022,24 @@ def test_verdicts(line, verdict):
     assert win_rate.parse_verdict(f"A and B differ.\n{line}\n") == verdict
 
 
+def test_chosen_is_the_first_answer_of_the_rows_that_have_one(tmp_path):
+    """Of two, or of any number; rows without a prompt or an answer, and rows whose answers are to
+    different prompts, are left out."""
+    dialogue = "\n\nHuman: {}\n\nAssistant: {}"
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "responses": ["best", "second", "third"]},
+        {"prompt": "p", "chosen": " ", "rejected": "b"},
+        {"prompt": " ", "chosen": "a", "rejected": "b"},
+        {"chosen": dialogue.format("p", "a"), "rejected": dialogue.format("q", "b")},
+    ]
+    found = []
+    for row in rows:
+        (tmp_path / "rows.jsonl").write_text(f"{json.dumps(rows[0])}\n{json.dumps(row)}\n")
+        found.append(win_rate.load_chosen(str(tmp_path / "rows.jsonl"), 0)[1:])
+    assert found == [[("p", "a")], [("q", "best")], [], [], []]
+
+
 def test_win_rate(model_folder, tmp_path):
     """A judge that finds a tie in every third conversation, prefers the chosen response in the next
     and the model's in the third, and names none in the last. The first time, its key expires."""
@@ -1119,8 +1185,8 @@ LEADERBOARD_RUNS = """
 import json, os, sys
 from lm_eval import tasks
 from lm_eval.models.huggingface import HFLM
-from data import InputError
 from eval import leaderboard
+from runtime.errors import InputError
 
 def stop(*args, **options):
     raise KeyboardInterrupt
@@ -1287,7 +1353,7 @@ def test_the_harness_sees_the_tokens_of_training(tmp_path, template, adds_bos):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from data import end_of_turn, pack_rows, prompt_text
+    from data import end_of_turn, prompt_text
     from loss import sum_logps
     from model import PackedModel, build_model
 
@@ -1295,10 +1361,10 @@ def test_the_harness_sees_the_tokens_of_training(tmp_path, template, adds_bos):
     rows = [{"prompt": "what is two?", "chosen": " two.", "rejected": " a small one"}]
     rows += [{"prompt": "a", "chosen": " b", "rejected": " c d"}]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs, _ = load_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 200, 100)
+    pairs = load_data(str(tmp_path / "pairs.jsonl"), tokenizer, 200, 100)
     packed = build_model(plain.config).model
     packed.load_state_dict(plain.state_dict())
-    batch = pack_rows(pairs, [0, 1])
+    batch = pairs.pack([0, 1])
     with torch.no_grad():
         ours = sum_logps(PackedModel(packed)(batch).double(), batch.lengths)
     harness = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=1, device="cpu")

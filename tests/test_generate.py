@@ -13,11 +13,11 @@ from conftest import CHATML, make_model, make_tokenizer
 from transformers import GenerationConfig
 
 import data
-import model
-from data import InputError
 from eval import generate as generate_module
 from eval.generate import answer, generate, generate_tokens, own_sampling, short_name
 from eval.report import parse_engine_args
+from runtime import weights
+from runtime.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 CHATML_OF = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -78,7 +78,7 @@ def test_answers_are_tokenized_as_they_were_generated(template, prompt):
     ids = tokenizer("two plus" if template else " two plus", add_special_tokens=False).input_ids
     text = generate_module.decode(tokenizer, prompt, ids)
     end = data.end_of_turn(tokenizer)
-    _, trained = data.tokenize_pair(tokenizer, prompt, [text], end)
+    _, trained = data.tokenize_row(tokenizer, prompt, [text], end)
     assert trained == [*ids, end[0]]
 
 
@@ -359,11 +359,11 @@ def test_weights_of_the_hub_are_fetched_before_they_are_hashed(model_folder, tmp
             shutil.copy(model_folder / "config.json", tmp_path)
         return str(tmp_path)
 
-    monkeypatch.setattr(model, "snapshot_download", download)
-    of_folder = model.model_fingerprint(str(model_folder))
-    assert model.model_fingerprint("someone/model") == of_folder
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    of_folder = weights.model_fingerprint(str(model_folder))
+    assert weights.model_fingerprint("someone/model") == of_folder
     # Not the same weights again as .bin.
     assert asked == [("someone/model", ["*.safetensors", "config.json"])]
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no weights"):
-        model.model_fingerprint(str(tmp_path / "empty"))
+        weights.model_fingerprint(str(tmp_path / "empty"))

@@ -4,9 +4,11 @@ same weights."""
 import copy
 import functools
 import json
+import re
 import shutil
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,9 +27,14 @@ from transformers import (
 )
 
 import model as model_module
-from data import InputError, pack
+from data import DataSet, pack
 from loss import simper_loss
-from model import PackedModel, TokenLogps, build_model, export, load_model
+from model import PackedModel, TokenLogps, build_model, compile_blocks, export, load_model
+from runtime import checks, weights
+from runtime.checks import check_forward, masked_attention
+from runtime.errors import InputError
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,6 +81,21 @@ def make_other(kind: str, options: dict):
         for parameter in model.parameters():
             parameter.normal_(mean=float(parameter.ndim == 1), std=0.15)
     return model.eval()
+
+
+def make_data(*rows: list[list[int]]) -> DataSet:
+    """A data set of rows of token ids, each of a prompt and its responses."""
+    columns = {"prompt": [p for p, *_ in rows], "responses": [r for _, *r in rows]}
+    columns |= {"lengths": [[*map(len, row)] for row in rows], "columns": [[] for _ in rows]}
+    return DataSet(Dataset.from_dict(columns))
+
+
+def refused_for(model: PackedModel, data: DataSet, heldout=None) -> set[str]:
+    """The names of the figures for which check_forward refuses a model, by its message."""
+    with pytest.raises(InputError, match="cannot be trained packed") as error:
+        check_forward(model, data, heldout)
+    figures = re.findall(r"(\w+) (\S+) \((\S+)\)", str(error.value))
+    return {name for name, found, accepted in figures if not float(found) <= float(accepted)}
 
 
 def make_packed(reference) -> PackedModel:
@@ -207,7 +229,7 @@ def test_one_kernel_call_is_the_packed_attention(heads, window, monkeypatch):
     results = [
         model_module.varlen_attention(*inputs, window, batch, options),
         model_module.packed_attention(None, *inputs, None, 0.3, window, batch)[0],
-        model_module.masked_attention(None, *inputs, None, 0.3, window, batch)[0],
+        masked_attention(None, *inputs, None, 0.3, window, batch)[0],
     ]
     results = [(out, *torch.autograd.grad(out, inputs, direction)) for out in results]
     for ours, exact in zip(results[0] + results[1], results[2] + results[2]):
@@ -220,19 +242,17 @@ def top_left(module, query, key, value, mask, scaling, window, micro_batch, **_)
     start = sum(micro_batch.segments[0][:2])
     shifted.position_ids = micro_batch.position_ids.clone()
     shifted.position_ids[start : sum(micro_batch.segments[0])] -= micro_batch.segments[0][0]
-    return model_module.masked_attention(module, query, key, value, mask, scaling, window, shifted)
+    return masked_attention(module, query, key, value, mask, scaling, window, shifted)
 
 
 def no_window(module, query, key, value, mask, scaling, window, micro_batch, **_):
-    return model_module.masked_attention(
-        module, query, key, value, mask, scaling, None, micro_batch
-    )
+    return masked_attention(module, query, key, value, mask, scaling, None, micro_batch)
 
 
 def sees_the_chosen_response(module, query, key, value, mask, scaling, window, micro_batch, **_):
     joined = copy.copy(micro_batch)
     joined.segments = [(p + c, r, 0) for p, c, r in micro_batch.segments]
-    return model_module.masked_attention(module, query, key, value, mask, scaling, window, joined)
+    return masked_attention(module, query, key, value, mask, scaling, window, joined)
 
 
 def attention_error(dtype: torch.dtype) -> float:
@@ -241,18 +261,18 @@ def attention_error(dtype: torch.dtype) -> float:
     batch = pack(PAIRS)
     shapes = [(1, n, len(batch.input_ids), 8) for n in (4, 2, 2)]
     inputs = [torch.randn(shape).to(dtype) for shape in shapes]
-    return model_module.attention_error(*inputs, None, 5, batch).item()
+    return checks.attention_error(*inputs, None, 5, batch).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [top_left, no_window, sees_the_chosen_response])
 def test_wrong_attention_is_refused(wrong, dtype, group, model_folder, monkeypatch):
-    load_model(str(model_folder), "cpu", dtype)
+    model, data = load_model(str(model_folder), CPU, dtype), make_data(*PAIRS)
+    check_forward(model, data, None)
     assert attention_error(dtype) < (1e-5 if dtype == torch.float32 else 0.03)
-    monkeypatch.setattr(model_module, "packed_attention", wrong)
+    monkeypatch.setattr(checks, "packed_attention", wrong)
     assert attention_error(dtype) > 0.3
-    with pytest.raises(InputError, match="its attention from a masked one"):
-        load_model(str(model_folder), "cpu", dtype)
+    assert refused_for(model, data) == {"attention"}
 
 
 # What a forward does depends on how long the sequence is, here from 20 or 32 tokens on.
@@ -288,11 +308,16 @@ LENGTH_DEPENDENT = {
 }
 
 
+SIZES = (3, 4, 5), (40, 4, 30)  # the longest sequence has 8 tokens, or 70
+
+
 @pytest.mark.parametrize("kind", LENGTH_DEPENDENT)
 def test_length_dependent_models_are_refused(kind, group, tmp_path):
     make_other(kind, LENGTH_DEPENDENT[kind]).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"differ from the model's own forward by up to 0\.\d"):
-        load_model(str(tmp_path), "cpu", torch.float32, longest=70)
+    model, (short, long) = load_model(str(tmp_path), CPU, torch.float32), make_pairs(*SIZES)
+    check_forward(model, make_data(short), None)
+    for data, heldout in ((make_data(long), None), (make_data(short), make_data(long))):
+        assert refused_for(model, data, heldout) == {"relative", "absolute"}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -363,22 +388,31 @@ def test_the_heads_bfloat16_gradient_is_not_rounded_with_every_chunk(monkeypatch
         assert (leaf.grad - exact.grad).norm() < 0.004 * exact.grad.norm()
 
 
+MIXTRAL = TINY | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
 @pytest.mark.parametrize(
     "name, options",
-    [("gpt2", ("attn_pdrop", "embd_pdrop", "resid_pdrop")), ("llama", ("attention_dropout",))],
+    [
+        ("gpt2", ("attn_pdrop", "embd_pdrop", "resid_pdrop")),
+        ("llama", ("attention_dropout",)),
+        ("mixtral", ("router_jitter_noise",)),
+    ],
 )
 @torch.no_grad()
-def test_no_dropout_in_training(name, options):
-    reference = make_model(name, **dict.fromkeys(options, 0.1)).train()
+def test_no_dropout_and_no_jitter_in_training(name, options):
+    changes = dict.fromkeys(options, 0.1)
+    if name == "mixtral":
+        reference = make_other(name, MIXTRAL | changes).train()
+    else:
+        reference = make_model(name, **changes).train()
     ids = torch.tensor([PAIRS[1][0]])
-    assert not torch.equal(
-        reference(ids).logits, reference(ids).logits
-    )  # with dropout, they differ
+    # As they are, two forwards differ.
+    assert not torch.equal(reference(ids).logits, reference(ids).logits)
     model = make_packed(reference)
     assert model.training and torch.equal(model(pack(PAIRS)), model(pack(PAIRS)))
-    assert all(
-        getattr(reference.config, option) == 0.1 for option in options
-    )  # the caller's config is as it was
+    # The caller's config is as it was.
+    assert all(getattr(reference.config, option) == 0.1 for option in options)
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -391,7 +425,7 @@ def test_no_dropout_in_training(name, options):
 def test_load_model(name, dtype, group, tmp_path):
     make_reference(name).to(dtype).save_pretrained(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    model = load_model(str(tmp_path), "cpu", torch.float32)
+    model = load_model(str(tmp_path), CPU, torch.float32)
     assert model.training
     expected = {f"model.{key}": parameter for key, parameter in reference.named_parameters()}
     assert dict(model.named_parameters()).keys() == expected.keys()
@@ -411,7 +445,7 @@ def test_load_model(name, dtype, group, tmp_path):
 def test_a_single_process_computes_in_bfloat16_on_float32_weights(group, tmp_path):
     reference = make_reference("llama-tied")
     reference.save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), "cpu", torch.bfloat16)
+    model = load_model(str(tmp_path), CPU, torch.bfloat16)
     (logps, gradients), (expected, expected_gradients) = (
         packed_results(model),
         plain_results(reference),
@@ -431,7 +465,7 @@ def test_activation_checkpointing_changes_nothing(name, group, tmp_path, monkeyp
     count = lambda *args, **kwargs: calls.append(1) or attention(*args, **kwargs)  # noqa: E731
     monkeypatch.setitem(AttentionInterface._global_mapping, "packed", count)
     for on in (False, True):
-        model = load_model(str(tmp_path), "cpu", torch.float32, activation_checkpointing=on)
+        model = load_model(str(tmp_path), CPU, torch.float32, activation_checkpointing=on)
         calls.clear()
         results.append(packed_results(model))
         counts.append(len(calls))
@@ -445,14 +479,13 @@ def test_compiled_blocks_are_compiled_once(checkpointing, group, tmp_path, monke
     """Micro-batches of other numbers of pairs and tokens have the same log-probs as without
     --compile, by the same graphs."""
     make_reference("llama").save_pretrained(tmp_path)
-    plain = load_model(str(tmp_path), "cpu", torch.float32)
+    plain = load_model(str(tmp_path), CPU, torch.float32)
     eager = functools.partialmethod(
         torch.nn.Module.compile, backend="eager"
     )  # graphs are found, but not made into code
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    compiled = load_model(
-        str(tmp_path), "cpu", torch.float32, activation_checkpointing=checkpointing, compile=True
-    )
+    compiled = load_model(str(tmp_path), CPU, torch.float32, activation_checkpointing=checkpointing)
+    compile_blocks(compiled)
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
@@ -478,9 +511,9 @@ def test_compiled_blocks_are_compiled_once(checkpointing, group, tmp_path, monke
 
 
 def test_replicas_that_do_not_divide_the_ranks_are_an_error(group, model_folder, monkeypatch):
-    monkeypatch.setattr(model_module, "load_weights", None)  # found before the weights are read
+    monkeypatch.setattr(model_module, "read_weights", None)  # found before the weights are read
     with pytest.raises(InputError, match="replicas=2 does not divide the number of ranks, 1"):
-        load_model(str(model_folder), "cpu", torch.float32, replicas=2)
+        load_model(str(model_folder), CPU, torch.float32, replicas=2)
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "untied"])
@@ -495,7 +528,7 @@ def test_wrong_weights_are_an_error(fault, group, tmp_path):
         state["lm_head.weight"] = torch.randn(320, 32)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError):
-        load_model(str(tmp_path), "cpu", torch.float32)
+        load_model(str(tmp_path), CPU, torch.float32)
 
 
 def test_weights_of_the_same_name_are_converted_anew(group, tmp_path):
@@ -505,22 +538,28 @@ def test_weights_of_the_same_name_are_converted_anew(group, tmp_path):
         state = load_file(tmp_path / "model.safetensors")
         state = {key.removeprefix("transformer."): value for key, value in state.items()}
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        model = load_model(str(tmp_path), "cpu", torch.float32)
+        model = load_model(str(tmp_path), CPU, torch.float32)
         for key, parameter in reference.named_parameters():
             assert torch.equal(model.model.get_parameter(key), parameter)
 
 
-@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
-def test_every_token_needs_an_embedding(model_folder, column):
-    def pairs(**ids) -> Dataset:
-        return Dataset.from_list([{"prompt": [1], "chosen": [2], "rejected": [3]} | ids])
+@pytest.mark.parametrize("place", [0, 1, 2])  # prompt, chosen, rejected
+def test_every_token_needs_an_embedding(model_folder, place):
+    name, tokenizer = str(model_folder), make_tokenizer()
 
-    name = str(model_folder)
-    model_module.check_model(name, 256, [pairs(), pairs(**{column: [319]})])
+    def made_of(token: int, max_length: int = 256):
+        row = [[1], [2], [3]]
+        row[place] = [token]
+        data, other = make_data([[1], [2], [3]]), make_data(row)
+        for training, heldout in ((data, other), (other, data), (other, None)):
+            config = SimpleNamespace(max_length=max_length)
+            checks.digests(config, name, tokenizer, torch.float32, training, heldout)
+
+    made_of(319)
     with pytest.raises(InputError, match="gives token 320, the model has 320"):
-        model_module.check_model(name, 256, [pairs(), pairs(**{column: [320]})])
+        made_of(320)
     with pytest.raises(InputError, match="max_length=257 exceeds the model's 256 positions"):
-        model_module.check_model(name, 257, [pairs()])
+        made_of(319, 257)
 
 
 MOE = TINY | {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
@@ -548,11 +587,11 @@ def test_files_that_name_their_tensors_otherwise(kind, group, tmp_path):
     if kind in ("prefix", "head twice"):
         save_file(state, file, metadata={"format": "pt"})
     for _ in range(2):  # the second time, what was converted is there
-        model = load_model(str(tmp_path / "source"), "cpu", torch.float32)
+        model = load_model(str(tmp_path / "source"), CPU, torch.float32)
         for key, parameter in reference.named_parameters():
             assert torch.equal(model.model.get_parameter(key), parameter)
     source = str(tmp_path / "source")
-    export(model, source, make_tokenizer(), tmp_path / "final", torch.float32)
+    export(model, source, make_tokenizer(), tmp_path / "final")
     exported = load_file(tmp_path / "final" / "model.safetensors")
     prefix = "transformer." if kind == "prefix" else ""
     expected = {
@@ -566,9 +605,9 @@ def test_files_that_name_their_tensors_otherwise(kind, group, tmp_path):
 
 
 def test_a_large_export_is_split_into_files(group, model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_module, "FILE_BYTES", 50_000)
-    model = load_model(str(model_folder), "cpu", torch.float32)
-    export(model, str(model_folder), make_tokenizer(), tmp_path / "final", torch.float32)
+    monkeypatch.setattr(weights, "FILE_BYTES", 50_000)
+    model = load_model(str(model_folder), CPU, torch.float32)
+    export(model, str(model_folder), make_tokenizer(), tmp_path / "final")
     files = sorted(path.name for path in (tmp_path / "final").glob("*.safetensors"))
     index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
@@ -600,10 +639,11 @@ def test_deepseek_trains_packed_and_keeps_its_float32_biases(group, tmp_path):
     for bias in biases.values():
         bias.copy_(5 + torch.arange(4) / 1024)  # equal in bfloat16
     reference.save_pretrained(tmp_path / "source")
-    model = load_model(str(tmp_path / "source"), "cpu", torch.float32)
+    model = load_model(str(tmp_path / "source"), CPU, torch.float32)
     for actual, expected in zip(packed_results(model), plain_results(reference)):
         assert_near(actual, expected)
-    export(model, str(tmp_path / "source"), make_tokenizer(), tmp_path / "final", torch.bfloat16)
+    model.dtype = torch.bfloat16
+    export(model, str(tmp_path / "source"), make_tokenizer(), tmp_path / "final")
     exported = load_file(tmp_path / "final" / "model.safetensors")
     assert biases and all(torch.equal(exported[k], bias) for k, bias in biases.items())
     assert exported["model.norm.weight"].dtype == torch.bfloat16
@@ -627,7 +667,7 @@ WRONG = {  # models that packing gets wrong, and why
     },  # position bias instead of position ids
     "gemma2": TINY | GQA,  # soft-caps its attention scores
 }
-REASONS = {"granite": "its head's by [45]", "cohere": "its head's by 100.0%", "gemma2": "softcap"}
+REASONS = dict.fromkeys(("granite", "cohere"), {"head"}) | {"gemma2": "softcap"}
 REASONS |= dict.fromkeys(("mamba", "bloom"), "do not use transformers' attention interface")
 
 
@@ -637,8 +677,51 @@ REASONS |= dict.fromkeys(("mamba", "bloom"), "do not use transformers' attention
 )
 def test_models_that_packing_gets_wrong_are_refused(kind, dtype, group, tmp_path):
     make_other(kind, WRONG[kind]).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=REASONS[kind]):
-        load_model(str(tmp_path), "cpu", dtype)
+    model, data, reason = load_model(str(tmp_path), CPU, dtype), make_data(*PAIRS), REASONS[kind]
+    if isinstance(reason, set):
+        assert refused_for(model, data) == reason
+    else:
+        with pytest.raises(InputError, match=f"cannot be trained packed.*{reason}"):
+            check_forward(model, data, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_a_leak_is_seen_at_any_scale_of_the_log_probs(scale, dtype, group, tmp_path, monkeypatch):
+    """Those of small heads are near uniform, and no leak moves them by much."""
+    reference = make_reference("llama")
+    with torch.no_grad():
+        reference.lm_head.weight *= scale
+    reference.save_pretrained(tmp_path)
+    model, data = load_model(str(tmp_path), CPU, dtype), make_data(*PAIRS)
+    check_forward(model, data, None)
+    interface = AttentionInterface._global_mapping
+    monkeypatch.setitem(interface, "packed", sees_the_chosen_response_alone)
+    found = refused_for(model, data)
+    assert found >= {"leaking"} and ("absolute" in found) == (scale == 1)
+
+
+def sees_the_chosen_response_alone(module, query, key, value, mask, **options):
+    options["window"] = options.pop("sliding_window", None)
+    return sees_the_chosen_response(module, query, key, value, mask, **options)
+
+
+def test_a_model_that_is_too_uniform_to_tell_is_refused(group, tmp_path):
+    reference = make_reference("llama")
+    with torch.no_grad():
+        reference.lm_head.weight.zero_()
+    reference.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), CPU, torch.float32)
+    assert refused_for(model, make_data(*PAIRS)) >= {"relative", "repeated"}
+
+
+def test_a_forward_that_is_random_is_refused(group, model_folder):
+    model = load_model(str(model_folder), CPU, torch.float32)
+    noise = lambda module, inputs, out: out + 0.05 * torch.randn_like(out)  # noqa: E731
+    hook = model.model.model.norm.register_forward_hook(noise)
+    assert "repeated" in refused_for(model, make_data(*PAIRS))
+    hook.remove()
+    check_forward(model, make_data(*PAIRS), None)
 
 
 # ---- Export --------------------------------------------------------------------------------------
@@ -653,10 +736,10 @@ def test_export(name, dtype, group, tmp_path):
     (source / "generation_config.json").write_text(
         json.dumps({"eos_token_id": 1, "temperature": 0.6})
     )
-    model = load_model(str(source), "cpu", torch.float32)
+    model = load_model(str(source), CPU, dtype)
     before, _ = packed_results(model)
     torch.optim.SGD(model.parameters(), lr=10.0).step()
-    export(model, str(source), tokenizer, folder, dtype)
+    export(model, str(source), tokenizer, folder)
 
     files = {path.name for path in folder.iterdir()}
     assert list(folder.parent.iterdir()) == [folder]  # no .part
@@ -682,16 +765,14 @@ def test_export(name, dtype, group, tmp_path):
     tied = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
     assert tied == (name != "llama") and exported.config._attn_implementation == "sdpa"
     for key, parameter in model.named_parameters():
-        expected = parameter.to(dtype).float()
+        expected = whole(parameter).to(dtype).float()
         assert torch.equal(exported.get_parameter(key.removeprefix("model.")), expected)
     with torch.no_grad():
         logps, expected = model(pack(PAIRS)), torch.cat(plain_logps(exported, PAIRS))
         assert_near(logps, expected, 1e-5 if dtype == torch.float32 else 0.02)
         assert (logps - before).abs().max() > 0.1  # the trained weights, not the first ones
-        prompt, chosen, _ = PAIRS[1]
-        assert_near(
-            model.plain_logps(torch.tensor(prompt + chosen))[len(prompt) - 1 :], logps[6:11]
-        )
+        found = model.call(checks.plain_logps, PAIRS, model.stock_attention)
+        assert_near(found, logps, 1e-5 if dtype == torch.float32 else 0.02)
     state = load_file(folder / "model.safetensors")
     assert {value.dtype for value in state.values()} == {dtype}
     assert state.keys() == load_file(source / "model.safetensors").keys()  # tied weights once
@@ -703,8 +784,8 @@ def test_export(name, dtype, group, tmp_path):
 def test_export_takes_any_generation_config(given, group, tmp_path):
     make_model("llama").save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "generation_config.json").write_text(json.dumps(given))
-    model = load_model(str(tmp_path / "source"), "cpu", torch.float32)
-    export(model, str(tmp_path / "source"), make_tokenizer(), tmp_path / "final", torch.float32)
+    model = load_model(str(tmp_path / "source"), CPU, torch.float32)
+    export(model, str(tmp_path / "source"), make_tokenizer(), tmp_path / "final")
     generation = GenerationConfig.from_pretrained(tmp_path / "final")
     assert generation.eos_token_id in (3, given.get("eos_token_id", [3]))
     assert generation.do_sample == given.get("do_sample") or "do_sample" not in given
@@ -714,8 +795,8 @@ def test_a_model_without_a_generation_config_gets_one(group, tmp_path):
     source = tmp_path / "source"
     make_model("llama").save_pretrained(source)
     (source / "generation_config.json").unlink()
-    model = load_model(str(source), "cpu", torch.float32)
-    export(model, str(source), make_tokenizer(), tmp_path / "final", torch.float32)
+    model = load_model(str(source), CPU, torch.float32)
+    export(model, str(source), make_tokenizer(), tmp_path / "final")
     generation = GenerationConfig.from_pretrained(tmp_path / "final")
     assert generation.eos_token_id == [1, 3] and generation.bos_token_id == 0
 
@@ -727,14 +808,13 @@ def test_an_interrupted_export_leaves_no_folder(model_folder, group, tmp_path, m
     def save_pretrained(*args, **kwargs):
         raise Interrupted
 
-    model, tokenizer = load_model(str(model_folder), "cpu", torch.float32), make_tokenizer()
+    model, tokenizer = load_model(str(model_folder), CPU, torch.float32), make_tokenizer()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(type(tokenizer), "save_pretrained", save_pretrained)
-        export(model, str(model_folder), tokenizer, tmp_path / "final", torch.float32)
+        export(model, str(model_folder), tokenizer, tmp_path / "final")
     assert not (tmp_path / "final").exists()
-    export(
-        model, str(model_folder), tokenizer, tmp_path / "final", torch.float32
-    )  # what was left is no obstacle
+    # What was left is no obstacle.
+    export(model, str(model_folder), tokenizer, tmp_path / "final")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
@@ -768,20 +848,20 @@ def work(rank: int, folder) -> None:
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     with pytest.raises(InputError, match="replicas"):
-        load_model(source, "cpu", torch.float32, 3)
+        load_model(source, CPU, torch.float32, 3)
     AutoModelForCausalLM.from_pretrained = None  # no rank reads the whole model
-    load_model(str(folder / "head twice"), "cpu", torch.float32)
+    load_model(str(folder / "head twice"), CPU, torch.float32)
     with pytest.raises(InputError, match="the config ties lm_head.weight, the file holds another"):
-        load_model(str(folder / "another head"), "cpu", torch.float32)
+        load_model(str(folder / "another head"), CPU, torch.float32)
     for replicas in (1, 2):
-        model = load_model(source, "cpu", torch.float32, replicas)
+        model = load_model(source, CPU, torch.float32, replicas)
         rows = [parameter.to_local().shape[0] for parameter in model.parameters()]
         results[replicas] = (
             *packed_results(model, PAIRS[rank::2], 2 / len(PAIRS)),
             dict(model.named_buffers()),
             rows,
         )
-    export(model, source, make_tokenizer(), folder / "final", torch.float32)
+    export(model, source, make_tokenizer(), folder / "final")
     assert (folder / "final" / "model.safetensors").is_file()  # on every rank, once export returns
     torch.save(results, folder / f"rank{rank}")
     dist.destroy_process_group()
@@ -827,7 +907,7 @@ def bfloat16_gradients(rank: int, folder) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     timeout = timedelta(seconds=60)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
-    model = load_model(str(folder / "source"), "cpu", torch.bfloat16)
+    model = load_model(str(folder / "source"), CPU, torch.bfloat16)
     _, gradients = packed_results(model, PAIRS[rank::2], 2 / len(PAIRS))
     rounded = [name for name, g in gradients.items() if torch.equal(g, g.bfloat16().float())]
     assert rounded == []

@@ -12,11 +12,11 @@ from conftest import TINY, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import eval.generate as generate_module
-from data import InputError
 from eval import on_policy
 from eval.generate import load_prompts
 from eval.on_policy import choose_pair
 from eval.score import load_scorer, summary
+from runtime.errors import InputError
 
 DEMO = Path(__file__).parent.parent / "demo"
 ROWS = {
@@ -146,6 +146,8 @@ def test_prompts(tmp_path):
         ([{"prompt": "one"}, {"prompt": "two"}], ["one", "two"]),
         ([{"prompt": messages}], [messages]),
         ([pair], ["\n\nHuman: q\n\nAssistant:"]),
+        ([{"prompt": "one", "responses": ["a", "b", "c"]}], ["one"]),
+        ([{"responses": [[*messages, {"role": "assistant", "content": "a"}]]}], [messages]),
     ]:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert load_prompts(str(path)) == prompts
@@ -157,8 +159,14 @@ def test_prompts(tmp_path):
             InputError, match=r"rows.jsonl, row 1: .*\{\"prompt\": text or messages"
         ):
             load_prompts(str(path))
-    path.write_text(json.dumps(pair | {"rejected": "\n\nHuman: other\n\nAssistant: b"}) + "\n")
-    with pytest.raises(InputError, match="every pair answer different prompts"):
+    other = json.dumps(pair | {"rejected": "\n\nHuman: other\n\nAssistant: b"}) + "\n"
+    path.write_text(other + json.dumps(pair) + "\n")
+    assert load_prompts(str(path)) == ["\n\nHuman: q\n\nAssistant:"]
+    path.write_text(other)
+    with pytest.raises(InputError, match="answers in every row are to different prompts"):
+        load_prompts(str(path))
+    path.write_text(json.dumps({"prompt": " ", "chosen": "a", "rejected": "b"}) + "\n")
+    with pytest.raises(InputError, match="rows.jsonl, row 0: an empty prompt or answer"):
         load_prompts(str(path))
 
 

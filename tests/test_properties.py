@@ -12,10 +12,12 @@ from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import InputError, pack, parse_row, spread_pairs, truncate
-from loss import simper_loss
+from data import pack, spread_rows, truncate
+from loss import LOSSES, simper_loss, sum_logps
 from model import PackedModel
-from runtime import check_config
+from runtime.command_line import check_config
+from runtime.errors import InputError
+from runtime.rows import DROPPED, Dropped, parse_row
 from train import Config, parse_args
 
 
@@ -27,7 +29,10 @@ def ids(most: int):
     return st.lists(st.integers(0, 319), min_size=1, max_size=most)
 
 
-PAIRS = st.lists(st.tuples(ids(24), ids(12), ids(12)), min_size=1, max_size=9)
+# A prompt and as many responses in every row, from one to four.
+ROWS = st.integers(1, 4).flatmap(
+    lambda count: st.lists(st.tuples(ids(24), *[ids(12)] * count), min_size=1, max_size=9)
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +52,22 @@ def plain_logps(model, prompt: list[int], response: list[int]) -> torch.Tensor:
 
 
 @examples(40)
-@given(pairs=PAIRS, room=st.integers(0, 60))
-def test_any_pairs_are_packed_whole_and_give_the_log_probs_of_plain_forwards(models, pairs, room):
+@given(rows=ROWS, room=st.integers(0, 60))
+def test_any_rows_are_packed_whole_and_give_the_log_probs_of_plain_forwards(models, rows, room):
     packed, plain = models
-    tokens = [sum(map(len, pair)) for pair in pairs]
+    tokens = [sum(map(len, row)) for row in rows]
     budget, seen = max(tokens) + room, []
-    for (share,) in spread_pairs(range(len(pairs)), tokens, 1, budget):
-        batch = pack([pairs[i] for i in share])
+    for (share,) in spread_rows(range(len(rows)), tokens, 1, budget):
+        batch = pack([rows[i] for i in share])
         assert len(batch.input_ids) <= budget
-        assert batch.input_ids.tolist() == [t for i in share for part in pairs[i] for t in part]
-        assert batch.targets.tolist() == [t for i in share for part in pairs[i][1:] for t in part]
-        expected = [plain_logps(plain, pairs[i][0], side) for i in share for side in pairs[i][1:]]
+        assert batch.input_ids.tolist() == [t for i in share for part in rows[i] for t in part]
+        assert batch.targets.tolist() == [t for i in share for part in rows[i][1:] for t in part]
+        assert batch.lengths.tolist() == [[*map(len, rows[i][1:])] for i in share]
+        expected = [plain_logps(plain, rows[i][0], part) for i in share for part in rows[i][1:]]
         with torch.no_grad():
             assert torch.allclose(packed(batch), torch.cat(expected), rtol=0, atol=1e-5)
         seen += share
-    assert sorted(seen) == list(range(len(pairs)))
+    assert sorted(seen) == list(range(len(rows)))
 
 
 @examples(300)
@@ -82,7 +88,7 @@ def test_any_spread_is_complete_within_the_budget_and_balanced(tokens, ranks, bu
     long as there is one.
     """
     try:
-        batches = spread_pairs(range(len(tokens)), tokens, ranks, budget)
+        batches = spread_rows(range(len(tokens)), tokens, ranks, budget)
     except InputError:
         # Pairs that are a multiple of the ranks fit one a micro-batch. Otherwise, in the most
         # micro-batches that are tried, one holds a single pair (there are less than two pairs for
@@ -111,6 +117,7 @@ def values(field: dataclasses.Field):
 
 
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "wandb": ("auto", "online", "offline", "off")}
+CHOICES |= {"loss": (*LOSSES,), "resume": ("auto", "never", "anyway")}
 CONFIGS = {f.name: values(f) for f in dataclasses.fields(Config)}
 CONFIGS |= {name: st.sampled_from(words) for name, words in CHOICES.items()}
 AWKWARD = [
@@ -159,23 +166,26 @@ MESSAGES = st.lists(
 HH = st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", "a", " "]), max_size=5).map("".join)
 CELLS = JSON | MESSAGES | HH
 COLUMNS = {"prompt": CELLS, "chosen": CELLS, "rejected": CELLS, "other": JSON}
+COLUMNS |= {"responses": st.lists(CELLS, max_size=4) | JSON}
 
 
 @examples(400)
 @given(row=st.fixed_dictionaries({}, optional=COLUMNS))
 def test_any_row_is_parsed_or_an_input_error(row):
     try:
-        parsed = parse_row(row)
+        prompt, answers = parse_row(row)
     except InputError as error:
         assert "in none of the accepted formats" in str(error)
         return
-    if parsed is not None:
-        prompt, chosen, rejected = parsed
-        assert isinstance(chosen, str) and isinstance(rejected, str)
-        if not isinstance(prompt, str):
-            assert all(set(m) == {"role", "content"} for m in prompt)
-            assert all(isinstance(text, str) for m in prompt for text in m.values())
-        assert prompt or (prompt, chosen, rejected) == ([], "", "")
+    except Dropped as reason:
+        assert str(reason) in DROPPED
+        return
+    assert prompt and answers and all(isinstance(answer, str) for answer in answers)
+    given = [row[name] for name in ("chosen", "rejected") if row.get(name) is not None]
+    assert len(answers) == len(given or row["responses"])
+    if not isinstance(prompt, str):
+        assert all(set(m) == {"role", "content"} for m in prompt)
+        assert all(isinstance(text, str) for m in prompt for text in m.values())
 
 
 LINES = st.tuples(st.sampled_from(["seed", "model", "learning rate", "=", "", "-", "help"]), JSON)
@@ -196,24 +206,25 @@ def test_any_recipe_is_read_or_an_input_error_that_names_it(tmp_path_factory, te
 
 @examples(300)
 @given(
-    sizes=st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30)),
+    p=st.integers(0, 30),
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4),
     limits=st.tuples(st.integers(1, 20), st.integers(1, 20)),
 )
-def test_any_pair_is_truncated_by_the_stated_rule(sizes, limits):
-    """Only if prompt + longer response exceeds max_length is the prompt cut to its last
+def test_any_row_is_truncated_by_the_stated_rule(p, sizes, limits):
+    """Only if prompt + longest response exceeds max_length is the prompt cut to its last
     max_prompt_length tokens; if it is still too long, responses are cut to their first max_length −
     max_prompt_length."""
-    (p, c, r), (max_prompt_length, more) = sizes, limits
+    max_prompt_length, more = limits
     max_length = max_prompt_length + more
-    whole = [*range(p)], [*range(100, 100 + c)], [*range(200, 200 + r)]
-    prompt, chosen, rejected = truncate(*whole, max_length, max_prompt_length)
-    too_long = p + max(c, r) > max_length
+    whole = [[*range(100 * k, 100 * k + n)] for k, n in enumerate((p, *sizes))]
+    prompt, *responses = truncate(whole, max_length, max_prompt_length)
+    too_long = p + max(sizes) > max_length
     kept = min(p, max_prompt_length) if too_long else p
-    still = kept + max(c, r) > max_length
+    still = kept + max(sizes) > max_length
     assert prompt == [*range(p - kept, p)]
-    assert chosen == [*range(100, 100 + (min(c, more) if still else c))]
-    assert rejected == [*range(200, 200 + (min(r, more) if still else r))]
-    assert len(prompt) + max(len(chosen), len(rejected)) <= max_length
+    for k, (response, n) in enumerate(zip(responses, sizes, strict=True), 1):
+        assert response == [*range(100 * k, 100 * k + (min(n, more) if still else n))]
+    assert len(prompt) + max(map(len, responses)) <= max_length
 
 
 @examples(200)
@@ -231,3 +242,20 @@ def test_the_loss_of_any_pairs_is_that_of_float64_arithmetic(sides):
     found = simper_loss(logps, lengths)
     assert found.tolist() == pytest.approx(expected, abs=2e-5)
     assert simper_loss(logps.double(), lengths).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@examples(100)
+@given(
+    rows=st.integers(1, 5).flatmap(
+        lambda count: st.lists(
+            st.tuples(*[st.lists(st.floats(-30, 0, width=32), min_size=1, max_size=20)] * count),
+            min_size=1,
+            max_size=6,
+        )
+    )
+)
+def test_the_log_probs_of_any_responses_are_summed_each_by_itself(rows):
+    logps = torch.tensor([x for row in rows for response in row for x in response]).double()
+    lengths = torch.tensor([[*map(len, row)] for row in rows])
+    expected = [[math.fsum(response) for response in row] for row in rows]
+    assert sum_logps(logps, lengths).tolist() == [pytest.approx(row, abs=1e-9) for row in expected]

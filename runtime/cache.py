@@ -1,0 +1,86 @@
+"""The cache folder: what is computed once, kept with digests, and made anew when it is damaged."""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+from filelock import FileLock, Timeout
+
+from runtime.errors import InputError
+from runtime.processes import say
+
+SEAL = "digests.json"
+
+
+def cache_path() -> Path:
+    """The folder that SIMPER_CACHE names; by default ~/.cache/simper."""
+    return Path(os.environ.get("SIMPER_CACHE", "~/.cache/simper")).expanduser()
+
+
+def cache_folder(name: str = "") -> Path:
+    """The folder `name` in the cache, made if it is not there. Raises InputError if that fails."""
+    folder = cache_path() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{error}: SIMPER_CACHE must name a folder that can be made") from error
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock beside a folder of the cache; gives whether the folder is there, whole and as
+    it was sealed. One that is damaged is removed, with a line. Any number of processes may come
+    here: they wait, not in a collective, whose timeout a long work would exceed."""
+    lock = FileLock(f"{folder}.lock", mode=0o666)
+    try:
+        lock.acquire(timeout=5)
+    except Timeout:
+        say(f"waiting for another process, which holds {folder}.lock")
+        lock.acquire()
+    with lock:
+        lock.release()  # of the two times that it is held
+        intact = is_intact(folder)
+        if folder.exists() and not intact:
+            say(f"{folder} is damaged or was not finished: it is made anew")
+            shutil.rmtree(folder)
+        yield intact
+
+
+def seal(folder: Path) -> None:
+    """Keep the digests of all files of a folder in it: it is whole."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    found = {str(path.relative_to(folder)): file_digest(path) for path in sorted(files)}
+    scratch = folder / f"{SEAL}.part"
+    scratch.write_text(json.dumps(found))
+    os.replace(scratch, folder / SEAL)
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a folder has been sealed, and its files are as they were then."""
+    try:
+        found = json.loads((folder / SEAL).read_text())
+        return all(file_digest(folder / name) == digest for name, digest in found.items())
+    except (OSError, ValueError, AttributeError):  # not there, or damaged
+        return False
+
+
+def file_digest(path: Path) -> str:
+    """XXH3 of a file, which is fast and finds damage, but no forgery."""
+    status = path.stat()
+    return digest_once(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def digest_once(path: Path, size: int, time: int) -> str:
+    """file_digest, read again only if the file's size or its time in ns changes."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,271 @@
+"""Checks at the start: that model, data and loss fit together, that the packed forward equals the
+model's own, and that what is trained can be exported."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface
+
+from data import DataSet, MicroBatch, pack
+from model import PackedModel, build_model, merge, packed_attention, surgery
+from runtime.errors import InputError
+from runtime.identity import code_digest
+from runtime.weights import (
+    load_config,
+    model_fingerprint,
+    stored_tensors,
+    tokenizer_digests,
+    weights_folder,
+)
+
+
+def digests(
+    config, source: str, tokenizer, dtype: torch.dtype, data: DataSet, heldout: DataSet | None
+) -> dict[str, str]:
+    """SHA-256 of what a run is made of, by name, and the dtype that it computes in. To be called by
+    every rank, while none waits for another: it fetches the weights of `source`, a folder or hub
+    id, and reads all files, which can take longer than a collective may.
+
+    Raises InputError if weights are missing, if the model has fewer than max_length positions, or
+    no embedding for a token of the data sets.
+    """
+    model_config = load_config(source)
+    text = model_config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", config.max_length)
+    if config.max_length > positions:
+        raise InputError(
+            f"max_length={config.max_length} exceeds the model's {positions} positions"
+        )
+    highest = max(data.facts[1], heldout.facts[1] if heldout else 0)
+    if highest >= text.vocab_size:
+        problem = f"the tokenizer gives token {highest}, the model has {text.vocab_size}"
+        raise InputError(f"{source}: {problem}: they do not belong together")
+    with torch.device("meta"):
+        needed = stored_tensors(build_model(model_config).model)
+    weights_folder(source, needed)
+    found = tokenizer_digests(tokenizer) | {"training tokens": data.facts[0]}
+    found |= {"held-out tokens": heldout.facts[0] if heldout else ""}
+    found |= {"model files": model_fingerprint(source), "code": code_digest()}
+    return found | {"dtype in use": str(dtype).removeprefix("torch.")}
+
+
+def check_loss(
+    loss_function: Callable, asked: list[str], data: DataSet, heldout: DataSet | None
+) -> None:
+    """Raise InputError if the rows have different numbers of responses, if the loss does not take
+    as many, or if it is not of each pair alone. asked: see choose_loss."""
+    count = data.responses
+    if heldout and heldout.responses != count:
+        raise InputError(f"train_data has {count} responses a row, eval_data {heldout.responses}")
+    logps, lengths = torch.arange(-2.0 * count, 0), torch.ones(2, count, dtype=torch.int64)
+    columns = {
+        name: torch.zeros(2, count) if name == "reference" else torch.zeros(2) for name in asked
+    }
+
+    def losses(*pairs: int) -> torch.Tensor:
+        given = {name: values[[*pairs]] for name, values in columns.items()}
+        return loss_function(logps.view(2, count)[[*pairs]].flatten(), lengths[[*pairs]], **given)
+
+    try:
+        both, alone = losses(0, 1), torch.cat([losses(0), losses(1)])
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise InputError(f"the loss does not take {count} responses to a prompt: {error}") from None
+    if both.shape != (2,):
+        raise InputError(
+            f"a loss must be one number for each pair; of 2 pairs it has {[*both.shape]}"
+        )
+    if not torch.allclose(both, alone, rtol=1e-4):
+        problem = "a pair's loss depends on the other pairs of its micro-batch"
+        raise InputError(f"{problem}: another split of the batch would give another gradient")
+
+
+def check_trainable(model: PackedModel, optimizer, name: str) -> None:
+    """Raise InputError, naming a parameter, if training the model would not be what it seems: if
+    its export would not have the names and shapes of the model that it was loaded from, which
+    `name` is; if a parameter stands outside the sharded model, where ranks would diverge; or if the
+    optimizer has other parameters than those that require a gradient."""
+    with torch.device("meta"):
+        config = load_config(name)
+        rebuilt = build_model(config).model
+        expected = {key: value.shape for key, value in stored_tensors(rebuilt).items()}
+        surgery(rebuilt)
+        known = {key for key, _ in rebuilt.named_parameters()}
+        merge(rebuilt)
+        exported = {key: value.shape for key, value in stored_tensors(rebuilt).items()}
+    for key in {**expected, **exported}:
+        if expected.get(key) != exported.get(key):
+            problem = f"final/ would have {key} as {exported.get(key)}, not {expected.get(key)}"
+            raise InputError(f"{problem}: merge() in model.py must undo what surgery() changes")
+    parameters = dict(model.named_parameters())
+    sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+    for key, parameter in parameters.items():
+        if key.removeprefix("model.") not in known or isinstance(parameter, DTensor) != sharded:
+            raise InputError(
+                f"{key} was added to the loaded model: do it in surgery(), in model.py"
+            )
+    names = {parameter: key for key, parameter in model.optimized().items()}
+    moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if strange := [[*parameter.shape] for parameter in moved if parameter not in names]:
+        problem = (
+            f"the optimizer has a parameter of shape {strange[0]} that the model does not have"
+        )
+        raise InputError(f"{problem}, or has frozen: add or unfreeze it in surgery(), in model.py")
+    if left := names.keys() - {*moved}:
+        problem = f"{names[left.pop()]} requires a gradient, but the optimizer does not have it"
+        raise InputError(f"{problem}: freeze it in surgery(), in model.py")
+
+
+@torch.no_grad()
+def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) -> None:
+    """Compare the packed forward with the model's own on random tokens: two short prompts, and one
+    with which a sequence is as long as the longest in the data, which shows sliding windows and
+    rotary embeddings that change with the length. Each has as many responses as the data's rows.
+    Collective. Raises InputError, with all figures, unless
+
+    - log-probs are the same when they are computed again, and do not move when another response
+      changes, both relative to how they move with the prompts: that holds at any scale, and of a
+      model that is too uniform to tell, nothing is accepted;
+    - they equal those of the model's own forward, to the rounding that this forward itself has;
+    - the head is a linear layer of the last hidden states, and its output the model's logits, which
+      it is not where a model scales or caps them;
+    - attention and its gradients equal one masked attention in float32.
+    """
+    name, device = type(model.model).__name__, next(model.parameters()).device
+    vocab_size, count = model.model.get_input_embeddings().weight.shape[0], data.responses
+    longest, random = max(data.longest, heldout.longest if heldout else 0), np.random.default_rng(0)
+
+    def tokens(size: int) -> list[int]:
+        return random.integers(vocab_size, size=size).tolist()
+
+    sizes = [(n, *random.integers(3, 9, size=count)) for n in (7, 4, max(2, longest - 8))]
+    rows = [[*map(tokens, row)] for row in sizes]
+    others = [[tokens(len(prompt)), *responses] for prompt, *responses in rows]
+    first = sizes[0][1]  # tokens of the response that is changed
+    leaky = [[rows[0][0], tokens(first), *rows[0][2:]], *rows[1:]]
+    exact = model.dtype == torch.float32
+    limits = {"repeated": 1e-3, "leaking": 1e-4, "relative": 0.01 if exact else 0.3}
+    limits |= {"absolute": 1e-3 if exact else 0.05, "head": 0.0, "attention": 0.1}
+    try:
+        logps = [model(pack(given).to(device)) for given in (rows, rows, others, leaky)]
+        packed, again, moved, leaked = logps
+        plain = model.call(plain_logps, rows, model.stock_attention)
+        effect, difference = (packed - moved).abs().max(), (packed - plain).abs().max()
+        found = {"repeated": (packed - again).abs().max() / effect}
+        found["leaking"] = (packed - leaked)[first:].abs().max() / effect
+        found |= {"relative": difference / effect, "absolute": difference}
+        found["head"] = model.call(head_difference, torch.tensor(rows[0][0], device=device))
+        found["attention"] = attention_difference(model, pack([rows[0], others[0]]).to(device))
+        found = {key: value.nan_to_num(torch.inf).item() for key, value in found.items()}
+        limits["leaking"] += 3 * found["repeated"]  # kernels of experts are not always bit-stable
+        rounds = torch.tensor(found["absolute"] > limits["absolute"], device=device)
+        dist.all_reduce(rounds, op=dist.ReduceOp.MAX)  # what follows is collective
+        if rounds:
+            limits["absolute"] = max(limits["absolute"], 5 * own_difference(model, rows))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} cannot be trained packed: {error!r}") from error
+    model.reshard()
+    if not all(found[key] <= limits[key] for key in limits):
+        figures = ", ".join(f"{key} {found[key]:.1e} ({limits[key]:.1e})" for key in limits)
+        raise InputError(
+            f"{name} cannot be trained packed: its packed forward is not its own. Found, and in "
+            f"brackets accepted: {figures}. Recurrent models, models with a random forward, and "
+            "models that scale or cap their logits are not supported."
+        )
+
+
+def plain_logps(model: PackedModel, rows: list[list[list[int]]], attention: str) -> torch.Tensor:
+    """Log-probs of the rows' response tokens by the model's own forward with this attention, one
+    sequence at a time, nothing packed: (R,) float32, in the order of a MicroBatch's targets."""
+    device, hidden, targets = next(model.parameters()).device, [], []
+    model.model.set_attn_implementation(attention)
+    for prompt, *responses in rows:
+        for response in responses:
+            ids = torch.tensor([prompt + response], device=device)
+            states = model.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            hidden.append(states[len(prompt) - 1 : -1])
+            targets.append(ids[0, len(prompt) :])
+    model.model.set_attn_implementation("packed")
+    return model.token_logps(torch.cat(hidden), torch.cat(targets))
+
+
+def own_difference(model: PackedModel, rows: list[list[list[int]]]) -> float:
+    """Largest difference of log-probs between the model's own attention implementation and the
+    eager one, on the last 2,000 tokens of prompts: eager attention holds every score."""
+    cut = [[prompt[-2000:], *responses] for prompt, *responses in rows]
+    eager, own = (model.call(plain_logps, cut, a) for a in ("eager", model.stock_attention))
+    return (eager - own).abs().max().item()
+
+
+def head_difference(model: PackedModel, ids: torch.Tensor) -> torch.Tensor:
+    """How far, in the model's own forward, its head's input is from the last hidden states, and its
+    logits are from the head's output, relative to them: 0, exactly, unless it scales or caps them.
+    (n,) int64 → () tensor. Raises InputError if the head is not a plain linear layer, of which
+    training uses the weight and the bias."""
+    head, seen = model.model.get_output_embeddings(), {}
+    if type(head).forward is not torch.nn.Linear.forward:
+        raise InputError(f"its head, a {type(head).__name__}, has a forward of its own")
+    watch = lambda module, args, output: seen.update(input=args[0], output=output)  # noqa: E731
+    hook = head.register_forward_hook(watch)
+    model.model.set_attn_implementation(model.stock_attention)
+    hidden = model.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
+    logits = model.model(input_ids=ids[None], use_cache=False).logits
+    model.model.set_attn_implementation("packed")
+    hook.remove()
+    pairs = ((seen["input"], hidden), (logits.float(), seen["output"].float()))
+    return torch.stack([(x - y).abs().max() / y.abs().max() for x, y in pairs]).max()
+
+
+def attention_difference(model: PackedModel, batch: MicroBatch) -> torch.Tensor:
+    """The largest attention_error of any layer, with the layer's own window and with one that
+    shows. Raises InputError if layers do not use transformers' attention interface."""
+    errors = []
+
+    def checked(module, q, k, v, attention_mask, scaling=None, sliding_window=None, **kwargs):
+        for window in (sliding_window, 5):
+            errors.append(attention_error(q, k, v, scaling, window, batch))
+        return packed_attention(module, q, k, v, None, scaling, sliding_window, **kwargs)
+
+    AttentionInterface.register("checked", checked)
+    model.model.set_attn_implementation("checked")
+    model(batch)
+    model.model.set_attn_implementation("packed")
+    if not errors:
+        raise InputError("its layers do not use transformers' attention interface")
+    return torch.stack(errors).max()
+
+
+def attention_error(query, key, value, scaling, window, micro_batch: MicroBatch) -> torch.Tensor:
+    """Of packed_attention and its gradients, in the dtype of its arguments, against
+    masked_attention in float32: the largest difference relative to the largest value, () float32.
+    """
+    direction, results = torch.randn_like(query[..., : value.shape[-1]]).transpose(1, 2), []
+    for attend, dtype in ((packed_attention, query.dtype), (masked_attention, torch.float32)):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+        with torch.enable_grad():
+            out, _ = attend(None, *inputs, None, scaling, window, micro_batch=micro_batch)
+            results.append((out, *torch.autograd.grad(out, inputs, direction.to(dtype))))
+    errors = [(ours - exact).abs().max() / exact.abs().max() for ours, exact in zip(*results)]
+    return torch.stack(errors).max()
+
+
+def masked_attention(module, query, key, value, attention_mask, scaling, window, micro_batch):
+    """What packed_attention computes, by one dense mask over the whole row. Arguments and result
+    are packed_attention's."""
+    position = micro_batch.position_ids
+    sizes = torch.tensor(micro_batch.segments, device=query.device)
+    part = torch.arange(sizes.numel(), device=query.device)
+    part = part.repeat_interleave(sizes.flatten(), output_size=len(position))
+    row, part = part // sizes.shape[1], part % sizes.shape[1]  # part: 0 is the prompt
+    visible = (row[:, None] == row) & ((part == 0) | (part[:, None] == part))
+    distance = position[:, None] - position
+    visible &= (distance >= 0) & (distance < (window or len(position)))
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return (weights @ value).transpose(1, 2), None

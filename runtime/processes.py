@@ -1,0 +1,128 @@
+"""The processes of a run: rank and device, the process group, SIGTERM, what ranks tell each
+other."""
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+import multiprocess
+import torch
+import torch.distributed as dist
+import transformers
+
+from runtime.errors import InputError
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there if and only if the driver is loaded
+
+
+class Stopped(Exception):
+    """SIGTERM has reached a rank: every rank saves a checkpoint and ends."""
+
+
+def say(text: str, file=None) -> None:
+    """Print on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=file, flush=True)
+
+
+def start_process() -> tuple[int, int, torch.device]:
+    """(rank, number of ranks, device) of this process, from torchrun's environment; one process
+    without it. Raises InputError if its GPU cannot be used."""
+    signal.signal(signal.SIGTERM, end_with_workers)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available() or NVIDIA_DRIVER.exists() and not hidden:
+        return rank, ranks, start_gpu()
+    say(f"no GPU: {ranks} process(es) on the CPU")
+    local_ranks, libc = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), ctypes.CDLL(None)
+    if local_ranks > 1:  # torchrun gives each of them one thread; they can share all cores
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_ranks))
+    elif hasattr(libc, "mallopt"):
+        # glibc hands large freed buffers back to the kernel, and a sixth of every step went into
+        # getting them again. (Between the buffers of a sharded model, memory would lie unused.)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: none of them is mapped on its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+    return rank, ranks, torch.device("cpu")
+
+
+def start_gpu() -> torch.device:
+    """This process's GPU. Raises InputError if torch cannot use it, since the run would take the
+    CPU, or if there are fewer GPUs than processes."""
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"this machine has NVIDIA GPUs that torch {torch.__version__} cannot use: their driver "
+            f"is too old, or torch is built for another CUDA ({torch.version.cuda or 'none'}). To "
+            "train on the CPU, set CUDA_VISIBLE_DEVICES to an empty string."
+        )
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        processes = os.environ["LOCAL_WORLD_SIZE"]
+        raise InputError(f"{processes} processes for {count} GPUs: lower --nproc_per_node")
+    torch.cuda.set_device(local)
+    # On H100s SDPA would prefer cuDNN's attention, which plans anew for every length: up to half a
+    # second a call.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", local)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """--dtype: auto is bfloat16 on GPUs and float32 on the CPU."""
+    return getattr(torch, name.replace("auto", "bfloat16" if device.type == "cuda" else "float32"))
+
+
+def end_with_workers(*_) -> None:
+    """What SIGTERM does until start_group: by itself, it would leave datasets' workers behind."""
+    for worker in multiprocess.active_children():
+        worker.kill()
+    os._exit(128 + signal.SIGTERM)
+
+
+def start_group(device: torch.device) -> None:
+    """The process group of torchrun's ranks, or of this process alone."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # while a rank waits for another, no handler runs
+    options = {"backend": "gloo", "timeout": timedelta(minutes=30)}
+    if device.type == "cuda":
+        options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    store, rank, ranks = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=options["timeout"]))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # several machines count restarts differently
+            # After a restart, torchrun's store still holds the addresses of the failed attempt.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(**options, store=store, rank=rank, world_size=ranks)
+
+
+def watch_sigterm() -> threading.Event:
+    """An event that SIGTERM sets, which a preempted job's ranks receive at different times."""
+    received = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: received.set())
+    return received
+
+
+def max_over_ranks(device: torch.device, *values) -> list[float]:
+    """The largest over all ranks of each value, a number or a () tensor. Collective; one wait for
+    the GPU."""
+    maxima = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    return maxima.tolist()
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB that this process had at most: allocated on its GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "linux":  # whose ru_maxrss counts the process that started this one, too
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # in bytes on macOS

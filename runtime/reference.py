@@ -1,0 +1,55 @@
+"""Log-probs of whole data sets, and those of the model that training starts from."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, safe_open, save_file
+from tqdm import tqdm
+
+from data import DataSet, spread_rows
+from loss import sum_logps
+
+
+@torch.no_grad()
+def response_logps(model, data: DataSet, micro_batches: list) -> torch.Tensor:
+    """log p(response | prompt) of every row: (rows, K) float64 on the model's device.
+    micro_batches: see spread_rows. Collective."""
+    rank, device = dist.get_rank(), next(model.parameters()).device
+    sums = torch.zeros(data.lengths[:, 1:].shape, dtype=torch.float64, device=device)
+    for shares in tqdm(micro_batches, "log-probs", disable=rank > 0, dynamic_ncols=True):
+        batch = data.pack(shares[rank]).to(device)
+        sums[shares[rank]] = sum_logps(model(batch).double(), batch.lengths)
+    model.reshard()
+    dist.all_reduce(sums)  # every row is on one rank, and 0 on the others
+    return sums
+
+
+def add_reference(
+    model, data: DataSet, heldout: DataSet | None, config, made_of: dict[str, str]
+) -> None:
+    """Give the data sets their `reference`: response_logps of the model as it is now. Rank 0 keeps
+    them in the run's folder, as reference.safetensors, from which a run that is made of the same
+    (see checks.digests) takes them when it is resumed. Collective."""
+    file, found = Path(config.output_dir) / "reference.safetensors", [{}]
+    key, ranks = repr(sorted(made_of.items())), dist.get_world_size()
+    if dist.get_rank() == 0 and file.exists():
+        try:
+            with safe_open(file, "pt") as opened:
+                same = opened.metadata()["key"] == key
+            found = [load_file(file) if same else {}]
+        except Exception:  # it was cut off
+            pass
+    dist.broadcast_object_list(found, src=0)
+    sums = dict(found[0])
+    for name, rows in {"train_data": data, "eval_data": heldout}.items():
+        if rows and name not in sums:
+            indices, budget = range(len(rows.rows)), config.micro_batch_tokens
+            micro_batches = spread_rows(indices, rows.tokens, ranks, budget)
+            sums[name] = response_logps(model, rows, micro_batches).cpu()
+        if rows:
+            rows.reference = sums[name].float()
+    if dist.get_rank() == 0 and not found[0]:
+        scratch = file.with_name(f"{file.name}.part")
+        save_file(sums, scratch, metadata={"key": key})
+        scratch.replace(file)

@@ -1,0 +1,45 @@
+"""The rehearsal: what needs the most memory comes first."""
+
+import torch
+import torch.distributed as dist
+
+
+def rehearse(model, data, device: torch.device) -> None:
+    """Run forward and backward of the micro-batches with the most tokens (for the blocks' memory)
+    and the most response tokens (for the head's) on one rank, in the memory that a step leaves
+    them, and forget the result: a run that does not fit fails now, with a note, and not hours
+    later. Collective.
+
+    data: a DataSet with the schedule of training.
+    """
+    micro_batches = [shares for step in data.schedule for shares in step]
+
+    def largest(tokens) -> int:
+        costs = [max(tokens[share].sum() for share in shares) for shares in micro_batches]
+        return costs.index(max(costs))
+
+    weights = [*model.optimized().values()]
+    # As much as AdamW's two moments take, which exist from the first step on.
+    moments = [torch.zeros_like(weight) for weight in weights for _ in range(2)]
+    if len(micro_batches) > len(data.schedule):  # there are gradients of earlier micro-batches
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+    try:
+        for number in {largest(data.tokens), largest(data.lengths[:, 1:].sum(axis=1))}:
+            shares = micro_batches[number]
+            model(data.pack(shares[dist.get_rank()]).to(device)).sum().backward()
+    except RuntimeError as error:
+        explain(error, max(data.tokens[share].sum() for share in shares), data.tokens.max())
+        raise
+    del moments
+    model.zero_grad()
+
+
+def explain(error: RuntimeError, tokens: int, longest: int) -> None:
+    """Add a note on what to lower, if it is memory that is lacking."""
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        error.add_note(
+            f"The run's largest micro-batch, {tokens} tokens on a rank, needs too much memory: "
+            f"lower --micro_batch_tokens (the longest pair has {longest}), or set "
+            "--activation_checkpointing true."
+        )

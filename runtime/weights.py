@@ -1,0 +1,301 @@
+"""A model between files and shards: where its files are, its tokenizer and config, reading weights
+into a sharded model, and the export."""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from runtime.cache import cache_folder, locked, seal
+from runtime.errors import InputError
+from runtime.rows import files_digest
+
+FILE_BYTES = 2**30  # of an exported file, unless one tensor is larger
+
+
+# ---- Where the files are -------------------------------------------------------------------------
+
+
+def resolve_model(name: str) -> str:
+    """A hub id or a folder as it is; for "demo" the folder of the demo's model. Raises InputError
+    for a name that can only be a folder's, if there is none, and for the folder of a run, whose
+    model is in its final/."""
+    if name == "demo":
+        from demo.smollm2 import demo_model
+
+        return demo_model()
+    path = Path(name)
+    if (name.count("/") > 1 or name.startswith(("/", ".", "~"))) and not path.is_dir():
+        raise InputError(f"{name}: there is no such folder")
+    if (path / "final").is_dir() and not (path / "config.json").exists():
+        raise InputError(f"{name}: the model of this run is in {path / 'final'}")
+    return name
+
+
+def load_config(name: str):
+    """The config of a folder or hub id. Never runs code that comes with it. Raises InputError if
+    transformers can make nothing of it."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # not there, cut off, a kind of model that it does not know
+        raise InputError(f"{name}: its config.json cannot be used: {error}") from error
+
+
+def load_tokenizer(name: str, chat_template: str = ""):
+    """The tokenizer of a hub id or local folder, with the chat template of the file chat_template
+    in place of its own. Never runs code that comes with it. Raises InputError if one of them cannot
+    be read."""
+    try:
+        # mistral_format: the tokenizer of mistral-common, where that is installed, has no template.
+        options = {"trust_remote_code": False, "mistral_format": False}
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if chat_template:
+            tokenizer.chat_template = Path(chat_template).read_text()
+        return tokenizer
+    except Exception as error:  # transformers raises KeyError, and tokenizers Exception itself
+        raise InputError(f"no tokenizer can be loaded from {name}: {error}") from error
+
+
+def tokenizer_digests(tokenizer) -> dict[str, str]:
+    """SHA-256 of what tokenizes and of the chat template: the same for the same tokens."""
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = str(sorted(tokenizer.get_vocab().items()))
+    parts = {"tokenizer": vocabulary + str(tokenizer.special_tokens_map)}
+    parts["chat template"] = str(tokenizer.chat_template)
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
+
+
+def fetch_weights(name: str) -> str:
+    """The folder with the weight files of a folder or hub id; those of a hub id are fetched, in one
+    format only. Raises InputError if there are none."""
+    for kind in ("*.safetensors", "*.bin"):
+        folder = name
+        if not Path(name).is_dir():
+            try:
+                # Mistral's "consolidated" files are a second copy of the same weights.
+                ignored = ["*/*", "consolidated*"]
+                wanted = [kind, "config.json"]
+                folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored)
+            except Exception as error:  # not there, a licence not accepted, no network
+                raise InputError(f"{name}: the weights cannot be fetched: {error}") from error
+        if any(Path(folder).glob(kind)):
+            return folder
+    raise InputError(f"{name}: no weights (.safetensors or .bin) are there")
+
+
+def model_fingerprint(name: str) -> str:
+    """SHA-256 over the weight files and the config of a folder or hub id."""
+    folder = Path(fetch_weights(name))
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return files_digest([folder / "config.json", *weights])
+
+
+def weights_folder(name: str, needed: dict[str, torch.Tensor]) -> str:
+    """A folder that holds the tensors `needed` (see stored_tensors) of a folder or hub id as
+    safetensors: the folder itself (a hub id's is fetched) or, where its files are of another kind
+    or name their tensors otherwise, a copy in the cache, converted once for each version of
+    transformers. Any number of processes may call this at a time; they wait at a file lock and not
+    in a collective.
+
+    Raises InputError if weights are quantized, missing, there twice, or do not fit the config.
+    """
+    folder, config = fetch_weights(name), load_config(name)
+    # Names and shapes can be those of a plain model: its 8-bit values would be taken as they are.
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{name}: its weights are quantized; give the model before quantization")
+    try:
+        stored = dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    except Exception:  # no safetensors, or broken ones: transformers will say how
+        stored = {}
+    twice = [key for key in needed if key in stored and len(stored[key].chunks) > 1]
+    if twice:
+        raise InputError(f"{folder}: more than one .safetensors file holds {twice[0]}: remove one")
+    if all(key in stored and stored[key].size == value.shape for key, value in needed.items()):
+        return folder
+    return converted_folder(name)
+
+
+def converted_folder(name: str) -> str:
+    """The folder in the cache with the weights of a folder or hub id as transformers loads them.
+    Raises InputError if they do not fit the config."""
+    # Versions of transformers name tensors differently.
+    converted = cache_folder("weights") / f"{model_fingerprint(name)}-{transformers.__version__}"
+    with locked(converted) as intact:
+        if not intact:
+            try:
+                whole, info = AutoModelForCausalLM.from_pretrained(
+                    name,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # the error below names them
+                    trust_remote_code=False,
+                )
+            except Exception as error:
+                raise InputError(f"{name}: the weights cannot be used: {error}") from error
+            if info["missing_keys"] or info["mismatched_keys"]:
+                raise InputError(f"{name}: weights are missing or of the wrong shape: {info}")
+            tensors = {key: value.contiguous() for key, value in stored_tensors(whole).items()}
+            converted.mkdir()
+            save_file(tensors, converted / "model.safetensors", metadata={"format": "pt"})
+            seal(converted)
+    return str(converted)
+
+
+# ---- Files → shards ------------------------------------------------------------------------------
+
+
+def stored_tensors(model) -> dict[str, torch.Tensor]:
+    """The tensors of a transformers model that its files hold, by name; tied ones once."""
+    names = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in names}
+    return dict(model.named_parameters()) | buffers
+
+
+def check_surgery(model, needed: dict[str, torch.Tensor]) -> None:
+    """Raise InputError, naming it, for a tensor of the files that `surgery` has taken out, renamed
+    or reshaped, for a buffer that it has added, whose values no file has, and if all is frozen.
+
+    model: a transformers model after the surgery; needed: its stored_tensors before.
+    """
+    found, parameters = stored_tensors(model), dict(model.named_parameters())
+    for name, tensor in needed.items():
+        if name not in found or found[name].shape != tensor.shape:
+            shape = [*tensor.shape]
+            raise InputError(
+                f"surgery() must leave {name}, of shape {shape}: it is read from files"
+            )
+    if added := sorted(found.keys() - needed.keys() - parameters.keys()):
+        raise InputError(f"surgery() adds the buffer {added[0]}: make it with persistent=False")
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise InputError("nothing is trained: surgery() has frozen every parameter")
+
+
+def first_values(model, added: set[str]) -> dict[str, torch.Tensor]:
+    """Values of the parameters `added` by `surgery`, which no file holds: the module that owns one
+    gives it by its `reset_parameters`. Whole tensors on the CPU from torch's generator, so that
+    they are the same for any number of ranks. Raises InputError for one without that method.
+
+    model: a transformers model on "meta".
+    """
+    values = {}
+    for prefix, module in model.named_modules():
+        names = {n: f"{prefix}.{n}".lstrip(".") for n, _ in module.named_parameters(recurse=False)}
+        mine = {n: name for n, name in names.items() if name in added}
+        if mine and not hasattr(module, "reset_parameters"):
+            problem = f"surgery() adds {[*mine.values()][0]}, and no file has its values"
+            raise InputError(f"{problem}: its module needs a method reset_parameters")
+        if mine:
+            whole = copy.deepcopy(module).to_empty(device="cpu", recurse=False)
+            whole.reset_parameters()
+            values |= {name: whole.get_parameter(n).detach() for n, name in mine.items()}
+    return values
+
+
+@torch.no_grad()
+def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
+    """Read a folder of weights_folder into a transformers model, every rank only its own shards,
+    and set what no file holds: `values` of first_values, and buffers such as rotary frequencies.
+    Collective.
+
+    Raises InputError if the config ties weights that differ in the file, or if one is not finite.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # so that transformers only sets the buffers
+    model.initialize_weights()
+    read = functools.partial(dcp.HuggingFaceStorageReader, folder)
+    stored = stored_tensors(model)
+    for name, value in values.items():
+        parameter = stored.pop(name)
+        value = value.to(parameter.device)
+        if isinstance(parameter, DTensor):
+            placed = (parameter.device_mesh, parameter.placements)
+            value = distribute_tensor(value, *placed, src_data_rank=None)
+        parameter.copy_(value)
+    dcp.load(stored, storage_reader=read())
+    for name, tensor in stored.items():
+        if not tensor.sum().isfinite():
+            raise InputError(f"{folder}: {name} is not finite: its file is damaged")
+    in_files = read().read_metadata().state_dict_metadata
+    known = model.state_dict().keys() - stored.keys() - values.keys()
+    for name in sorted(in_files.keys() & known):
+        parameter = model.get_parameter(name)  # tied to another one, and in the file, too
+        other = torch.empty_like(parameter)
+        dcp.load({name: other}, storage_reader=read())
+        if not torch.equal(parameter, other):  # the whole tensors, also if they are sharded
+            raise InputError(f"{folder}: the config ties {name}, the file holds another one")
+
+
+# ---- Shards → files ------------------------------------------------------------------------------
+
+
+def write_model(model, name: str, tokenizer, folder: Path, dtype: torch.dtype, end: int) -> None:
+    """Write a transformers model, its tokenizer with chat template, and its generation config to
+    `folder` in Hugging Face format, with the parameters in `dtype`. `name` is where the model was
+    loaded from; `end` the token that ends a turn. Collective; the folder appears whole. Raises
+    FloatingPointError if a parameter is not finite.
+    """
+    scratch = folder.with_name(folder.name + ".part")
+    tensors, parameters = stored_tensors(model), dict(model.named_parameters())
+    dtypes = {key: dtype if key in parameters else t.dtype for key, t in tensors.items()}
+    with torch.device("meta"):
+        shapes = {key: torch.empty(t.shape, dtype=dtypes[key]) for key, t in tensors.items()}
+    files = split_torch_state_dict_into_shards(shapes, max_shard_size=FILE_BYTES)
+    if dist.get_rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        os.umask(umask := os.umask(0))
+    weight_map = {}
+    for file, names in files.filename_to_tensors.items():
+        whole = {}
+        for key in names:  # one tensor at a time is whole, and one file in rank 0's memory
+            tensor = tensors[key].detach().to(dtypes[key])
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if key in parameters and not tensor.isfinite().all():
+                raise FloatingPointError(f"{key} is not finite: nothing is exported")
+            whole |= {key: tensor.cpu().contiguous()} if dist.get_rank() == 0 else {}
+        if dist.get_rank() == 0:
+            whole = revert_weight_conversion(model, whole)  # to the names of published files
+            save_file(whole, scratch / file, metadata={"format": "pt"})
+            (scratch / file).chmod(0o666 & ~umask)  # safetensors makes it for its owner alone
+            weight_map |= dict.fromkeys(whole, file)
+    if dist.get_rank() == 0:
+        if files.is_sharded:
+            index = {"metadata": files.metadata, "weight_map": weight_map}
+            (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        config = load_config(name)
+        config.architectures, config.dtype = [type(model).__name__], dtype
+        config.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        # As text: transformers refuses to save some of the generation configs that it loads.
+        generation = json.dumps(generation_config(name, config, end), indent=2)
+        (scratch / "generation_config.json").write_text(generation)
+        os.sync()  # a run that has final/, be it empty after a power cut, is never continued
+        os.rename(scratch, folder)
+    dist.barrier()
+
+
+def generation_config(name: str, config, end: int) -> dict:
+    """The generation config that came with the model, made to stop also at the token `end`."""
+    try:
+        generation = GenerationConfig.from_pretrained(name)
+    except OSError:  # it has none
+        generation = GenerationConfig.from_model_config(config)
+    ends = generation.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = {token: None for token in (*ends, end) if token is not None}
+    return generation.to_diff_dict() | {"eos_token_id": [*ends]}

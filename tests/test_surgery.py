@@ -1,0 +1,448 @@
+"""The contract of surgery() and merge(), the functions of model.py in which a fork changes the
+model: what is trained, saved and exported is what it seems, or the run is refused by name."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, as_flags, command, read_checkpoint, read_metrics, run
+from safetensors.torch import load_file
+
+import model as model_module
+import train
+from runtime import checks
+from runtime.errors import InputError
+
+# Surgeries of forks: in a text, so that a copy of the code and a script for torchrun can have them.
+CODE = '''
+import torch
+
+
+class Adapted(torch.nn.Linear):
+    """A linear layer with an adapter of rank 3, which no two ranks can share evenly."""
+
+    def reset_parameters(self):
+        torch.nn.init.uniform_(self.lora_a, -1, 1)
+        torch.nn.init.zeros_(self.lora_b)
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.lora_a.T @ self.lora_b.T
+
+
+def lora(model):
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        layer = block.self_attn.q_proj
+        layer.__class__ = Adapted
+        layer.lora_a = torch.nn.Parameter(torch.empty(3, layer.in_features))
+        layer.lora_b = torch.nn.Parameter(torch.empty(layer.out_features, 3))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module.weight += module.lora_b @ module.lora_a
+            del module.lora_a, module.lora_b
+
+
+def plain_head(loaded):
+    """The head's parameter anew, as a plain one."""
+    weight = loaded.model.lm_head.weight
+    whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    loaded.model.lm_head.weight = torch.nn.Parameter(whole.detach().clone())
+'''
+FORK = {}
+exec(CODE, FORK)
+SCRIPT = f"""
+import sys
+
+sys.path.insert(0, {str(ROOT)!r})
+{CODE}
+import model
+import train
+from runtime import checks
+from runtime.command_line import run_command
+
+SETUP
+run_command(lambda: train.train(train.parse_args(sys.argv[1:])))
+"""
+LORA = "model.surgery = checks.surgery = lora\nmodel.merge = checks.merge = merge_lora"
+PLAIN_HEAD = """
+load_model = train.load_model
+
+
+def and_plain_head(*args):
+    loaded = load_model(*args)
+    plain_head(loaded)
+    return loaded
+
+
+train.load_model = and_plain_head
+"""
+Q = "model.layers.{}.self_attn.q_proj"
+
+
+@pytest.fixture
+def operate(monkeypatch):
+    """Give model.py another surgery() and merge()."""
+
+    def operate(surgery=None, merge=None) -> None:
+        for module in (model_module, checks):
+            if surgery:
+                monkeypatch.setattr(module, "surgery", surgery)
+            if merge:
+                monkeypatch.setattr(module, "merge", merge)
+
+    return operate
+
+
+@pytest.fixture
+def no_step(monkeypatch):
+    """No step is taken."""
+    fail = lambda *_, **__: pytest.fail("takes a step")  # noqa: E731
+    monkeypatch.setattr("torch.optim.AdamW.step", fail)
+
+
+@pytest.fixture
+def short(base) -> dict:
+    """Three steps, of which the first has a learning rate of 0, and each leaves a checkpoint."""
+    return base | {"eval_data": "", "save_every": 1, "keep_checkpoints": 0, "learning_rate": 1e-2}
+
+
+def run_script(setup: str, values: dict, output: Path, ranks: int = 2):
+    """Train after `setup` through torchrun."""
+    script = output.with_name(f"{output.name}.py")
+    script.write_text(SCRIPT.replace("SETUP", setup))
+    words = command(values, output, ranks)
+    words[words.index(str(ROOT / "train.py"))] = str(script)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
+def refuses(values: dict, output: Path, *said: str) -> None:
+    """A run is refused before its first step, with all that is said, and leaves no model."""
+    with pytest.raises(InputError) as error:
+        run(values, output)
+    for fragment in said:
+        assert fragment in str(error.value)
+    assert not (output / "final").exists() and not (output / "checkpoints").exists()
+
+
+def start_of(values: dict) -> dict[str, torch.Tensor]:
+    return load_file(Path(values["model"]) / "model.safetensors")
+
+
+def final_of(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "final" / "model.safetensors")
+
+
+# ---- What is exported ----------------------------------------------------------------------------
+
+
+def test_adapters_that_are_not_merged_are_refused_by_name(short, tmp_path, operate, no_step):
+    operate(FORK["lora"])
+    refuses(short, tmp_path / "run", f"{Q.format(0)}.lora_", "merge() in model.py must undo")
+
+
+def test_an_edit_of_model_py_is_enough(short, tmp_path):
+    """As a user makes it: in a copy of the code, and started from the command line."""
+    ignored = shutil.ignore_patterns("__pycache__", ".git", "tests", "docs")
+    code = shutil.copytree(ROOT, tmp_path / "code", ignore=ignored)
+    text = (code / "model.py").read_text()
+    end = "\n\n# Under torch.compile, blocks are compiled around this function."
+    assert text.count(end) == 1
+    text = text.replace(end, f"\n{CODE}\n\nsurgery = lora{end}")
+    (code / "model.py").write_text(text)
+    words = [sys.executable, "train.py", *as_flags(short, tmp_path / "run")]
+    done = subprocess.run(words, cwd=code, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: final/ would have {Q.format(0)}.lora_" in done.stderr
+
+
+def test_a_merge_that_forgets_one_is_refused_by_name(short, tmp_path, operate, no_step):
+    def merge(model):
+        del model.model.layers[0].self_attn.q_proj.lora_a
+        del model.model.layers[0].self_attn.q_proj.lora_b
+
+    operate(FORK["lora"], merge)
+    refuses(short, tmp_path / "run", f"{Q.format(1)}.lora_", "merge() in model.py must undo")
+
+
+def test_a_merge_that_takes_out_too_much_is_refused_by_name(short, tmp_path, operate, no_step):
+    def merge(model):
+        FORK["merge_lora"](model)
+        del model.lm_head.weight
+
+    operate(FORK["lora"], merge)
+    refuses(short, tmp_path / "run", "final/ would have lm_head.weight as None")
+
+
+def test_a_model_without_one_of_its_blocks_is_refused_by_name(short, tmp_path, operate, no_step):
+    def surgery(model):
+        del model.model.layers[1]
+
+    operate(surgery)
+    refuses(short, tmp_path / "run", "model.layers.1.")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_adapters_are_in_the_exported_weights(dtype, short, tmp_path, operate):
+    operate(FORK["lora"], FORK["merge_lora"])
+    run(short | {"dtype": dtype}, tmp_path / "run")
+    assert_merged(short, tmp_path / "run", getattr(torch, dtype))
+
+
+def assert_merged(values: dict, output: Path, dtype=torch.float32) -> None:
+    """final/ holds W + B A, with the newest checkpoint's A and B, and W as it was at the start."""
+    start, final = start_of(values), final_of(output)
+    last = read_checkpoint(output / "checkpoints" / "step_3")
+    assert final.keys() == start.keys()
+    for name, tensor in final.items():
+        expected, layer = start[name].double(), f"model.{name.removesuffix('.weight')}"
+        if f"{layer}.lora_a" in last:
+            b, a = (last[f"{layer}.lora_{part}"].double() for part in "ba")
+            expected = expected + b @ a
+            assert (expected - start[name]).abs().max() > 1e-3  # it has been trained
+            off = (tensor.double() - expected).abs().max()
+            assert off <= (1e-6 if dtype == torch.float32 else 1 / 256) * expected.abs().max()
+        else:
+            assert torch.equal(tensor, start[name].to(dtype))
+    assert sum(name.endswith("lora_a") and "exp" not in name for name in last) == 2
+
+
+# ---- What is trained -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_frozen_block_stays_as_it_is(dtype, short, tmp_path, operate):
+    operate(lambda model: model.model.layers[0].requires_grad_(False))
+    run(short | {"dtype": dtype}, tmp_path / "run")
+    start, final = start_of(short), final_of(tmp_path / "run")
+    same = {
+        name for name in start if torch.equal(final[name], start[name].to(getattr(torch, dtype)))
+    }
+    frozen = {name for name in start if name.startswith("model.layers.0.")}
+    assert same == frozen and 5 < len(frozen) < len(start)
+    saved = {name for name in read_checkpoint(tmp_path / "run" / "checkpoints" / "step_1")}
+    assert {name for name in saved if "layers.0." in name} == set()
+    assert {f"model.{name}" for name in start} - saved == {f"model.{name}" for name in frozen}
+
+
+def test_nothing_to_train_is_refused(short, tmp_path, operate, no_step):
+    operate(lambda model: model.requires_grad_(False))
+    refuses(short, tmp_path / "run", "surgery() has frozen every parameter")
+
+
+def test_an_adapter_that_is_added_too_late_is_refused_by_name(
+    short, tmp_path, monkeypatch, no_step
+):
+    load_model = train.load_model
+
+    def and_adapters(*args):
+        loaded = load_model(*args)
+        layer = loaded.model.model.layers[1].self_attn.q_proj
+        layer.lora_a = torch.nn.Parameter(torch.zeros(3, 32))
+        return loaded
+
+    monkeypatch.setattr(train, "load_model", and_adapters)
+    refuses(short, tmp_path / "run", f"{Q.format(1)}.lora_a", "do it in surgery(), in model.py")
+
+
+def optimizer_of(monkeypatch, change) -> None:
+    """Another choice of parameters in train.py: change(list of them)."""
+    original = torch.optim.AdamW
+
+    def make(parameters, **options):
+        return original(change([*parameters]), **options)
+
+    monkeypatch.setattr(train.torch.optim, "AdamW", make)
+
+
+def test_an_optimizer_that_lacks_a_parameter_is_refused_by_name(short, tmp_path, monkeypatch):
+    optimizer_of(monkeypatch, lambda parameters: parameters[:-1])
+    refuses(short, tmp_path / "run", "lm_head.weight", "the optimizer does not have")
+
+
+def test_an_optimizer_with_a_foreign_parameter_is_refused(short, tmp_path, monkeypatch):
+    foreign = torch.nn.Parameter(torch.zeros(5, 7))
+    optimizer_of(monkeypatch, lambda parameters: [*parameters, foreign])
+    refuses(short, tmp_path / "run", "the optimizer has a parameter of shape [5, 7]")
+
+
+def test_an_optimizer_with_a_frozen_parameter_is_refused(short, tmp_path, monkeypatch, operate):
+    """As with all parameters of the model in place of model.optimized()."""
+    operate(lambda model: model.lm_head.requires_grad_(False))
+    kept, load_model = [], train.load_model
+
+    def noted(*args):
+        kept.append(load_model(*args))
+        return kept[0]
+
+    monkeypatch.setattr(train, "load_model", noted)
+    optimizer_of(monkeypatch, lambda parameters: [*kept[0].parameters()])
+    refuses(short, tmp_path / "run", "the optimizer has", "[320, 32]", "frozen")
+
+
+# ---- First values --------------------------------------------------------------------------------
+
+
+def test_a_new_parameter_without_first_values_is_refused_by_name(short, tmp_path, operate, no_step):
+    def surgery(model):
+        norm = model.model.layers[1].input_layernorm
+        assert not hasattr(norm, "reset_parameters")
+        norm.shift = torch.nn.Parameter(torch.zeros(32))
+
+    def merge(model):
+        del model.model.layers[1].input_layernorm.shift
+
+    operate(surgery, merge)
+    refuses(short, tmp_path / "run", "model.layers.1.input_layernorm.shift", "reset_parameters")
+
+
+def test_a_new_buffer_without_first_values_is_refused_by_name(short, tmp_path, operate, no_step):
+    def surgery(model):
+        model.model.norm.register_buffer("shift", torch.zeros(32))
+
+    def merge(model):
+        del model.model.norm.shift
+
+    operate(surgery, merge)
+    refuses(short, tmp_path / "run", "model.norm.shift")
+
+
+class Wrapper(torch.nn.Module):
+    """A layer within another one, whose weight thereby has another name."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_weight_under_another_name_is_refused_by_name(short, tmp_path, operate, no_step):
+    """Its values would not be read from the file."""
+
+    def surgery(model):
+        attention = model.model.layers[1].self_attn
+        attention.q_proj = Wrapper(attention.q_proj)
+
+    def merge(model):
+        attention = model.model.layers[1].self_attn
+        attention.q_proj = attention.q_proj.layer
+
+    operate(surgery, merge)
+    refuses(short, tmp_path / "run", f"{Q.format(1)}.")
+
+
+def test_a_weight_of_another_shape_is_refused_by_name(short, tmp_path, operate, no_step):
+    def surgery(model):
+        model.lm_head = torch.nn.Linear(32, 400, bias=False)
+
+    operate(surgery)
+    refuses(short, tmp_path / "run", "lm_head.weight")
+
+
+@pytest.fixture(scope="module")
+def adapted(base, tmp_path_factory) -> dict[str, Path]:
+    """Runs with adapters: on one rank, on two, and with another seed."""
+    folder = tmp_path_factory.mktemp("adapted")
+    values = base | {"eval_data": "", "save_every": 1, "keep_checkpoints": 0}
+    values |= {"learning_rate": 1e-2, "seed": 5}
+    done = run_script(LORA, values, folder / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (model_module, checks):
+            patch.setattr(module, "surgery", FORK["lora"])
+            patch.setattr(module, "merge", FORK["merge_lora"])
+        run(values, folder / "one")
+        run(values | {"seed": 6}, folder / "other seed")
+    return {name: folder / name for name in ("one", "two", "other seed")}
+
+
+def first_values(output: Path) -> dict[str, torch.Tensor]:
+    """The adapters after the first step, whose learning rate is 0."""
+    assert read_metrics(output)[0]["learning_rate"] == 0
+    tensors = read_checkpoint(output / "checkpoints" / "step_1")
+    return {name: t for name, t in tensors.items() if "lora" in name and "exp_avg" not in name}
+
+
+def test_first_values_are_the_same_on_any_number_of_ranks(adapted):
+    one, two = (first_values(adapted[name]) for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) == 4
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+
+
+def test_first_values_follow_the_seed_and_reset_parameters(adapted):
+    one, other = (first_values(adapted[name]) for name in ("one", "other seed"))
+    for name, tensor in one.items():
+        if name.endswith("lora_b"):
+            assert not tensor.any() and not other[name].any()
+        else:  # uniform in (−1, 1)
+            assert tensor.shape == (3, 32) and 0.8 < tensor.abs().max() <= 1
+            assert not torch.equal(tensor, other[name])
+            assert abs(tensor.mean()) < 0.25 and 0.45 < tensor.std() < 0.7
+    first, second = (one[f"model.{Q.format(layer)}.lora_a"] for layer in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_adapters_on_two_ranks_are_those_of_one(adapted, base):
+    one, two = (final_of(adapted[name]) for name in ("one", "two"))
+    for name, tensor in one.items():
+        assert (two[name] - tensor).abs().max() < 1e-5
+    assert_merged(base, adapted["two"])
+
+
+# ---- Sharded models, and resumed runs ------------------------------------------------------------
+
+
+def test_a_plain_parameter_in_a_sharded_model_is_refused_by_name(
+    short, tmp_path, monkeypatch, no_step
+):
+    """A single process that computes in bfloat16 has a sharded model, too."""
+    load_model = train.load_model
+
+    def and_plain_head(*args):
+        loaded = load_model(*args)
+        FORK["plain_head"](loaded)
+        return loaded
+
+    monkeypatch.setattr(train, "load_model", and_plain_head)
+    said = ("lm_head.weight", "do it in surgery(), in model.py")
+    refuses(short | {"dtype": "bfloat16"}, tmp_path / "run", *said)
+
+
+def test_a_plain_parameter_on_two_ranks_is_refused_by_name(short, tmp_path):
+    done = run_script(PLAIN_HEAD, short, tmp_path / "run")
+    assert done.returncode != 0 and "lm_head.weight" in done.stderr
+    assert "do it in surgery(), in model.py" in done.stderr
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_run_does_not_go_on_with_another_surgery(short, tmp_path, operate, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        for module in (model_module, checks):
+            frozen = lambda model: model.lm_head.requires_grad_(False)  # noqa: E731
+            patch.setattr(module, "surgery", frozen)
+        run(short, output)
+    shutil.rmtree(output / "final")
+    with pytest.raises(InputError, match="step_3 is of another run: other code"):
+        run(short, output)
+    with pytest.raises(InputError, match=r"of model\.lm_head\.weight.*--resume never"):
+        run(short | {"resume": "anyway"}, output)
+
+
+def test_a_run_with_adapters_goes_on_where_it_was(short, tmp_path, operate):
+    operate(FORK["lora"], FORK["merge_lora"])
+    run(short, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("final", "checkpoints/step_3", "checkpoints/step_2"):
+        shutil.rmtree(tmp_path / "cut" / name)
+    run(short, tmp_path / "cut")
+    whole, again = final_of(tmp_path / "whole"), final_of(tmp_path / "cut")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
