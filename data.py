@@ -171,18 +171,18 @@ def truncate(ids: list[list], max_length: int, max_prompt_length: int) -> list[l
 
 
 def prepare_rows(
-    batch: dict[str, list], numbers: list[int], source: str, columns: list[str], **how
+    batch: dict[str, list], indices: list[int], source: str, columns: list[str], **how
 ) -> dict[str, list]:
     """Rows of a source → the columns of a DataSet, and `status`: whole, truncated, or why a row is
-    dropped. numbers: of the rows; columns: of the numbers that a loss asks for; how: see
+    dropped. indices: of the rows; columns: of the numbers that a loss asks for; how: see
     prepare_row. Raises InputError, naming source and row."""
     prepared = []
-    for number, parsed in zip(numbers, parse_rows(batch, numbers, source, columns)):
-        prepared.append({"source": source, "row": number} | prepare_row(*parsed, **how))
+    for index, parsed in zip(indices, parse_rows(batch, indices, source, columns)):
+        prepared.append({"source": source, "row": index} | prepare_row(*parsed, **how))
     return {name: [row[name] for row in prepared] for name in prepared[0]}
 
 
-def prepare_row(place: str, columns: list[float], prompt, answers, tokenizer, end, limits) -> dict:
+def prepare_row(place: str, numbers: list[float], prompt, answers, tokenizer, end, limits) -> dict:
     """What parse_rows gives of a row → its token ids and status. end: see end_of_turn; limits:
     max_length and max_prompt_length."""
     ids, status = [[]], "refused by template"
@@ -205,7 +205,7 @@ def prepare_row(place: str, columns: list[float], prompt, answers, tokenizer, en
         if not (isinstance(error, TemplateError) and str(prompt).startswith("\n\nHuman:")):
             raise InputError(f"{place}: {error}") from None
     tokens = {"prompt": ids[0], "responses": ids[1:], "lengths": [len(part) for part in ids]}
-    return tokens | {"columns": columns, "status": status}
+    return tokens | {"columns": numbers, "status": status}
 
 
 # ---- Data sets -----------------------------------------------------------------------------------
@@ -253,16 +253,21 @@ class DataSet:
         return int((self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)).max())
 
     @functools.cached_property
-    def facts(self) -> tuple[str, int]:
-        """(fingerprint, highest token): SHA-256 over all that a step reads of the rows, equal if
-        and only if two runs train on the same; and the largest token id."""
-        digest, highest = hashlib.sha256(repr([*self.names, self.responses]).encode()), 0
+    def fingerprint(self) -> str:
+        """SHA-256 over all that a step reads of the rows: equal if and only if two runs train on
+        the same."""
+        digest = hashlib.sha256(repr([*self.names, self.responses]).encode())
         for table in self.rows.with_format("arrow").iter(batch_size=1000):
-            parts = [flat_column(table, n) for n in ("prompt", "responses", "lengths", "columns")]
-            for part in parts:
-                digest.update(part.tobytes())
-            highest = max(highest, int(parts[0].max()), int(parts[1].max()))
-        return digest.hexdigest(), highest
+            for column in ("prompt", "responses", "lengths", "columns"):
+                digest.update(flat_column(table, column).tobytes())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def highest_token(self) -> int:
+        """The largest token id."""
+        tables = self.rows.with_format("arrow").iter(batch_size=1000)
+        parts = (flat_column(table, name) for table in tables for name in ("prompt", "responses"))
+        return max(int(part.max()) for part in parts)
 
     def pack(self, indices: list[int]) -> "MicroBatch":
         """The rows at `indices`, packed."""
@@ -277,10 +282,6 @@ class DataSet:
     def indices(self, step: int) -> list[int]:
         """Of the rows of a step, on all ranks."""
         return [i for shares in self.schedule[step] for share in shares for i in share]
-
-    def text(self, step: int) -> str:
-        """The places of the rows of a step."""
-        return ", ".join(map(self.place, self.indices(step)))
 
     def place(self, index: int) -> str:
         """Where a row comes from."""
@@ -334,8 +335,9 @@ def load_data(
         raise InputError(f"no pairs are left: {report}")
     rows = rows.select(kept).remove_columns("status")
     data = DataSet(rows, options["columns"], report=report)
-    counts = [len(lengths) - 1 for lengths in rows["lengths"]]
-    if others := [index for index, count in enumerate(counts) if count != counts[0]]:
+    lengths = rows.select_columns("lengths").with_format("arrow")[:]["lengths"].combine_chunks()
+    counts = lengths.value_lengths().to_numpy() - 1
+    if others := np.flatnonzero(counts != counts[0]).tolist():
         problem = f"{data.place(others[0])}: {counts[others[0]]} responses"
         raise InputError(f"{problem}, but {counts[0]} in the first row: K must be the same in all")
     return data

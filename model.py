@@ -245,7 +245,9 @@ class TokenLogps(torch.autograd.Function):
         sum_dtype = torch.float32 if len(ctx.chunks) > 1 else weight.dtype
         sum_dtype = torch.promote_types(weight.dtype, sum_dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
+        grad_weight = None  # of a frozen head
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sum_dtype)
         for rows in reversed(ctx.chunks):
             if ctx.kept:
@@ -259,17 +261,14 @@ class TokenLogps(torch.autograd.Function):
             g = grad[rows, None]
             grad_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g).to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
-            if not ctx.needs_input_grad[1]:
-                pass  # the head is frozen
-            elif sum_dtype == weight.dtype:
+            if grad_weight is not None and sum_dtype == weight.dtype:
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
-            else:
+            elif grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[rows]
             if bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
             del softmax, grad_logits  # before the next chunk's
-        # Autograd casts them, and drops those of what is frozen.
-        return grad_hidden, grad_weight, grad_bias, None
+        return grad_hidden, grad_weight, grad_bias, None  # autograd casts them
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias) -> torch.Tensor:
@@ -299,9 +298,10 @@ def packed_attention(
     Returns (1, T, heads, d) and None, in place of weights.
     Raises InputError for attention with further terms.
     """
-    kwargs["attention_mask"] = attention_mask  # transformers gives none; a model's own has terms
-    known = ("softcap", "s_aux", "position_bias", "attention_mask")
-    extra = [key for key in known if kwargs.get(key) is not None]
+    # Transformers gives no mask; one that a model makes has terms of its own.
+    terms = ("attention_mask", "softcap", "s_aux", "position_bias")
+    given = kwargs | {"attention_mask": attention_mask}
+    extra = [term for term in terms if given.get(term) is not None]
     if micro_batch is None or extra:
         reason = ", ".join(extra) or "no segments arrived"
         raise InputError(f"packed attention cannot do what this model's does: {reason}")

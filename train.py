@@ -88,8 +88,9 @@ def train(config: Config) -> None:
     processes.start_group(device)
     start = find_start(config, made_of)
     if start.finished:
+        dist.destroy_process_group()
         say(f"{config.output_dir} holds this run, finished. To train again: --resume never")
-        return dist.destroy_process_group()
+        return
     log = Logger(config, start, made_of)
     torch.manual_seed(config.seed)  # for the first values of what surgery() adds
     model = load_model(source, device, dtype, config.replicas, config.activation_checkpointing)
@@ -141,9 +142,8 @@ def train(config: Config) -> None:
                 device, norms["grad_norm"], sigterm.is_set(), processes.peak_memory(device)
             )
             if not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"gradient norm {norm}. Step {step + 1}: {data.text(step)}"
-                )
+                places = ", ".join(map(data.place, data.indices(step)))
+                raise FloatingPointError(f"step {step + 1}: gradient norm {norm}. Pairs: {places}")
             optimizer.step()
             optimizer.zero_grad()
             model.refresh()
@@ -158,7 +158,8 @@ def train(config: Config) -> None:
             line |= mean_over_ranks(meter.rows) if logs else {}  # waits for the optimizer, too
             meter.stop(config.batch_size, data.tokens[data.indices(step)].sum())
             if logs:
-                line |= {k: float(v) for k, v in (norms | {"grad_norm": norm}).items()}
+                norms["grad_norm"] = norm  # on the host already
+                line |= {name: float(value) for name, value in norms.items()}
                 line["learning_rate"] = optimizer.param_groups[0]["lr"]
                 log.write(line | meter.speed() | {"peak_memory_gb": memory})
                 meter = Meter()

@@ -139,7 +139,7 @@ def main() -> None:
     if args.reference:
         reference_pairs = load_pairs(args.data, args.reference, **limits)
         for model, pairs in zip(args.models, inputs):
-            if pairs.facts != reference_pairs.facts:
+            if pairs.fingerprint != reference_pairs.fingerprint:
                 raise InputError(f"{model} and the reference {args.reference} read other tokens")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

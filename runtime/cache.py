@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -38,18 +39,19 @@ def locked(folder: Path) -> Iterator[bool]:
     it was sealed. One that is damaged is removed, with a line. Any number of processes may come
     here: they wait, not in a collective, whose timeout a long work would exceed."""
     lock = FileLock(f"{folder}.lock", mode=0o666)
-    try:
+    with contextlib.suppress(Timeout):
         lock.acquire(timeout=5)
-    except Timeout:
+    if not lock.is_locked:
         say(f"waiting for another process, which holds {folder}.lock")
         lock.acquire()
-    with lock:
-        lock.release()  # of the two times that it is held
+    try:
         intact = is_intact(folder)
         if folder.exists() and not intact:
             say(f"{folder} is damaged or was not finished: it is made anew")
             shutil.rmtree(folder)
         yield intact
+    finally:
+        lock.release()
 
 
 def seal(folder: Path) -> None:
@@ -70,17 +72,20 @@ def is_intact(folder: Path) -> bool:
         return False
 
 
-def file_digest(path: Path) -> str:
-    """XXH3 of a file, which is fast and finds damage, but no forgery."""
+def file_digest(path: Path, algorithm: Callable = xxhash.xxh3_128) -> str:
+    """The digest of a file: by default XXH3, which is fast and finds damage, but no forgery."""
     status = path.stat()
-    return digest_once(path, status.st_size, status.st_mtime_ns)
+    return digest_once(path, status.st_size, status.st_mtime_ns, algorithm)
 
 
 @functools.cache
-def digest_once(path: Path, size: int, time: int) -> str:
-    """file_digest, read again only if the file's size or its time in ns changes."""
-    digest = xxhash.xxh3_128()
+def digest_once(path: Path, size: int, time: int, algorithm: Callable) -> str:
+    """file_digest, made again only if the file's size or its time in ns changes."""
     with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def files_digest(paths: list[Path]) -> str:
+    """SHA-256 over the contents of files."""
+    digests = [bytes.fromhex(file_digest(path, hashlib.sha256)) for path in paths]
+    return hashlib.sha256(b"".join(digests)).hexdigest()

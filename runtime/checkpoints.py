@@ -29,7 +29,7 @@ from runtime.cache import file_digest
 from runtime.errors import InputError
 from runtime.identity import VERSIONS
 from runtime.log import lock_folder, read_lines, sync, write_whole
-from runtime.processes import say
+from runtime.processes import gather, say
 
 # What may differ between a run and its resumption: none of these changes the pairs of a step or
 # their gradient. (Of the held-out data and the chat template, the content is compared and not the
@@ -51,9 +51,9 @@ SCHEDULED = ("params", "param_names", "lr", "initial_lr")  # of a group of param
 @dataclass
 class Start:
     """checkpoint: the one to resume from, or None; step: the steps that it has; changed: whether
-    it is of another run, which --resume anyway accepts; evaluated: whether metrics.jsonl has the
-    evaluation after that step; finished: whether nothing is left to do; lock: see lock_folder, on
-    rank 0."""
+    it, or metrics.jsonl, is of another run, which --resume anyway accepts; evaluated: whether
+    metrics.jsonl has the evaluation after that step; finished: whether nothing is left to do; lock:
+    see lock_folder, on rank 0."""
 
     checkpoint: Path | None = None
     step: int = 0
@@ -140,7 +140,6 @@ def choose_start(config, made_of: dict[str, str]) -> Start:
 def set_aside(output: Path) -> None:
     """Rename the folder of a run, so that nothing of it is lost. Raises InputError for a folder
     that is none, or that holds other things, too."""
-    os.close(lock_folder(output))  # no run writes to it
     folder, names = output.resolve(), {path.name for path in output.iterdir()} - {".lock"}
     if not names:
         return
@@ -148,6 +147,7 @@ def set_aside(output: Path) -> None:
     if strange or Path.cwd().resolve().is_relative_to(folder):
         holds = f"it holds {sorted(strange)[0]}" if strange else "it is the working directory"
         raise InputError(f"--resume never sets aside the folder of a run; not {output}: {holds}")
+    os.close(lock_folder(output))  # no run writes to it
     target = f"{folder}.{datetime.now():%Y%m%d-%H%M%S}"
     while Path(target).exists():
         target += "-"
@@ -156,16 +156,21 @@ def set_aside(output: Path) -> None:
 
 def check_finished(output: Path, config, made_of: dict[str, str]) -> None:
     """Raise InputError if the finished run in output_dir is not the one that is asked for."""
-    try:
-        text = (output / "config.yaml").read_text()
-        head = dict(line[2:].split(": ", 1) for line in text.splitlines() if line[:2] == "# ")
-        changed = differences(config, made_of, head | yaml.safe_load(text))
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        changed = ["its config.yaml cannot be read"]
-    if changed:
+    if changed := differences(config, made_of, last_start(output)):
         advice = "Use another --output_dir, or --resume never, which sets it aside"
         problem = f"{output} holds a finished run, which is another one: {'; '.join(changed)}"
         raise InputError(f"{problem}. {advice}")
+
+
+def last_start(output: Path) -> dict:
+    """The settings of the last start in output_dir and what it was made of, from config.yaml; {} if
+    that cannot be read."""
+    try:
+        text = (output / "config.yaml").read_text()
+        head = dict(line[2:].split(": ", 1) for line in text.splitlines() if line[:2] == "# ")
+        return head | yaml.safe_load(text)
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}
 
 
 def differences(config, made_of: dict[str, str], before: dict) -> list[str]:
@@ -191,7 +196,11 @@ def start_from(checkpoint: Path, config, made_of: dict[str, str]) -> Start:
     if others := {k: old for k, old in state["versions"].items() if old != VERSIONS.get(k)}:
         was = ", ".join(f"{k} was {old}, is {VERSIONS.get(k)}" for k, old in others.items())
         say(f"going on with other versions: {was}", file=sys.stderr)
-    lines = read_lines(checkpoint.parents[1] / "metrics.jsonl")
+    # The lines of metrics.jsonl are those of the last start, which another run may have made.
+    output = checkpoint.parents[1]
+    if before := last_start(output):
+        changed = changed or differences(config, made_of, before)
+    lines = read_lines(output / "metrics.jsonl")
     evaluated = any(line["step"] == step and "eval/loss" in line for line in lines)
     return Start(checkpoint, step, bool(changed), evaluated and not changed)
 
@@ -286,8 +295,8 @@ class TrainerState:
         folder = output / "checkpoints" / f"step_{step}"
         scratch = folder.with_name(folder.name + ".part")
         tensors, states, groups = self.entries()
-        strange = [name for name, t in tensors.items() if not local(t).isfinite().all()]
-        if strange := sum(gather(strange), []):
+        mine = [name for name, t in tensors.items() if not local(t).isfinite().all()]
+        if strange := sum(gather(mine), []):
             raise FloatingPointError(f"{strange[0]} is not finite after step {step}: not saved")
         if dist.get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -362,13 +371,6 @@ class TrainerState:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gather(mine) -> list:
-    """An object of every rank. Collective."""
-    every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    return every
 
 
 def settings(group: dict) -> dict:

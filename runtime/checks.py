@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
@@ -13,6 +12,7 @@ from data import DataSet, MicroBatch, pack
 from model import PackedModel, build_model, merge, packed_attention, surgery
 from runtime.errors import InputError
 from runtime.identity import code_digest
+from runtime.processes import max_over_ranks
 from runtime.weights import (
     load_config,
     model_fingerprint,
@@ -39,15 +39,15 @@ def digests(
         raise InputError(
             f"max_length={config.max_length} exceeds the model's {positions} positions"
         )
-    highest = max(data.facts[1], heldout.facts[1] if heldout else 0)
+    highest = max(data.highest_token, heldout.highest_token if heldout else 0)
     if highest >= text.vocab_size:
         problem = f"the tokenizer gives token {highest}, the model has {text.vocab_size}"
         raise InputError(f"{source}: {problem}: they do not belong together")
     with torch.device("meta"):
         needed = stored_tensors(build_model(model_config).model)
     weights_folder(source, needed)
-    found = tokenizer_digests(tokenizer) | {"training tokens": data.facts[0]}
-    found |= {"held-out tokens": heldout.facts[0] if heldout else ""}
+    found = tokenizer_digests(tokenizer) | {"training tokens": data.fingerprint}
+    found |= {"held-out tokens": heldout.fingerprint if heldout else ""}
     found |= {"model files": model_fingerprint(source), "code": code_digest()}
     return found | {"dtype in use": str(dtype).removeprefix("torch.")}
 
@@ -61,9 +61,9 @@ def check_loss(
     if heldout and heldout.responses != count:
         raise InputError(f"train_data has {count} responses a row, eval_data {heldout.responses}")
     logps, lengths = torch.arange(-2.0 * count, 0), torch.ones(2, count, dtype=torch.int64)
-    columns = {
-        name: torch.zeros(2, count) if name == "reference" else torch.zeros(2) for name in asked
-    }
+    columns = {name: torch.tensor([1.0, 2.0]) for name in asked}
+    if "reference" in asked:
+        columns["reference"] = -torch.ones(2, count)
 
     def losses(*pairs: int) -> torch.Tensor:
         given = {name: values[[*pairs]] for name, values in columns.items()}
@@ -77,7 +77,7 @@ def check_loss(
         raise InputError(
             f"a loss must be one number for each pair; of 2 pairs it has {[*both.shape]}"
         )
-    if not torch.allclose(both, alone, rtol=1e-4):
+    if not torch.allclose(both, alone, rtol=1e-4, equal_nan=True):
         problem = "a pair's loss depends on the other pairs of its micro-batch"
         raise InputError(f"{problem}: another split of the batch would give another gradient")
 
@@ -85,8 +85,8 @@ def check_loss(
 def check_trainable(model: PackedModel, optimizer, name: str) -> None:
     """Raise InputError, naming a parameter, if training the model would not be what it seems: if
     its export would not have the names and shapes of the model that it was loaded from, which
-    `name` is; if a parameter stands outside the sharded model, where ranks would diverge; or if the
-    optimizer has other parameters than those that require a gradient."""
+    `name` is; if a parameter stands outside the sharded model, where ranks would diverge; if it
+    has dropout; or if the optimizer has other parameters than those that require a gradient."""
     with torch.device("meta"):
         config = load_config(name)
         rebuilt = build_model(config).model
@@ -106,6 +106,12 @@ def check_trainable(model: PackedModel, optimizer, name: str) -> None:
             raise InputError(
                 f"{key} was added to the loaded model: do it in surgery(), in model.py"
             )
+    for key, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            problem = (
+                f"{key} drops values at random: a gradient would depend on how a batch is split"
+            )
+            raise InputError(f"{problem}, and on a resume. Take it out in surgery(), in model.py")
     names = {parameter: key for key, parameter in model.optimized().items()}
     moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if strange := [[*parameter.shape] for parameter in moved if parameter not in names]:
@@ -145,6 +151,7 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
     others = [[tokens(len(prompt)), *responses] for prompt, *responses in rows]
     first = sizes[0][1]  # tokens of the response that is changed
     leaky = [[rows[0][0], tokens(first), *rows[0][2:]], *rows[1:]]
+    long = [tokens(100), *(tokens(60 - 20 * (number % 2)) for number in range(count))]
     exact = model.dtype == torch.float32
     limits = {"repeated": 1e-3, "leaking": 1e-4, "relative": 0.01 if exact else 0.3}
     limits |= {"absolute": 1e-3 if exact else 0.05, "head": 0.0, "attention": 0.1}
@@ -157,12 +164,11 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
         found["leaking"] = (packed - leaked)[first:].abs().max() / effect
         found |= {"relative": difference / effect, "absolute": difference}
         found["head"] = model.call(head_difference, torch.tensor(rows[0][0], device=device))
-        found["attention"] = attention_difference(model, pack([rows[0], others[0]]).to(device))
+        found["attention"] = attention_difference(model, pack([rows[0], long]).to(device))
         found = {key: value.nan_to_num(torch.inf).item() for key, value in found.items()}
         limits["leaking"] += 3 * found["repeated"]  # kernels of experts are not always bit-stable
-        rounds = torch.tensor(found["absolute"] > limits["absolute"], device=device)
-        dist.all_reduce(rounds, op=dist.ReduceOp.MAX)  # what follows is collective
-        if rounds:
+        (above,) = max_over_ranks(device, found["absolute"] > limits["absolute"])
+        if above:  # on one rank or more: what follows is collective
             limits["absolute"] = max(limits["absolute"], 5 * own_difference(model, rows))
     except torch.OutOfMemoryError:
         raise

@@ -19,8 +19,8 @@ import yaml
 from loss import LOSSES
 from runtime.cache import cache_path
 from runtime.errors import InputError
+from runtime.identity import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 DISK_FAULTS += (errno.EEXIST, errno.ENOTDIR)  # a file where a folder should be
 

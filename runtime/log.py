@@ -24,8 +24,8 @@ class Logger:
     above 0, nothing. Never waits for other ranks.
 
     start: see checkpoints.Start; made_of: see checks.digests. Lines of steps that are made
-    again go. If the run goes on despite changes, the lines until then move to
-    metrics-until-step_N.jsonl.
+    again go. If the run goes on despite changes, the lines until then
+    move to metrics-until-step_N.jsonl.
     """
 
     def __init__(self, config, start, made_of: dict[str, str]):
@@ -45,11 +45,14 @@ class Logger:
         self.path, kept = output / "metrics.jsonl", []
         if start.checkpoint:  # without one, the lines are another run's
             kept = [line for line in read_lines(self.path) if line["step"] <= start.step]
-        names = ("", *(f"_{number}" for number in range(2, 10**6)))
-        before = (output / f"metrics-until-step_{start.step}{name}.jsonl" for name in names)
         if start.changed and self.path.exists():
-            os.replace(self.path, next(path for path in before if not path.exists()))
-        kept = [] if start.changed else kept
+            before, number = output / f"metrics-until-step_{start.step}.jsonl", 1
+            while before.exists():
+                number += 1
+                before = before.with_name(f"metrics-until-step_{start.step}_{number}.jsonl")
+            os.replace(self.path, before)
+            tqdm.write(f"the lines of metrics.jsonl until now are in {before}", file=sys.stderr)
+            kept = []
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.evaluations = [line for line in kept if "eval/loss" in line]
         resumed = bool(start.checkpoint) and not start.changed
@@ -57,8 +60,8 @@ class Logger:
 
     def begin(self, step: int, last: int) -> None:
         """Show the progress, from `step` steps to the last."""
-        bar = {"total": last, "initial": step, "unit": "step", "disable": not self.on}
-        self.progress = tqdm(desc="SimPER", **bar)
+        off = not self.on
+        self.progress = tqdm(desc="SimPER", total=last, initial=step, unit="step", disable=off)
 
     def write(self, metrics: dict) -> None:
         """Log one line; `metrics` has the key "step"."""
@@ -90,9 +93,9 @@ class Logger:
     def close(self) -> str:
         """End the log. Returns the first and the last held-out metrics as a table, or "" on other
         ranks and without two evaluations."""
-        self.progress.close()
         if not self.on:
             return ""
+        self.progress.close()
         self.to_wandb("finish")
         os.close(self.lock)
         if len(self.evaluations) < 2:

@@ -118,6 +118,13 @@ def max_over_ranks(device: torch.device, *values) -> list[float]:
     return maxima.tolist()
 
 
+def gather(mine) -> list:
+    """An object of every rank. Collective."""
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
+
+
 def peak_memory(device: torch.device) -> float:
     """GB that this process had at most: allocated on its GPU, or resident on the host."""
     if device.type == "cuda":

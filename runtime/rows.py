@@ -1,18 +1,16 @@
 """Sources (files, folders, the hub) → rows → a prompt and its answers."""
 
-import functools
 import glob
 import gzip
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 
-from runtime.cache import cache_folder, locked, seal
+from runtime.cache import cache_folder, files_digest, locked, seal
 from runtime.errors import InputError
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -72,21 +70,6 @@ def load_folder(path: str, split: str) -> datasets.Dataset:
     return rows
 
 
-def files_digest(paths: list[Path]) -> str:
-    """SHA-256 over the contents of files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(file_digest(path, path.stat().st_size, path.stat().st_mtime_ns))
-    return digest.hexdigest()
-
-
-@functools.cache
-def file_digest(path: Path, size: int, time: int) -> bytes:
-    """SHA-256 of a file, read again only if its size or its time in ns changes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
 def load_file(path: str, kind: str | None) -> datasets.Dataset:
     """The rows of one local file; kind: of FILE_TYPES, or None for another. Raises InputError if
     it is missing, of another type, malformed or without rows."""
@@ -123,7 +106,7 @@ def load_file(path: str, kind: str | None) -> datasets.Dataset:
 def map_rows(
     rows: datasets.Dataset, function: Callable, options: dict, features: datasets.Features, key: str
 ) -> datasets.Dataset:
-    """function(batch of rows, their numbers, **options) of all rows. Kept in the cache as `key`: of
+    """function(batch of rows, their indices, **options) of all rows. Kept in the cache as `key`: of
     several processes, one works while the others wait."""
     folder = cache_folder("tokenized") / key
     with locked(folder) as intact:
@@ -166,23 +149,23 @@ def raise_by_line(path: str, content: bytes, error: Exception) -> None:
 
 
 def parse_rows(
-    batch: dict[str, list], numbers: list[int], source: str, columns: list[str]
+    batch: dict[str, list], indices: list[int], source: str, columns: list[str]
 ) -> list[tuple]:
     """Rows of a source → for each (its place, the numbers that a loss asks for in `columns`,
     prompt, answers), the last two by parse_row; for a row that is dropped, None and the reason.
-    numbers: of the rows. Raises InputError, naming source and row."""
+    Raises InputError, naming source and row."""
     parsed = []
     try:
         rows = [*zip(*batch.values())]
     except UnicodeDecodeError as error:
-        raise InputError(f"{source}, rows {numbers[0]} to {numbers[-1]}: {error}") from None
-    for number, values in zip(numbers, rows):
-        row, place = dict(zip(batch, values)), f"{source}, row {number}"
+        raise InputError(f"{source}, rows {indices[0]} to {indices[-1]}: {error}") from None
+    for index, values in zip(indices, rows):
+        row, place = dict(zip(batch, values)), f"{source}, row {index}"
         try:
-            asked = [read_number(row, column) for column in columns]
-            parsed.append((place, asked, *parse_row(row)))
+            numbers = [read_number(row, column) for column in columns]
+            parsed.append((place, numbers, *parse_row(row)))
         except Dropped as reason:
-            parsed.append((place, asked, None, str(reason)))
+            parsed.append((place, numbers, None, str(reason)))
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
     return parsed
@@ -191,7 +174,8 @@ def parse_rows(
 def read_number(row: dict, column: str) -> float:
     """The number that a loss asks for by the name of its column; a CSV file has it as text."""
     try:
-        if not isinstance(row[column], bool) and math.isfinite(number := float(row[column])):
+        # As float32, in which a loss gets it.
+        if not isinstance(row[column], bool) and abs(number := float(row[column])) < 3.4e38:
             return number
     except KeyError:
         raise InputError(f"the loss asks for the column '{column}', which is not there") from None

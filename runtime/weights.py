@@ -19,9 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from runtime.cache import cache_folder, locked, seal
+from runtime.cache import cache_folder, files_digest, locked, seal
 from runtime.errors import InputError
-from runtime.rows import files_digest
 
 FILE_BYTES = 2**30  # of an exported file, unless one tensor is larger
 

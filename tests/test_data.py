@@ -659,7 +659,7 @@ def test_blank_text_is_empty_text(write):
 
 def test_fingerprint_is_of_the_tokens_and_their_order(write):
     def of(*rows):
-        return DataSet(make_rows(*rows)).facts[0]
+        return DataSet(make_rows(*rows)).fingerprint
 
     one, two = ([1, 2], [3, 4], [5]), ([6], [7], [8, 9])
     hashes = [
@@ -682,7 +682,7 @@ def test_fingerprint_is_of_the_tokens_and_their_order(write):
         write([IMPLICIT], "b.jsonl"),
         write([IMPLICIT, TEXT], "c.jsonl"),
     )
-    same, equal, longer = (load_data(source, CHAT, 200, 100).facts[0] for source in sources)
+    same, equal, longer = (load_data(source, CHAT, 200, 100).fingerprint for source in sources)
     assert same == equal != longer
 
 

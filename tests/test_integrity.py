@@ -291,6 +291,38 @@ def test_a_loss_that_depends_on_other_pairs_is_refused(base, tmp_path, monkeypat
         run(base | {"max_steps": 2}, tmp_path / "run")
 
 
+def test_dropout_is_refused(base, tmp_path, monkeypatch):
+    """Also where the forward at the start does not show it, as behind LoRA's B = 0."""
+    import model
+    from runtime import checks
+
+    def surgery(of):
+        of.model.layers[1].adapter = torch.nn.Dropout(0.1)
+
+    def merge(of):
+        if hasattr(of.model.layers[1], "adapter"):
+            del of.model.layers[1].adapter
+
+    for place in (model, checks):
+        monkeypatch.setattr(place, "surgery", surgery)
+        monkeypatch.setattr(place, "merge", merge)
+    with pytest.raises(InputError, match="layers.1.adapter drops values at random"):
+        run(base | {"max_steps": 2}, tmp_path / "run")
+
+
+def test_lines_of_another_run_are_not_taken_for_its_own(saved, tmp_path):
+    """A start with --resume anyway that ended before its first checkpoint has left an evaluation
+    after step 2; the run then goes on with its own settings."""
+    values, output = saved
+    shutil.copytree(output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_4")
+    other = values | {"loss": "sft", "eval_data": values["train_data"], "resume": "anyway"}
+    run(other | {"save_every": 0}, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    lines = run(values, tmp_path / "run")
+    assert [(line["step"], "eval/loss" in line) for line in lines] == [(3, False), (4, False)]
+
+
 def test_the_code_of_tokens_includes_what_it_imports(monkeypatch):
     """A parser in a file of its own at the top level, and a compiled pattern."""
     import re as regex

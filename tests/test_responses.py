@@ -256,7 +256,7 @@ def test_a_pair_is_a_row_of_two_responses(tmp_path):
     source = write(tmp_path / "pair.jsonl", [pair])
     other = write(tmp_path / "two.jsonl", [FORMS["text"](WORDS[:2])])
     assert tokens(source) == tokens(other)
-    assert load_data(source, CHAT, 96, 60).facts == load_data(other, CHAT, 96, 60).facts
+    assert load_data(source, CHAT, 96, 60).fingerprint == load_data(other, CHAT, 96, 60).fingerprint
 
 
 @pytest.mark.parametrize(

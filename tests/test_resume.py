@@ -119,8 +119,8 @@ def test_another_number_of_ranks_resumes(base, three_steps, tmp_path, started, r
 # ---- Any optimizer -------------------------------------------------------------------------------
 
 
-class Rounded(torch.optim.Optimizer):
-    """Momentum that is kept in bfloat16, with the number of steps as a Python number."""
+class EachParameter(torch.optim.Optimizer):
+    """An optimizer whose `move` takes one parameter's step."""
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
@@ -129,15 +129,18 @@ class Rounded(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state["steps"] = 0
-                    state["momentum"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-                state["steps"] += 1
-                state["momentum"].mul_(0.9).add_(parameter.grad.to(torch.bfloat16))
-                parameter.sub_(
-                    state["momentum"].to(parameter.dtype), alpha=group["lr"] / state["steps"]
-                )
+                self.move(parameter, self.state[parameter], group["lr"])
+
+
+class Rounded(EachParameter):
+    """Momentum that is kept in bfloat16, with the number of steps as a Python number."""
+
+    def move(self, parameter, state, rate):
+        if not state:
+            state |= {"steps": 0, "momentum": torch.zeros_like(parameter, dtype=torch.bfloat16)}
+        state["steps"] += 1
+        state["momentum"].mul_(0.9).add_(parameter.grad.to(torch.bfloat16))
+        parameter.sub_(state["momentum"].to(parameter.dtype), alpha=rate / state["steps"])
 
 
 def placements(tensor: torch.Tensor):
@@ -145,33 +148,27 @@ def placements(tensor: torch.Tensor):
     return getattr(tensor, "placements", None)
 
 
-class Factored(torch.optim.Optimizer):
+class Factored(EachParameter):
     """Keeps of a matrix the mean square of every row, which is sharded as the rows are, and of
     every column, which each rank has as a whole. (On two ranks torch's Adafactor cannot take a
     step.)"""
 
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state, squares = self.state[parameter], parameter.grad.square() + 1e-12
-                means = {"row": squares.mean(dim=-1), "column": squares.mean(dim=0)}
-                if parameter.ndim == 1:
-                    means = {"square": squares}
-                elif isinstance(parameter, DTensor):
-                    whole = [Replicate()] * parameter.device_mesh.ndim
-                    means["column"] = means["column"].redistribute(placements=whole)
-                for key, mean in means.items():
-                    assert key not in state or placements(state[key]) == placements(mean), key
-                    state[key] = 0.9 * state[key] + 0.1 * mean if key in state else mean
-                if parameter.ndim == 1:
-                    scale = state["square"]
-                else:
-                    scale = (state["row"][:, None] * state["column"]).sqrt()
-                parameter.sub_(parameter.grad / (scale + 1e-3), alpha=group["lr"])
+    def move(self, parameter, state, rate):
+        squares = parameter.grad.square() + 1e-12
+        means = {"row": squares.mean(dim=-1), "column": squares.mean(dim=0)}
+        if parameter.ndim == 1:
+            means = {"square": squares}
+        elif isinstance(parameter, DTensor):
+            whole = [Replicate()] * parameter.device_mesh.ndim
+            means["column"] = means["column"].redistribute(placements=whole)
+        for key, mean in means.items():
+            assert key not in state or placements(state[key]) == placements(mean), key
+            state[key] = 0.9 * state[key] + 0.1 * mean if key in state else mean
+        if parameter.ndim == 1:
+            scale = state["square"]
+        else:
+            scale = (state["row"][:, None] * state["column"]).sqrt()
+        parameter.sub_(parameter.grad / (scale + 1e-3), alpha=rate)
 
 
 class Counting(torch.optim.SGD):
@@ -473,6 +470,8 @@ def test_resume_with_another_model_or_template_says_so(base, three_steps, model_
     state = checkpoints.read_state(checkpoint)
     state["config"]["model"] = str(tmp_path / "model")
     checkpoints.write_state(checkpoint, state)
+    text = (output / "config.yaml").read_text().replace(base["model"], str(tmp_path / "model"))
+    (output / "config.yaml").write_text(text)
     values = base | {"max_steps": 3, "model": str(tmp_path / "model")}
     make_model("llama", seed=1).save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="another run: other model files. Use"):
