@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from runtime import rows as reading
 from runtime.errors import InputError
 from runtime.identity import code_digest
 from runtime.rows import DROPPED, load_rows, map_rows, parse_rows
@@ -313,8 +312,7 @@ def load_data(
     features |= {"row": datasets.Value("int64"), "status": text}
     options = {"limits": (max_length, max_prompt_length), "columns": [*columns]}
     # With the code: a fork that edits it never meets a stale cache.
-    code = code_digest(sys.modules[__name__], reading)
-    what = (tokenizer_digests(tokenizer), options, code)
+    what = (tokenizer_digests(tokenizer), options, code_digest(sys.modules[__name__]))
     options |= {"tokenizer": tokenizer, "end": end_of_turn(tokenizer)}
     parts = []
     for source in map(str.strip, sources.strip(" ,").split(",")):

@@ -26,7 +26,7 @@ def simper_loss(token_logps: torch.Tensor, lengths: torch.Tensor) -> torch.Tenso
 
     Each side's weight is its own inverse perplexity, at most 1: a response that is already unlikely
     is pushed less. Unlike DPO, it has no reference model; unlike SimPO, no margin γ; unlike
-    both, no β and no sigmoid that couples the two sides. Nothing is left to tune.
+    both, no β and no sigmoid that couples the two sides. It has no hyperparameter.
     """
     mean_logps = sum_logps(token_logps, lengths) / lengths  # the length normalization
     chosen, rejected = mean_logps.exp().unbind(dim=1)  # inverse perplexities

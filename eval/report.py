@@ -28,9 +28,10 @@ from pathlib import Path
 import yaml
 
 from eval.judge import URL
+from runtime.cache import file_digest
 from runtime.command_line import run_command
 from runtime.errors import InputError
-from runtime.log import write_whole
+from runtime.log import read_config, write_whole
 from runtime.weights import model_fingerprint, resolve_model
 
 
@@ -126,8 +127,7 @@ def parse_engine_args(text: str) -> dict:
 
 
 def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(Path(path), hashlib.sha256)
 
 
 def read_records(path: Path) -> list[dict]:
@@ -140,26 +140,23 @@ def read_records(path: Path) -> list[dict]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def run_config(model: str) -> str:
-    """The config.yaml of the run whose final/ `model` is; "" for any other model."""
+def run_config(model: str) -> dict:
+    """read_config of the run whose final/ `model` is; {} for any other model."""
     final = Path(resolve_model(model)).resolve()
-    config = final.parent / "config.yaml"
-    return config.read_text() if final.name == "final" and config.is_file() else ""
+    return read_config(final.parent) if final.name == "final" else {}
 
 
 def start_model(model: str) -> str:
     """The model that training started from, by the config.yaml of the run whose final/ `model` is;
     of any other model the model itself."""
-    values = yaml.safe_load(run_config(model))
-    return values.get("model", model) if isinstance(values, dict) else model
+    return run_config(model).get("model", model)
 
 
 def made_by(model: str) -> dict[str, str]:
-    """The digest of the code and the commit of the run whose final/ `model` is, by the head of its
-    config.yaml; {} for any other model."""
-    head = [line for line in run_config(model).splitlines() if line.startswith("# ")]
-    values = dict(line[2:].partition(": ")[::2] for line in head)
-    return {name: values[name] for name in ("code", "commit") if name in values}
+    """The digest of the code and the commit of the run whose final/ `model` is; {} for any other
+    model."""
+    config = run_config(model)
+    return {name: config[name] for name in ("code", "commit") if name in config}
 
 
 def print_scores(columns: list[tuple[str, dict[str, float], dict[str, float]]]) -> None:

@@ -21,14 +21,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
-import yaml
 from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
 from tqdm import tqdm
 
 from runtime.cache import file_digest
 from runtime.errors import InputError
 from runtime.identity import VERSIONS
-from runtime.log import lock_folder, read_lines, sync, write_whole
+from runtime.log import lock_folder, read_config, read_lines, sync, write_whole
 from runtime.processes import gather, say
 
 # What may differ between a run and its resumption: none of these changes the pairs of a step or
@@ -156,21 +155,10 @@ def set_aside(output: Path) -> None:
 
 def check_finished(output: Path, config, made_of: dict[str, str]) -> None:
     """Raise InputError if the finished run in output_dir is not the one that is asked for."""
-    if changed := differences(config, made_of, last_start(output)):
+    if changed := differences(config, made_of, read_config(output)):
         advice = "Use another --output_dir, or --resume never, which sets it aside"
         problem = f"{output} holds a finished run, which is another one: {'; '.join(changed)}"
         raise InputError(f"{problem}. {advice}")
-
-
-def last_start(output: Path) -> dict:
-    """The settings of the last start in output_dir and what it was made of, from config.yaml; {} if
-    that cannot be read."""
-    try:
-        text = (output / "config.yaml").read_text()
-        head = dict(line[2:].split(": ", 1) for line in text.splitlines() if line[:2] == "# ")
-        return head | yaml.safe_load(text)
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return {}
 
 
 def differences(config, made_of: dict[str, str], before: dict) -> list[str]:
@@ -198,7 +186,7 @@ def start_from(checkpoint: Path, config, made_of: dict[str, str]) -> Start:
         say(f"going on with other versions: {was}", file=sys.stderr)
     # The lines of metrics.jsonl are those of the last start, which another run may have made.
     output = checkpoint.parents[1]
-    if before := last_start(output):
+    if before := read_config(output):
         changed = changed or differences(config, made_of, before)
     lines = read_lines(output / "metrics.jsonl")
     evaluated = any(line["step"] == step and "eval/loss" in line for line in lines)

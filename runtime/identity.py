@@ -26,8 +26,10 @@ def code_digest(*modules: ModuleType) -> str:
     core = [found[f] for f, path in files.items() if path.parent in (ROOT, ROOT / "runtime")]
     wanted = [*modules] or core
     for module in wanted:  # which grows
-        used = {getattr(value, "__module__", None) for value in vars(module).values()}
-        wanted += [other for other in core if other.__name__ in used and other not in wanted]
+        used = [*vars(module).values()]
+        names = {getattr(value, "__module__", None) for value in used}
+        used += [other for other in core if other.__name__ in names]
+        wanted += [other for other in core if other in used and other not in wanted]
     parts = []
     for module in sorted(wanted, key=lambda module: str(module.__file__)):
         for name, value in sorted(vars(module).items()):

@@ -123,6 +123,17 @@ def lock_folder(folder: Path) -> int:
     return lock
 
 
+def read_config(output: Path) -> dict:
+    """What config.yaml says of the last start in output_dir: its settings, and by its head what it
+    was made of; {} if that cannot be read."""
+    try:
+        text = (output / "config.yaml").read_text()
+        head = [line[2:].partition(": ")[::2] for line in text.splitlines() if line[:2] == "# "]
+        return dict(head) | yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError):
+        return {}
+
+
 def read_lines(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl that are whole: one may have been cut off."""
     lines = []
