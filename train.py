@@ -26,7 +26,7 @@ from data import DataSet, MicroBatch, load_data, make_schedule, spread_rows
 from loss import LOSSES, sum_logps
 from model import PackedModel, compile_blocks, export, load_model
 from runtime import command_line, processes
-from runtime.checkpoints import TrainerState, find_start
+from runtime.checkpoints import Start, TrainerState, find_start
 from runtime.checks import check_forward, check_loss, check_trainable, digests
 from runtime.command_line import choose_loss
 from runtime.errors import InputError
@@ -108,9 +108,7 @@ def train(config: Config) -> None:
 
     # ---- Training
     last, stop = len(data.schedule), False
-    evaluate_at = {last, *range(0, last, config.eval_every or last)} if heldout else set()
-    evaluate_at |= {start.step} if heldout and start.changed else set()  # of new curves
-    evaluate_at -= {start.step} if start.evaluated else set()
+    evaluate_at = evaluation_steps(config, start, last) if heldout else set()
     meter, sigterm = Meter(), processes.watch_sigterm()
     batches = data.batches(start.step, rank)
     log.begin(start.step, last)
@@ -138,9 +136,8 @@ def train(config: Config) -> None:
             norms = gradient_metrics(model)
             clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norms["grad_norm"])
             batches = data.batches(step + 1, rank)  # before the host waits for the GPU
-            norm, stop, memory = processes.max_over_ranks(
-                device, norms["grad_norm"], sigterm.is_set(), processes.peak_memory(device)
-            )
+            mine = norms["grad_norm"], sigterm.is_set(), processes.peak_memory(device)
+            norm, stop, memory = processes.max_over_ranks(device, *mine)
             if not math.isfinite(norm):
                 places = ", ".join(map(data.place, data.indices(step)))
                 raise FloatingPointError(f"step {step + 1}: gradient norm {norm}. Pairs: {places}")
@@ -201,6 +198,17 @@ def load_data_sets(
             raise InputError(f"eval_data: {error}") from None
     check_loss(loss_function, asked, data, heldout)
     return data, heldout
+
+
+def evaluation_steps(config: Config, start: Start, last: int) -> set[int]:
+    """After how many of the `last` steps the held-out pairs are evaluated: the first evaluation of
+    changed curves is where they start, and what metrics.jsonl has is not made again."""
+    every = {last, *range(0, last, config.eval_every or last)}
+    if start.changed:
+        every.add(start.step)
+    if start.evaluated:
+        every.discard(start.step)
+    return every
 
 
 def share_of_peak(step: int, last: int, warmup_ratio: float) -> float:
