@@ -120,8 +120,8 @@ def test_flags_reach_the_model(base, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "compile_blocks", compiled)
     monkeypatch.setattr(checks, "pack", lambda rows: packed.extend(rows) or pack(rows))
     heldout = tmp_path / "heldout.jsonl"
-    heldout.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "0123" * 20}))
-    flags = {"dtype": "bfloat16", "activation_checkpointing": True, "compile": True}
+    heldout.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "0123" * 50}))
+    flags = {"max_length": 240, "dtype": "bfloat16", "activation_checkpointing": True, "compile": True}
     values = base | flags | {"eval_data": str(heldout)}
     with pytest.raises(InputError, match="compiled"):
         run(values, tmp_path / "run")
@@ -151,7 +151,7 @@ def test_nonfinite_gradient_stops_before_the_optimizer_moves(base, tmp_path, mon
     source = tmp_path / "train.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     values = base | {"train_data": str(source), "eval_data": "", "save_every": 1}
-    with pytest.raises(FloatingPointError, match=rf"Step 1: .* row {rows[3]}\b"):
+    with pytest.raises(FloatingPointError, match=rf"step 1: .* row {rows[3]}\b"):
         run(values, tmp_path / "run")
     output = tmp_path / "run"
     assert not (output / "checkpoints").exists() and not (output / "final").exists()
