@@ -9,6 +9,7 @@ trained on, token by token.
 import functools
 import hashlib
 import heapq
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -226,7 +227,7 @@ class DataSet:
 
     rows: datasets.Dataset
     names: Sequence[str] = ()
-    schedule: list[list[list[list[int]]]] = field(default_factory=list)
+    schedule: Sequence[list[list[list[int]]]] = ()
     reference: torch.Tensor | None = None
     report: str = ""
 
@@ -369,24 +370,43 @@ def step_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]
     return order[position * batch_size : (position + 1) * batch_size].tolist()
 
 
-def make_schedule(tokens: np.ndarray, config, ranks: int) -> list[list[list[list[int]]]]:
-    """A DataSet's schedule of the training that config describes. tokens: (rows,) of a DataSet.
-    Raises InputError if a step cannot be spread over the ranks."""
-    count, size = len(tokens), config.batch_size
-    if count < size:
-        raise InputError(f"{count} pairs do not fill one batch: lower batch_size={size}")
-    steps = range(config.max_steps or config.num_epochs * (count // size))
-    indices = (step_indices(count, size, config.seed, step) for step in steps)
-    return [spread_rows(i, tokens, ranks, config.micro_batch_tokens) for i in indices]
+class Schedule(Sequence):
+    """A DataSet's schedule of the training that config describes. A step is made when it is asked
+    for: there may be any number of them. tokens: (rows,) of a DataSet.
+
+    Raises InputError, before training, if a step cannot be spread over the ranks.
+    """
+
+    def __init__(self, tokens: np.ndarray, config, ranks: int):
+        self.tokens, self.config, self.ranks = tokens, config, ranks
+        count, size, longest = len(tokens), config.batch_size, tokens.max()
+        if count < size:
+            raise InputError(f"{count} pairs do not fill one batch: lower batch_size={size}")
+        self.steps = config.max_steps or config.num_epochs * (count // size)
+        # Micro-batches of one row, or, where the ranks do not divide the batch, of one or two: if
+        # they are small enough, every step can be spread. Otherwise all are tried.
+        if (longest * (2 if size % ranks else 1)) > config.micro_batch_tokens or size < ranks:
+            for step in range(self.steps):
+                self[step]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> list[list[list[int]]]:
+        if not 0 <= step < self.steps:
+            raise IndexError(step)
+        size, seed = self.config.batch_size, self.config.seed
+        indices = step_indices(len(self.tokens), size, seed, step)
+        return spread_rows(indices, self.tokens, self.ranks, self.config.micro_batch_tokens)
 
 
 def spread_rows(
     indices: Sequence[int], tokens: Sequence[int], ranks: int, micro_batch_tokens: int
 ) -> list[list[list[int]]]:
     """Spread rows over micro-batches × ranks: result[m][r] are the indices of the rows in rank
-    r's micro-batch m. No micro-batch is empty or holds more than micro_batch_tokens, their number
-    is the least that the method finds, and their costs are balanced (longest row first, each to
-    the micro-batch with the fewest tokens).
+    r's micro-batch m. No micro-batch is empty or holds more than micro_batch_tokens, they are few,
+    and their costs are balanced (longest row first, each to the micro-batch with the fewest
+    tokens).
 
     indices: of the rows to spread; tokens: of every row, by index, its prompt once.
     Raises InputError if the rows cannot be spread so.
@@ -394,23 +414,36 @@ def spread_rows(
     >>> spread_rows([7, 0, 3], {0: 3, 3: 4, 7: 5}, ranks=2, micro_batch_tokens=8)
     [[[0, 3], [7]]]
     """
-    longest_first = sorted(indices, key=lambda i: -tokens[i])
-    total, longest = sum(tokens[i] for i in indices), tokens[longest_first[0]]
-    if longest > micro_batch_tokens:
+    longest_first = sorted(((int(tokens[i]), i) for i in indices), key=lambda row: -row[0])
+    sizes = [size for size, _ in longest_first]
+    if sizes[0] > micro_batch_tokens:
         raise InputError(
-            f"a pair of {longest} tokens (its prompt and all responses) is longer than "
+            f"a pair of {sizes[0]} tokens (its prompt and all responses) is longer than "
             f"micro_batch_tokens={micro_batch_tokens}: raise it, or lower max_length"
         )
-    for count in range(-(-total // (ranks * micro_batch_tokens)), len(indices) // ranks + 1):
-        bins = [(0, number, []) for number in range(count * ranks)]
-        for i in longest_first:
-            load, number, members = bins[0]
-            heapq.heapreplace(bins, (load + tokens[i], number, members + [i]))
-        if max(bins)[0] <= micro_batch_tokens:
+    # Of rows that take more than half of the budget, no two share a micro-batch.
+    needed = max(sum(sizes) / micro_batch_tokens, sum(2 * n > micro_batch_tokens for n in sizes))
+    least, most = math.ceil(needed / ranks), len(sizes) // ranks
+    count = least
+    while count <= most:
+        bins = [*range(count * ranks)]  # a heap of load · 2³² + number
+        chosen = []  # the number of each row's bin
+        for size in sizes:
+            if (bins[0] >> 32) + size > micro_batch_tokens:
+                break
+            chosen.append(bins[0] & 0xFFFFFFFF)
+            heapq.heapreplace(bins, bins[0] + (size << 32))
+        else:
+            members = {number: [] for number in range(count * ranks)}
+            for number, (_, i) in zip(chosen, longest_first):
+                members[number].append(i)
             # Bins of similar cost run side by side, since ranks wait for the slowest.
-            bins.sort(key=lambda b: (-b[0], b[1]))
-            members = [sorted(members) for _, _, members in bins]
-            return [members[m * ranks : (m + 1) * ranks] for m in range(count)]
+            bins.sort(key=lambda b: (-(b >> 32), b))
+            shares = [sorted(members[b & 0xFFFFFFFF]) for b in bins]
+            return [shares[m * ranks : (m + 1) * ranks] for m in range(count)]
+        # One more at a time, so that a step's number is the least. A whole data set may need many.
+        further = count + max(1, count // 1000, (count - least) // 8)
+        count = most if count < most < further else further
     raise InputError(
         f"{len(indices)} pairs cannot be spread over {ranks} ranks in micro-batches of at most "
         f"micro_batch_tokens={micro_batch_tokens} tokens: raise it, use fewer ranks, or make the "

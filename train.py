@@ -9,6 +9,7 @@ Every field of Config is a flag. A value that is not on the command line comes f
 (without one, the demo's), then from Config's defaults.
 """
 
+import functools
 import math
 import signal
 import sys
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from data import DataSet, MicroBatch, load_data, make_schedule, spread_rows
+from data import DataSet, MicroBatch, Schedule, load_data, spread_rows
 from loss import LOSSES, sum_logps
 from model import PackedModel, compile_blocks, export, load_model
 from runtime import command_line, processes
@@ -65,7 +66,7 @@ class Config:
     compile: bool = option(False, "torch.compile every transformer block")
     replicas: int = option(1, "copies of the sharded model (HSDP); must divide the ranks")
     eval_every: int = option(100, "steps between evaluations; 0: only before and after training")
-    save_every: int = option(100, "steps between checkpoints; 0: only when stopped by SIGTERM")
+    save_every: int = option(100, "steps between checkpoints; 0: only when a signal stops the run")
     keep_checkpoints: int = option(1, "newest checkpoints to keep; 0: all")
     log_every: int = option(1, "steps per line of metrics; fewer before a save or evaluation")
     resume: str = option("auto", "auto: newest checkpoint; anyway: despite changes; or never")
@@ -107,17 +108,17 @@ def train(config: Config) -> None:
     state = TrainerState(config, made_of, model, optimizer, start)
 
     # ---- Training
-    last, stop = len(data.schedule), False
-    evaluate_at = evaluation_steps(config, start, last) if heldout else set()
-    meter, sigterm = Meter(), processes.watch_sigterm()
+    last, stop = len(data.schedule), 0
+    due = functools.partial(evaluation_is_due, config, start, last)
+    meter, signals = Meter(), processes.watch_signals()
     batches = data.batches(start.step, rank)
     log.begin(start.step, last)
     try:
         for step in range(start.step, last + 1):  # so many steps have been taken
             if stop:
-                raise Stopped
-            if step in evaluate_at:
-                log.write({"step": step} | evaluate(model, loss_function, heldout, device, sigterm))
+                raise Stopped(stop)
+            if heldout and due(step):
+                log.write({"step": step} | evaluate(model, loss_function, heldout, device, signals))
             if step == last:
                 break
             meter.start()
@@ -136,7 +137,7 @@ def train(config: Config) -> None:
             norms = gradient_metrics(model)
             clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norms["grad_norm"])
             batches = data.batches(step + 1, rank)  # before the host waits for the GPU
-            mine = norms["grad_norm"], sigterm.is_set(), processes.peak_memory(device)
+            mine = norms["grad_norm"], signals(), processes.peak_memory(device)
             norm, stop, memory = processes.max_over_ranks(device, *mine)
             if not math.isfinite(norm):
                 places = ", ".join(map(data.place, data.indices(step)))
@@ -149,7 +150,7 @@ def train(config: Config) -> None:
             done = step + 1
             saves = config.save_every and (done == last or done % config.save_every == 0)
             # Also before a checkpoint or an evaluation: a resumed run begins a new line there.
-            ends = stop or saves or done == last or done in evaluate_at
+            ends = stop or saves or done == last or (heldout and due(done))
             logs = ends or done % config.log_every == 0
             line = {"step": done, "epoch": done / (len(data.rows) // config.batch_size)}
             line |= mean_over_ranks(meter.rows) if logs else {}  # waits for the optimizer, too
@@ -164,14 +165,15 @@ def train(config: Config) -> None:
                 state.save(done)
             log.progress.update()
         export(model, source, tokenizer, Path(config.output_dir) / "final")
-    except Stopped:
+    except Stopped as reason:
         state.save(step)
-        stop = True
+        stop = int(*reason.args)
     table = log.close()
     dist.destroy_process_group()
     if stop:
-        say(f"stopped by SIGTERM after step {step}; --resume auto continues there")
-        sys.exit(128 + signal.SIGTERM)  # for torchrun and schedulers: this was not the end
+        name = signal.Signals(stop).name
+        say(f"stopped by {name} after step {step}; --resume auto continues there")
+        sys.exit(128 + stop)  # for torchrun and schedulers: this was not the end
     say(f"{table}The trained model is in {Path(config.output_dir) / 'final'}")
 
 
@@ -185,9 +187,9 @@ def load_data_sets(
     how = (tokenizer, config.max_length, config.max_prompt_length, columns)
     data, heldout = load_data(config.train_data, *how), None
     say(f"training: {data.report}")
-    data.schedule = make_schedule(data.tokens, config, ranks)
-    left_out = len(data.rows) % config.batch_size
-    say(f"{len(data.schedule)} steps; {left_out} pairs per epoch fill no batch and are left out")
+    data.schedule = Schedule(data.tokens, config, ranks)
+    steps, left_out = len(data.schedule), len(data.rows) % config.batch_size
+    say(f"{steps} steps; {left_out} pairs per epoch fill no batch and are left out")
     if config.eval_data:
         heldout = load_data(config.eval_data, *how)
         say(f"held out: {heldout.report}")
@@ -197,18 +199,17 @@ def load_data_sets(
         except InputError as error:
             raise InputError(f"eval_data: {error}") from None
     check_loss(loss_function, asked, data, heldout)
+    if share_of_peak(steps - 1, steps, config.warmup_ratio) == 0:  # of one step, which warms up
+        raise InputError("the learning rate of the only step is 0: set warmup_ratio=0")
     return data, heldout
 
 
-def evaluation_steps(config: Config, start: Start, last: int) -> set[int]:
-    """After how many of the `last` steps the held-out pairs are evaluated: the first evaluation of
-    changed curves is where they start, and what metrics.jsonl has is not made again."""
-    every = {last, *range(0, last, config.eval_every or last)}
-    if start.changed:
-        every.add(start.step)
-    if start.evaluated:
-        every.discard(start.step)
-    return every
+def evaluation_is_due(config: Config, start: Start, last: int, step: int) -> bool:
+    """Whether the held-out pairs are evaluated after `step` of the `last` steps. Changed curves
+    begin with an evaluation, and one that metrics.jsonl has is not made again."""
+    if step == start.step and (start.changed or start.evaluated):
+        return start.changed
+    return step == last or step % (config.eval_every or last) == 0
 
 
 def share_of_peak(step: int, last: int, warmup_ratio: float) -> float:
@@ -312,15 +313,16 @@ class Meter:
 
 @torch.no_grad()
 def evaluate(
-    model, loss_function: Callable, heldout: DataSet, device: torch.device, sigterm
+    model, loss_function: Callable, heldout: DataSet, device: torch.device, signals
 ) -> dict[str, float]:
-    """{"eval/NAME": mean over the held-out pairs of all ranks}. sigterm: see watch_sigterm. Raises
-    Stopped on all ranks as soon as one has received SIGTERM. Collective."""
+    """{"eval/NAME": mean over the held-out pairs of all ranks}. signals: see watch_signals.
+    Raises Stopped on all ranks as soon as one has received a signal. Collective."""
     rows = []
     try:
         for batch in heldout.batches(0, dist.get_rank()):
-            if any(processes.max_over_ranks(device, sigterm.is_set())):
-                raise Stopped
+            (stop,) = processes.max_over_ranks(device, signals())
+            if stop:
+                raise Stopped(stop)
             batch = batch.to(device)
             logps = model(batch).requires_grad_()  # no gradient beyond them: for the metrics
             with torch.enable_grad():

@@ -33,7 +33,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from data import load_data, make_schedule
+from data import Schedule, load_data
 from model import blocks
 from runtime.command_line import run_command
 from runtime.errors import InputError
@@ -61,7 +61,7 @@ def prepare(config: Config):
         torch.backends.cuda.enable_cudnn_sdp(False)  # as start_process, and for its reason
     tokenizer = load_tokenizer(resolve_model(config.model))
     data = load_data(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
-    schedule = make_schedule(data.tokens, config, ranks)
+    schedule = Schedule(data.tokens, config, ranks)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     steps = [[sum(shares, []) for shares in zip(*step)] for step in schedule]
     return rank, ranks, tokenizer, data.rows, steps

@@ -25,7 +25,15 @@ from huggingface_hub import hf_hub_download
 
 from eval.generate import answer, engine_options, short_name
 from eval.judge import MODEL, REFUSALS, REFUSED, Judge, api_key, open_judge
-from eval.report import GENERATION, at_least, file_sha256, make_parser, start_model, write_result
+from eval.report import (
+    GENERATION,
+    JUDGE,
+    at_least,
+    file_sha256,
+    make_parser,
+    start_model,
+    write_result,
+)
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.log import lock_folder, write_whole
@@ -93,7 +101,7 @@ def load_outputs(path: str) -> list[dict]:
     return rows
 
 
-def prepare_judge(annotator: str, model: str, base_url: str, folder: Path):
+def prepare_judge(annotator: str, model: str, base_url: str, folder: Path, timeout: float):
     """Import alpaca_eval and configure its judge's endpoint, in `folder`. → alpaca_eval and the
     Judge.
 
@@ -117,10 +125,10 @@ def prepare_judge(annotator: str, model: str, base_url: str, folder: Path):
     if annotator not in annotators:
         raise InputError(f"there is no annotator {annotator}; choose from {', '.join(annotators)}")
     hub_file("df_gamed.csv", cache_dir=constants.DEFAULT_CACHE_DIR)  # for the length control
-    judge = open_judge(model, base_url, max_tokens=1, temperature=1, logprobs=True)
+    judge = open_judge(model, base_url, max_tokens=1, temperature=1, logprobs=True, timeout=timeout)
     folder.mkdir(parents=True, exist_ok=True)
     lock_folder(folder)  # until this process ends: another one would pay for the same judgments
-    client.write_text(yaml.safe_dump({"default": [{"base_url": base_url}]}))
+    client.write_text(yaml.safe_dump({"default": [{"base_url": base_url, "timeout": timeout}]}))
     return alpaca_eval, judge
 
 
@@ -221,7 +229,7 @@ def main() -> None:
         "model",
         *GENERATION,
         "--generate_only",
-        "--judge_base_url",
+        *JUDGE,
         "--output_dir",
         "--wandb",
     )
@@ -255,7 +263,7 @@ def main() -> None:
         reference, folder = reference[: args.limit], folder / f"limit-{args.limit}"
     elif not args.generate_only:
         alpaca_eval, judge = prepare_judge(
-            args.annotator, args.judge_model, args.judge_base_url, folder
+            args.annotator, args.judge_model, args.judge_base_url, folder, args.judge_timeout
         )
     recipe = args.decoding or recipe_of(args.model)
     decoding = DECODING[recipe]

@@ -35,13 +35,15 @@ from eval.report import (
     read_records,
 )
 from eval.score import load_scorer, score_answers, summary
-from runtime.command_line import run_command
+from runtime.command_line import printable, run_command
 from runtime.errors import InputError
+from runtime.log import open_alone
 from runtime.rows import Dropped, is_conversation, load_rows, parse_row
 from runtime.weights import (
     generation_config,
     load_config,
     load_tokenizer,
+    local_model,
     model_fingerprint,
     resolve_model,
     tokenizer_digests,
@@ -268,7 +270,8 @@ def answer(
         "engine_args": engine_args,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }
-    answers = read_answers(path, settings) if path else {}
+    file = open_alone(path) if path else None
+    answers = read_answers(path, settings, len(prompts)) if path else {}
     if len(answers) == len(prompts):
         return [answers[i] for i in range(len(prompts))]
     context = context_length(load_config(folder))
@@ -277,7 +280,7 @@ def answer(
     order = longest_first(prompt_ids(tokenizer, prompts, context))
     run = load_engine(engine, folder, batch_size, seed, engine_args)
     progress = tqdm(
-        desc=Path(name).name,
+        desc=short_name(name),
         total=len(prompts),
         initial=len(answers),
         unit="answer",
@@ -296,23 +299,23 @@ def answer(
             **sampling,
         )
         answers |= {i: pair for i, pair in zip(batch, new) if i in missing}
-        if path:
+        if file:
             lines = [
                 {"index": i, "output": answers[i][0], "finished": answers[i][1]} for i in missing
             ]
-            with open(path, "a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
         progress.update(len(missing))
     progress.close()
     return [answers[i] for i in range(len(prompts))]
 
 
-def read_answers(path: Path, settings: dict) -> dict[int, tuple[str, bool]]:
-    """The answers in `path`, {index: (text, finished)}; a new file is started with the settings.
-    Raises InputError if the file was written with different settings."""
+def read_answers(path: Path, settings: dict, count: int) -> dict[int, tuple[str, bool]]:
+    """The answers in `path` to `count` prompts, {index: (text, finished)}; a new file is started
+    with the settings. Raises InputError if the file was written with different settings, or has a
+    line that is no answer to one of the prompts."""
     records = read_records(path)
     if not records:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings) + "\n")
         return {}
     written, *lines = records
@@ -327,7 +330,14 @@ def read_answers(path: Path, settings: dict) -> dict[int, tuple[str, bool]]:
             f"{path} holds different answers ({'; '.join(changed)}): remove it, or choose another "
             "output"
         )
-    return {line["index"]: (line["output"], line["finished"]) for line in lines}
+    answers = {}
+    for number, line in enumerate(lines, 2):
+        index, text = line.get("index"), line.get("output")
+        if index not in range(count) or not isinstance(text, str) or "finished" not in line:
+            advice = "remove the line, and the answer is made again"
+            raise InputError(f"{path}: line {number} is no answer to a prompt: {advice}")
+        answers[index] = text, line["finished"]
+    return answers
 
 
 def load_prompts(source: str, count: int = 0) -> list:
@@ -378,7 +388,7 @@ def sampling_options(args) -> dict:
 def short_name(name: str) -> str:
     """What a model is called in files and tables: the last part of its id or folder, or for the
     `final` folder of a run the name of the run."""
-    path = Path(resolve_model(name))
+    path = Path(local_model(name))
     path = path.resolve() if path.exists() else path
     return path.parent.name if path.name == "final" else path.name
 
@@ -391,12 +401,13 @@ def print_side_by_side(names: list[str], prompts: list, columns: list[list]) -> 
     for prompt, *answers in zip(prompts, *columns):
         print("=" * page)
         for message in as_messages(prompt):
-            print(textwrap.fill(f"{message['role']}: {message['content']}", page))
+            text = printable(f"{message['role']}: {message['content']}")
+            print(textwrap.fill(text, page))
         cells = []
         for name, (text, finished) in zip(names, answers):
             text += "" if finished else " [cut at --max_new_tokens]"
             lines = [name[-width:], "-" * width]
-            for part in text.splitlines():
+            for part in printable(text).splitlines():
                 lines += textwrap.wrap(part, width) or [""]
             cells.append(lines)
         for line in zip_longest(*cells, fillvalue=""):
@@ -419,9 +430,11 @@ def main() -> None:
     parser.add_argument(
         "--num_prompts", type=at_least(0), default=4, help="spread over the data; 0: all"
     )
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=128)
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=128, help="longest answer")
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="share of the probability to sample from"
+    )
     parser.add_argument(
         "--output_dir", default="", help="folder for a file of answers per model; empty: not kept"
     )

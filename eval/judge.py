@@ -10,13 +10,13 @@ Another one is `--judge_base_url URL` and its name there. OPENAI_API_KEY is sent
 is set; it is written to no file.
 """
 
-import fcntl
 import json
 import os
+import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,9 +24,12 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from runtime.errors import InputError
+from runtime.log import open_alone
 
 MODEL = "meta-llama/Llama-3.3-70B-Instruct"
 URL = "http://localhost:8000/v1"
+TIMEOUT = 120  # seconds
+RETRIES = 8  # of a call that fails, after longer and longer waits
 REFUSALS = 5  # after so many in a row, the judge is at fault and not what it is asked
 REFUSED = (400, 403, 413, 422)  # the HTTP status of what would be refused again
 ADVICE = "see the top of eval/judge.py for a judge of your own, or choose --generate_only"
@@ -35,12 +38,14 @@ ADVICE = "see the top of eval/judge.py for a judge of your own, or choose --gene
 @dataclass
 class Judge:
     """client: an openai.OpenAI; model: the judge's name there; options: arguments of
-    client.chat.completions.create that it accepts; version: what it says that it is."""
+    client.chat.completions.create that it accepts; version: what it says that it is; timeout: see
+    open_judge."""
 
     client: object
     model: str
     options: dict
     version: str
+    timeout: float = TIMEOUT
 
 
 def api_key() -> str:
@@ -48,21 +53,29 @@ def api_key() -> str:
     return os.environ.get("OPENAI_API_KEY") or "none"
 
 
-def open_judge(model: str, url: str, max_tokens: int, temperature: float, logprobs=False) -> Judge:
+def open_judge(
+    model: str,
+    url: str,
+    max_tokens: int,
+    temperature: float,
+    logprobs: bool = False,
+    timeout: float = TIMEOUT,
+) -> Judge:
     """The judge, after one call that shows whether it answers as it must: before an answer is
     generated, and before it is paid for more.
 
     Models that refuse max_tokens are asked for max_completion_tokens, and models that take their
-    own temperature only are given none. Raises InputError, in one line, if openai is not installed,
-    if the endpoint, the key or the model is not there, and if log-probs, where they are asked for,
-    or else a text does not come.
+    own temperature only are given none. timeout: seconds that a connection, and then a whole reply,
+    may take. Raises InputError, in one line, if openai is not installed, if the endpoint, the key
+    or the model is not there, and if log-probs, where they are asked for, or else a text does not
+    come.
     """
     try:
         from openai import BadRequestError, OpenAI, OpenAIError
     except ImportError:
         raise InputError("openai is not installed: pip install -r eval/requirements.txt") from None
-    client = OpenAI(api_key=api_key(), base_url=url, max_retries=8)
-    create = client.with_options(max_retries=1).chat.completions.create
+    client = OpenAI(api_key=api_key(), base_url=url, timeout=timeout, max_retries=RETRIES)
+    create = client.with_options(max_retries=0).chat.completions.create
     messages = [{"role": "user", "content": "Answer with one letter: m"}]
     options = {"max_tokens": max_tokens, "temperature": temperature}
     if logprobs:
@@ -70,7 +83,7 @@ def open_judge(model: str, url: str, max_tokens: int, temperature: float, logpro
     reply = None
     while reply is None:
         try:
-            reply = create(model=model, messages=messages, **options)
+            reply = within(timeout, create, model=model, messages=messages, **options)
         except BadRequestError as error:
             text = str(error)
             if "max_tokens" in options and "max_completion_tokens" in text:
@@ -79,7 +92,7 @@ def open_judge(model: str, url: str, max_tokens: int, temperature: float, logpro
                 del options["temperature"]
             else:
                 raise InputError(f"the judge {model} at {url}: {text}; {ADVICE}") from error
-        except (OpenAIError, ValueError) as error:  # a ValueError: what came is not JSON
+        except (OpenAIError, ValueError, TimeoutError) as error:  # ValueError: what came is no JSON
             raise InputError(f"the judge {model} at {url}: {error}; {ADVICE}") from error
     try:
         text = first_text(reply)
@@ -96,7 +109,28 @@ def open_judge(model: str, url: str, max_tokens: int, temperature: float, logpro
             f"answers; {ADVICE}"
         )
     version = " ".join(filter(None, (reply.model, getattr(reply, "system_fingerprint", None))))
-    return Judge(client, model, options, version)
+    return Judge(client, model, options, version, timeout)
+
+
+def within(seconds: float, function: Callable, **arguments):
+    """function(**arguments). Raises TimeoutError if it takes longer; it is left behind, then. (The
+    client's own limit is for each part of a reply, which may be a byte.)"""
+    ended = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            ended.put((function(**arguments), None))
+        except Exception as error:
+            ended.put((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        result, error = ended.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no whole reply within {seconds:g} s") from None
+    if error:
+        raise error
+    return result
 
 
 def endpoint_name(url: str) -> str:
@@ -118,8 +152,9 @@ def ask_all(
 
     workers: calls at a time. A task that the judge refuses (as too long, or by a filter) or answers
     with no text gets the record of an empty text and, as "refused", the reason: asked again, it
-    would be refused again. Raises InputError if a call fails, or REFUSALS are refused in a row; the
-    calls that are running then, or when the user interrupts, are still recorded.
+    would be refused again. Raises InputError if a call fails, if it and its repetitions take three
+    times the judge's timeout, or if REFUSALS are refused in a row; the calls that are running then,
+    or when the user interrupts, are still recorded.
     """
     from openai import APIStatusError, OpenAIError
 
@@ -131,8 +166,6 @@ def ask_all(
         print(json.dumps(records[key]), file=file, flush=True)
 
     def ask(key: Hashable) -> None:
-        if stop.is_set():
-            return
         create = judge.client.chat.completions.create
         try:
             reply = create(model=judge.model, messages=tasks[key], **judge.options)
@@ -140,6 +173,8 @@ def ask_all(
         except APIStatusError as error:
             if error.status_code not in REFUSED:
                 raise
+            text, reason = "", str(error)
+        except InputError as error:  # it answers with something else
             text, reason = "", str(error)
         with lock:
             if text:
@@ -154,24 +189,57 @@ def ask_all(
                     keep(other, "", refused=reason)
                 refused.clear()
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file, ThreadPoolExecutor(workers) as pool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path}: another process is asking for its judgments") from None
-        futures = [pool.submit(ask, key) for key in tasks]
+    waiting, running, ended = queue.SimpleQueue(), {}, queue.SimpleQueue()
+
+    def work() -> None:
+        while not stop.is_set() and not waiting.empty():
+            try:
+                key = waiting.get_nowait()
+            except queue.Empty:
+                return
+            running[key] = time.monotonic()
+            try:
+                ask(key)
+                ended.put(None)
+            except Exception as error:
+                ended.put(error)
+            del running[key]
+
+    def overdue() -> list[bool]:
+        """Of every running call."""
+        return [time.monotonic() - began > 3 * judge.timeout for began in [*running.values()]]
+
+    def wait() -> None:
+        """Wait until a task has ended; raises its error."""
+        while True:
+            try:
+                if error := ended.get(timeout=1):
+                    raise error
+                return
+            except queue.Empty:
+                if any(overdue()):
+                    raise TimeoutError(f"no reply within {judge.timeout:g} s, 3 times") from None
+
+    with open_alone(path) as file:  # two processes would both pay
+        for key in tasks:
+            waiting.put(key)
+        # Daemons: the process can end while an endpoint does not answer.
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
         progress = {"desc": judge.model, "unit": "judgment", "dynamic_ncols": True}
         try:
-            for future in tqdm(as_completed(futures), total=len(tasks), **progress):
-                future.result()
-        except (OpenAIError, ValueError) as error:
+            for _ in tqdm(tasks, **progress):
+                wait()
+        except (OpenAIError, ValueError, TimeoutError) as error:
             raise InputError(
                 f"the judge {judge.model} failed: {error!r}. Its other judgments are kept in "
                 f"{path}: run the command again to continue"
             ) from error
         finally:
             stop.set()  # no further calls
+            while not all(overdue()):
+                time.sleep(0.05)
     return records
 
 
@@ -183,6 +251,12 @@ def judge_versions(records: list[dict]) -> str:
 def first_text(reply) -> str:
     """The text of a chat completion, "" if it has none. Raises InputError for anything else that an
     endpoint answers with status 200."""
-    if not getattr(reply, "choices", None):
-        raise InputError(f"its answer is no chat completion: {str(reply)[:200]!r}")
-    return reply.choices[0].message.content or ""
+    try:
+        content = reply.choices[0].message.content or ""
+        if isinstance(content, list):  # of parts
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise TypeError
+    except (AttributeError, LookupError, TypeError):
+        raise InputError(f"its answer is no chat completion: {str(reply)[:200]!r}") from None
+    return content

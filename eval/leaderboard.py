@@ -164,7 +164,13 @@ def check_data(manager, benchmarks: list[str]) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__, "model", "--output_dir", "--wandb", "--engine", "--engine_args")
-    parser.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    parser.add_argument(
+        "--benchmarks",
+        nargs="+",
+        choices=BENCHMARKS,
+        default=list(BENCHMARKS),
+        help="which of the ten",
+    )
     parser.add_argument(
         "--apply_chat_template",
         choices=["true", "false", "leaderboard"],
@@ -175,7 +181,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=at_least(0), default=0, help="questions of each task; 0: all"
     )
-    parser.add_argument("--batch_size", default="auto")
+    parser.add_argument("--batch_size", default="auto", help="of the harness")
     args = parser.parse_args()
 
     try:

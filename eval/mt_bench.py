@@ -28,7 +28,15 @@ from pathlib import Path
 from eval.generate import answer, engine_options, own_sampling, short_name
 from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
 from eval.plots import radar_figure
-from eval.report import GENERATION, at_least, file_sha256, make_parser, read_records, write_result
+from eval.report import (
+    GENERATION,
+    JUDGE,
+    at_least,
+    file_sha256,
+    make_parser,
+    read_records,
+    write_result,
+)
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.log import write_whole
@@ -241,7 +249,7 @@ def main() -> None:
         "model",
         *GENERATION,
         "--generate_only",
-        "--judge_base_url",
+        *JUDGE,
         "--output_dir",
         "--wandb",
     )
@@ -275,7 +283,8 @@ def main() -> None:
         questions, folder = questions[: args.limit], folder / f"limit-{args.limit}"
     if not args.generate_only:
         prompts, references = load_judge(data, args.reference, questions)
-        judge = open_judge(args.judge, args.judge_base_url, JUDGE_TOKENS, temperature=0)
+        place, timeout = args.judge_base_url, args.judge_timeout
+        judge = open_judge(args.judge, place, JUDGE_TOKENS, temperature=0, timeout=timeout)
     options = engine_options(args) | own_sampling(args.model)  # FastChat sets the temperature alone
     answers = generate_answers(args.model, questions, folder, options)
     path = folder / "model_answer" / f"{name}.jsonl"

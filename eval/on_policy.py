@@ -63,14 +63,18 @@ def main() -> None:
         "--num_prompts", type=at_least(0), default=0, help="spread over the data; 0: all"
     )
     parser.add_argument("--samples", type=int, default=4, help="answers to each prompt")
-    parser.add_argument("--score", required=True, metavar="SCORER")
+    parser.add_argument(
+        "--score", required=True, metavar="SCORER", help="a reward model, or FILE.py:FUNCTION"
+    )
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="the pairs")
     parser.add_argument(
         "--min_gap", type=float, default=0.0, help="least difference of a pair's scores"
     )
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=512)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="share of the probability to sample from"
+    )
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=512, help="longest answer")
     args = parser.parse_args()
     output = Path(args.output)
     if output.suffix != ".jsonl":
@@ -100,8 +104,12 @@ def main() -> None:
         )
     ]
     rows = [row for row in chosen if isinstance(row, dict)]
-    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     dropped = Counter(row for row in chosen if isinstance(row, str))
+    if not rows:
+        why = f"{dropped['unfinished']} prompts have fewer than two finished answers (raise "
+        why += f"--max_new_tokens), {dropped['tie']} have equal scores or less than --min_gap apart"
+        raise InputError(f"no pairs: {why} (raise --samples or --temperature)")
+    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(
         f"{len(rows)} pairs of {len(prompts)} prompts with {args.samples} answers each: {output}\n"
         f"dropped: {dropped['tie']} with equal scores or less than {args.min_gap:g} apart, "
@@ -109,10 +117,9 @@ def main() -> None:
     )
     print(f"all answers: mean score {statistics.mean(scores):.4f}")
     for side in ("chosen", "rejected"):
-        if rows:
-            score = statistics.mean(row[f"{side}_score"] for row in rows)
-            words = statistics.mean(len(row[side].split()) for row in rows)
-            print(f"{side}: mean score {score:.4f}, {words:.1f} words")
+        score = statistics.mean(row[f"{side}_score"] for row in rows)
+        words = statistics.mean(len(row[side].split()) for row in rows)
+        print(f"{side}: mean score {score:.4f}, {words:.1f} words")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ from runtime.reference import response_logps
 from runtime.rows import load_rows
 from runtime.weights import load_tokenizer, resolve_model
 
+IMPLICIT = {"accuracy_implicit", "implicit_reward/margin"}  # the reference itself has none
+
 
 def load_pairs(source: str, model: str, max_length: int, max_prompt_length: int) -> DataSet:
     """The pairs of the sources, tokenized for the model. Raises InputError if the rows do not have
@@ -68,7 +70,7 @@ def score(
     means = sums / lengths
     inverse = np.exp(means)
     values = {"accuracy": means[:, 0] > means[:, 1], "accuracy_sum": sums[:, 0] > sums[:, 1]}
-    if reference is not None:
+    if reference is not None and not np.array_equal(sums, reference):  # not the reference itself
         rewards = sums - reference
         values["accuracy_implicit"] = rewards[:, 0] > rewards[:, 1]
         values["implicit_reward/margin"] = rewards[:, 0] - rewards[:, 1]
@@ -120,9 +122,9 @@ def main() -> None:
         help="sources of pairs, as for train.py's --eval_data",
     )
     parser.add_argument("--reference", default="", metavar="MODEL", help="for implicit rewards")
-    parser.add_argument("--max_length", type=int, default=2048)
-    parser.add_argument("--max_prompt_length", type=int, default=1800)
-    parser.add_argument("--micro_batch_tokens", type=int, default=8192)
+    parser.add_argument("--max_length", type=int, default=2048, help="as for train.py")
+    parser.add_argument("--max_prompt_length", type=int, default=1800, help="as for train.py")
+    parser.add_argument("--micro_batch_tokens", type=int, default=8192, help="as for train.py")
     args = parser.parse_args()
 
     sources = [source.strip() for source in args.data.strip(" ,").split(",")]
@@ -177,7 +179,8 @@ def main() -> None:
             for (source, row), logps, length in zip(places, sums.tolist(), lengths.tolist()):
                 line = {"source": source, "row": row, "logps": logps, "lengths": length}
                 print(json.dumps(line), file=file)
-        columns[name], inverse[name] = (scores, errors), np.exp(sums / lengths)
+        lacking = {} if reference is None else dict.fromkeys(IMPLICIT - scores.keys())
+        columns[name], inverse[name] = (scores | lacking, errors), np.exp(sums / lengths)
     dist.destroy_process_group()
     print_scores([(name, *values) for name, values in columns.items()])
     figure = Path(args.output_dir) / "preference.png"

@@ -18,21 +18,23 @@ import csv
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import statistics
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
-from eval.judge import URL
+from eval.judge import TIMEOUT, URL
 from runtime.cache import file_digest
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.log import read_config, write_whole
-from runtime.weights import model_fingerprint, resolve_model
+from runtime.weights import local_model, model_fingerprint, resolve_model
 
 
 def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
@@ -48,22 +50,45 @@ def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
     return parse
 
 
+def endpoint(url: str) -> str:
+    """A type for argparse: a URL that may be printed and written to results."""
+    if "@" in urlsplit(url).netloc:
+        raise argparse.ArgumentTypeError("must hold no password; a key is given as OPENAI_API_KEY")
+    return url
+
+
 # Arguments that several commands have, as argparse's add_argument takes them.
 SHARED_ARGUMENTS = {
     "model": {"metavar": "MODEL", "help": "folder or hub id"},
-    "--engine": {"choices": ["transformers", "vllm"], "default": "transformers"},
+    "--engine": {
+        "choices": ["transformers", "vllm"],
+        "default": "transformers",
+        "help": "what generates",
+    },
     "--engine_args": {
         "default": "",
         "metavar": "NAME=VALUE,...",
         "help": "of the engine, as in tensor_parallel_size=8,max_model_len=8192 for vllm",
     },
     "--batch_size": {"type": at_least(1), "default": 8, "help": "prompts at once; vllm: not used"},
-    "--seed": {"type": at_least(0), "default": 0},
+    "--seed": {"type": at_least(0), "default": 0, "help": "of sampling"},
     "--generate_only": {"action": "store_true", "help": "stop before the judge"},
-    "--judge_base_url": {"default": URL, "help": "an OpenAI-compatible endpoint"},
+    "--judge_base_url": {
+        "type": endpoint,
+        "default": URL,
+        "metavar": "URL",
+        "help": "an OpenAI-compatible endpoint",
+    },
+    "--judge_timeout": {
+        "type": at_least(1, float),
+        "default": TIMEOUT,
+        "metavar": "SECONDS",
+        "help": "that a reply may take",
+    },
     "--output_dir": {"default": "results", "help": "folder of all models' results"},
     "--wandb": {"choices": ["off", "online", "offline"], "default": "off", "help": "log scores"},
 }
+JUDGE = ("--judge_base_url", "--judge_timeout")
 GENERATION = ("--engine", "--engine_args", "--batch_size", "--seed")
 LEADERBOARD = (
     "MMLU-Pro", "IFEval", "BBH", "GPQA", "MuSR", "MATH", "GSM8K", "ARC-Challenge", "TruthfulQA",
@@ -102,11 +127,18 @@ CONDITIONS = {
 # ---- What the commands of eval/ share ------------------------------------------------------------
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """With the defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        none = action.default in (None, "") or action.default is False
+        return action.help if none else super()._get_help_string(action)
+
+
 def make_parser(description: str | None, *shared: str) -> argparse.ArgumentParser:
-    """A parser whose --help prints `description` as it is, with the named SHARED_ARGUMENTS."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """A parser whose --help prints `description` as it is, and the defaults, with the named
+    SHARED_ARGUMENTS."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     for name in shared:
         parser.add_argument(name, **SHARED_ARGUMENTS[name])
     return parser
@@ -132,17 +164,27 @@ def file_sha256(path: str | Path) -> str:
 
 def read_records(path: Path) -> list[dict]:
     """The JSON objects of a file of answers or judgments, if there is one. A last line whose
-    writing was interrupted is removed."""
+    writing was interrupted is removed. Raises InputError, naming the line, for one that is no JSON
+    object."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         os.truncate(path, len(whole))  # not written anew: that could fail, and lose all
-    return [json.loads(line) for line in whole.splitlines()]
+    records = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+            if not isinstance(records[-1], dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError, too
+            advice = "remove the line, and what it held is made again"
+            raise InputError(f"{path}: line {number} is damaged ({error}): {advice}") from None
+    return records
 
 
 def run_config(model: str) -> dict:
     """read_config of the run whose final/ `model` is; {} for any other model."""
-    final = Path(resolve_model(model)).resolve()
+    final = Path(local_model(model)).resolve()
     return read_config(final.parent) if final.name == "final" else {}
 
 
@@ -160,14 +202,15 @@ def made_by(model: str) -> dict[str, str]:
 
 
 def print_scores(columns: list[tuple[str, dict[str, float], dict[str, float]]]) -> None:
-    """Print [(model, scores, standard errors)] side by side, with a row for each score."""
+    """Print [(model, scores, standard errors)] side by side, with a row for each score; "–" for one
+    that a model does not have, or that is None."""
     names = list(dict.fromkeys(name for _, scores, _ in columns for name in scores))
     width = max(map(len, names)) + 2
     print(" " * width + "".join(f"{model[-26:]:>28}" for model, _, _ in columns))
     for name in names:
         line = f"{name:<{width}}"
         for _, scores, errors in columns:
-            cell = f"{scores[name]:.4f}" if name in scores else "–"
+            cell = "–" if scores.get(name) is None else f"{scores[name]:.4f}"
             line += f"{cell + (f' ± {errors[name]:.4f}' if name in errors else ''):>28}"
         print(line)
 
@@ -236,13 +279,15 @@ def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
     for folder in map(Path, folders):
         if folder.is_file():  # such as preference.png, in results/*
             continue
-        contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-        keys = {"benchmark", "scores", "model_sha256"}
-        of_model = {
-            content["benchmark"]: content
-            for content in contents
-            if isinstance(content, dict) and keys <= content.keys()
-        }
+        of_model = {}
+        for path in sorted(folder.glob("*.json")):
+            try:
+                content = json.loads(path.read_text())
+            except ValueError as error:
+                raise InputError(f"{path} is damaged ({error}): evaluate again") from None
+            if isinstance(content, dict) and "benchmark" in content:
+                check_result(path, content)
+                of_model[content["benchmark"]] = content
         if not of_model:
             print(
                 f"{folder}: holds no result of an evaluation (a quick look writes none)",
@@ -260,6 +305,17 @@ def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
             )
         results[folder.name] = of_model
     return results
+
+
+def check_result(path: Path, content: dict) -> None:
+    """Raise InputError if a file is no result of write_result, or a score is no finite number."""
+    kinds = {"scores": dict, "standard_errors": dict, "settings": dict, "inputs_sha256": dict}
+    for key, kind in (kinds | {"benchmark": str, "model_sha256": str}).items():
+        if not isinstance(content.get(key), kind):
+            raise InputError(f"{path} is no whole result, without {key}: evaluate again")
+    for name, score in content["scores"].items():
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise InputError(f"{path}: {name} is {score}, no number to rank: evaluate again")
 
 
 def average_ranks(rows: list[list[float | None]]) -> list[float | None]:
@@ -343,7 +399,7 @@ def markdown(title: str, columns: list[str], rows: list[list], footnotes: list[s
     for column, values, note in zip(columns[1:-1], list(zip(*rows))[1:-1], footnotes):
         given = [value for value, _ in filter(None, values)]
         # Percentages and ratings with two digits; shares and differences with four.
-        digits = 2 if max(map(abs, given)) > 1 else 4
+        digits = 4 if title.startswith("Held-out") else 2
         top = max(given) if len(given) > 1 and not note else None
         texts = []
         for value, error in (value or (None, None) for value in values):

@@ -21,8 +21,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="hub id or folder whose tokenizer to use")
     parser.add_argument("--chat_template", default="", help="as for train.py")
     parser.add_argument("--num_pairs", type=int, default=2, help="rows to print")
-    parser.add_argument("--max_length", type=int, default=2048)
-    parser.add_argument("--max_prompt_length", type=int, default=1800)
+    parser.add_argument("--max_length", type=int, default=2048, help="as for train.py")
+    parser.add_argument("--max_prompt_length", type=int, default=1800, help="as for train.py")
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(resolve_model(args.model), args.chat_template)

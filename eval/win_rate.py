@@ -20,7 +20,15 @@ from pathlib import Path
 from data import as_messages
 from eval.generate import answer, sampling_options, short_name
 from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
-from eval.report import GENERATION, at_least, file_sha256, make_parser, read_records, write_result
+from eval.report import (
+    GENERATION,
+    JUDGE,
+    at_least,
+    file_sha256,
+    make_parser,
+    read_records,
+    write_result,
+)
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.rows import Dropped, load_rows, parse_row
@@ -127,15 +135,17 @@ def judge_all(
 
 
 def main() -> None:
-    shared = ("--generate_only", "--judge_base_url", "--output_dir", "--wandb")
+    shared = ("--generate_only", *JUDGE, "--output_dir", "--wandb")
     parser = make_parser(__doc__, "model", *GENERATION, *shared)
     parser.add_argument("--data", required=True, help="preference data, as for train.py")
     parser.add_argument(
         "--num_prompts", type=at_least(0), default=256, help="spread over the data; 0: all"
     )
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=256)
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=256, help="longest answer")
     parser.add_argument("--temperature", type=at_least(0, float), default=1.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="share of the probability to sample from"
+    )
     parser.add_argument("--judge", default=MODEL, help="the judge's name at its endpoint")
     parser.add_argument(
         "--workers", type=at_least(1), default=8, help="calls of the judge at a time"
@@ -146,7 +156,8 @@ def main() -> None:
     folder = Path(args.output_dir) / name / "win_rate"
     pairs = load_chosen(args.data, args.num_prompts)
     if not args.generate_only:
-        judge = open_judge(args.judge, args.judge_base_url, JUDGE_TOKENS, temperature=0)
+        place, timeout = args.judge_base_url, args.judge_timeout
+        judge = open_judge(args.judge, place, JUDGE_TOKENS, temperature=0, timeout=timeout)
     file = folder / "answers.jsonl"
     prompts = [prompt for prompt, _ in pairs]
     answers = answer(args.model, prompts, file, **sampling_options(args))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,40 +19,59 @@ from runtime.processes import say
 SEAL = "digests.json"
 
 
+class CacheError(InputError):
+    """The cache cannot be used; no other file of the user is at fault."""
+
+
 def cache_path() -> Path:
-    """The folder that SIMPER_CACHE names; by default ~/.cache/simper."""
-    return Path(os.environ.get("SIMPER_CACHE", "~/.cache/simper")).expanduser()
+    """The folder that SIMPER_CACHE names; by default ~/.cache/simper, or, for a user without a
+    home, as in some containers, a folder among the temporary ones."""
+    try:
+        return Path(os.environ.get("SIMPER_CACHE", "~/.cache/simper")).expanduser()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"simper-{os.getuid()}"
 
 
 def cache_folder(name: str = "") -> Path:
-    """The folder `name` in the cache, made if it is not there. Raises InputError if that fails."""
+    """The folder `name` in the cache, made if it is not there. Raises CacheError if that fails."""
     folder = cache_path() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{error}: SIMPER_CACHE must name a folder that can be made") from error
+        raise CacheError(f"{error}: SIMPER_CACHE must name a folder that can be made") from error
     return folder
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock beside a folder of the cache; gives whether the folder is there, whole and as
-    it was sealed. One that is damaged is removed, with a line. Any number of processes may come
-    here: they wait, not in a collective, whose timeout a long work would exceed."""
-    lock = FileLock(f"{folder}.lock", mode=0o666)
-    with contextlib.suppress(Timeout):
-        lock.acquire(timeout=5)
-    if not lock.is_locked:
-        say(f"waiting for another process, which holds {folder}.lock")
-        lock.acquire()
+def hold(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder of the cache. Any number of processes may come here: they
+    wait, not in a collective, whose timeout a long work would exceed. Raises CacheError if the
+    cache may not be written."""
+    lock = FileLock(f"{path}.lock", mode=0o666)
     try:
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=5)
+        if not lock.is_locked:
+            say(f"waiting for another process, which holds {path}.lock")
+            lock.acquire()
+        yield
+    except PermissionError as error:
+        problem = f"{error}: the cache is another user's"
+        raise CacheError(f"{problem}. Set SIMPER_CACHE to a folder of your own") from error
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """hold a folder of the cache; gives whether it is there, whole and as it was sealed. One that
+    is damaged is removed, with a line."""
+    with hold(folder):
         intact = is_intact(folder)
         if folder.exists() and not intact:
             say(f"{folder} is damaged or was not finished: it is made anew")
             shutil.rmtree(folder)
         yield intact
-    finally:
-        lock.release()
 
 
 def seal(folder: Path) -> None:
@@ -87,5 +107,18 @@ def digest_once(path: Path, size: int, time: int, algorithm: Callable) -> str:
 
 def files_digest(paths: list[Path]) -> str:
     """SHA-256 over the contents of files."""
-    digests = [bytes.fromhex(file_digest(path, hashlib.sha256)) for path in paths]
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    return hashlib.sha256(b"".join(map(kept_digest, paths))).hexdigest()
+
+
+def kept_digest(path: Path) -> bytes:
+    """SHA-256 of a large file, which the cache keeps until the file's size or time changes: the
+    ranks of a node, and later runs, do not read it again."""
+    path, status = path.resolve(), path.stat()
+    record = cache_folder("digests") / hashlib.sha256(bytes(path)).hexdigest()
+    state = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} "
+    with hold(record):
+        if not (record.exists() and record.read_text().startswith(state)):
+            scratch = record.with_suffix(".part")
+            scratch.write_text(state + file_digest(path, hashlib.sha256))
+            os.replace(scratch, record)
+        return bytes.fromhex(record.read_text().removeprefix(state))

@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -25,21 +26,60 @@ DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 DISK_FAULTS += (errno.EEXIST, errno.ENOTDIR)  # a file where a folder should be
 
 
+class Printer:
+    """A text stream that drops what cannot be printed, since the reader of a pipe is gone or the
+    disk of a log is full: never a reason to lose a run. What a terminal's encoding lacks is
+    escaped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function: Callable, *args) -> None:
+        try:
+            function(*args)
+        except BrokenPipeError:  # for good; what is buffered has to go somewhere at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError:
+            pass
+
+
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's main; an InputError or a file that cannot be written ends it with one line in
-    place of a traceback."""
+    """Run a script's main; an InputError, a file that cannot be written or Ctrl-C ends it with one
+    line in place of a traceback."""
+    sys.stdout, sys.stderr = (stream and Printer(stream) for stream in (sys.stdout, sys.stderr))
     try:
         main()
+    except KeyboardInterrupt:
+        print("\nended by SIGINT", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(128 + signal.SIGINT)  # not waiting for threads that wait for a reply
     except (Exception, dcp.CheckpointException) as error:  # which is a BaseException
         problem = error if isinstance(error, InputError) else disk_fault(error)
         if not problem:
             raise
         rank = os.environ.get("RANK", "0")
         if rank == "0":
-            sys.exit(f"error: {problem}")
+            sys.exit(f"error: {printable(str(problem))}")
         # All ranks usually meet the same error: rank 0 reports it, and torchrun ends the others.
         time.sleep(10)
-        sys.exit(f"error on rank {rank}: {problem}")
+        sys.exit(f"error on rank {rank}: {printable(str(problem))}")
+
+
+def printable(text: str) -> str:
+    """A text of data, models or judges, whose terminal commands are shown and not carried out: line
+    breaks and tabs stay, other control characters are escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def disk_fault(error: BaseException | None) -> str | None:

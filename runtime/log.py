@@ -7,6 +7,7 @@ import sys
 import uuid
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import torch.distributed as dist
 import yaml
@@ -121,6 +122,21 @@ def lock_folder(folder: Path) -> int:
     except OSError:
         pass  # a file system without locks
     return lock
+
+
+def open_alone(path: Path) -> TextIO:
+    """A file of lines, open for more, and locked until it is closed. Raises InputError if another
+    process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{path}: another process is writing to it") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def read_config(output: Path) -> dict:

@@ -1,4 +1,4 @@
-"""The processes of a run: rank and device, the process group, SIGTERM, what ranks tell each
+"""The processes of a run: rank and device, the process group, signals, what ranks tell each
 other."""
 
 import ctypes
@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 import sys
-import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,10 +19,11 @@ import transformers
 from runtime.errors import InputError
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there if and only if the driver is loaded
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # each stops a run
 
 
 class Stopped(Exception):
-    """SIGTERM has reached a rank: every rank saves a checkpoint and ends."""
+    """A signal has reached a rank: every rank saves a checkpoint and ends. args: its number."""
 
 
 def say(text: str, file=None) -> None:
@@ -34,16 +35,23 @@ def say(text: str, file=None) -> None:
 def start_process() -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device) of this process, from torchrun's environment; one process
     without it. Raises InputError if its GPU cannot be used."""
-    signal.signal(signal.SIGTERM, end_with_workers)
+    on_signals(end_with_workers)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+    libc = ctypes.CDLL(None)
+    if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(libc, "prctl"):
+        # A signal that torchrun does not pass on, as SIGUSR1, kills it: its ranks then get SIGTERM.
+        libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.cuda.is_available() or NVIDIA_DRIVER.exists() and not hidden:
         return rank, ranks, start_gpu()
     say(f"no GPU: {ranks} process(es) on the CPU")
-    local_ranks, libc = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), ctypes.CDLL(None)
+    # Numbers below 1e-38 are 0, as on GPUs: CPUs are up to a hundred times slower with them. Here,
+    # since threads take this over from the one that starts them.
+    torch.set_flush_denormal(True)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if local_ranks > 1:  # torchrun gives each of them one thread; they can share all cores
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -81,16 +89,25 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name.replace("auto", "bfloat16" if device.type == "cuda" else "float32"))
 
 
-def end_with_workers(*_) -> None:
-    """What SIGTERM does until start_group: by itself, it would leave datasets' workers behind."""
+def on_signals(handler: Callable | signal.Handlers) -> None:
+    """Have SIGNALS handled, but for those that are ignored already, as nohup does with SIGHUP."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def end_with_workers(number: int, _=None) -> None:
+    """What a signal does until start_group: by itself, it would leave datasets' workers behind."""
     for worker in multiprocess.active_children():
         worker.kill()
-    os._exit(128 + signal.SIGTERM)
+    if multiprocess.parent_process() is None and os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\nended by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
 
 
 def start_group(device: torch.device) -> None:
     """The process group of torchrun's ranks, or of this process alone."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # while a rank waits for another, no handler runs
+    on_signals(signal.SIG_DFL)  # while a rank waits for another, no handler runs
     options = {"backend": "gloo", "timeout": timedelta(minutes=30)}
     if device.type == "cuda":
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
@@ -103,11 +120,18 @@ def start_group(device: torch.device) -> None:
     dist.init_process_group(**options, store=store, rank=rank, world_size=ranks)
 
 
-def watch_sigterm() -> threading.Event:
-    """An event that SIGTERM sets, which a preempted job's ranks receive at different times."""
-    received = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: received.set())
-    return received
+def watch_signals() -> Callable[[], int]:
+    """A function that gives the number of the signal that has arrived, 0 before: the ranks of a
+    preempted job receive it at different times. After a second Ctrl-C, the process ends at once."""
+    received = []
+
+    def receive(number, _):
+        if number == signal.SIGINT in received:
+            end_with_workers(number)
+        received.append(number)
+
+    on_signals(receive)
+    return lambda: received[0] if received else 0
 
 
 def max_over_ranks(device: torch.device, *values) -> list[float]:

@@ -12,7 +12,8 @@ def rehearse(model, data, device: torch.device) -> None:
 
     data: a DataSet with the schedule of training.
     """
-    micro_batches = [shares for step in data.schedule for shares in step]
+    steps = range(min(len(data.schedule), 20_000))  # seconds' work; a longer run has many alike
+    micro_batches = [shares for step in steps for shares in data.schedule[step]]
 
     def largest(tokens) -> int:
         costs = [max(tokens[share].sum() for share in shares) for shares in micro_batches]
@@ -21,7 +22,7 @@ def rehearse(model, data, device: torch.device) -> None:
     weights = [*model.optimized().values()]
     # As much as AdamW's two moments take, which exist from the first step on.
     moments = [torch.zeros_like(weight) for weight in weights for _ in range(2)]
-    if len(micro_batches) > len(data.schedule):  # there are gradients of earlier micro-batches
+    if len(micro_batches) > len(steps):  # there are gradients of earlier micro-batches
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
     try:

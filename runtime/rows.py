@@ -10,8 +10,9 @@ from pathlib import Path
 
 import datasets
 
-from runtime.cache import cache_folder, files_digest, locked, seal
+from runtime.cache import CacheError, cache_folder, files_digest, locked, seal
 from runtime.errors import InputError
+from runtime.identity import ROOT
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
@@ -37,6 +38,8 @@ def load_rows(source: str) -> datasets.Dataset:
 
     Raises InputError, naming the source and, for JSON lines, the line, when it cannot be read.
     """
+    if source.startswith("demo/") and not Path(source).exists():
+        source = str(ROOT / source)  # the demo works in any directory
     kind = FILE_TYPES.get(Path(source.lower().removesuffix(".gz")).suffix)
     try:
         if not source:
@@ -48,6 +51,8 @@ def load_rows(source: str) -> datasets.Dataset:
         else:
             name, *config, split = source.split(":") if ":" in source else (source, "train")
             rows = datasets.load_dataset(name, *config, split=split)
+    except CacheError:
+        raise
     except Exception as error:
         reason = error if isinstance(error, InputError) else error.__cause__ or error
         raise InputError(f"{source}: cannot be read: {reason}") from error

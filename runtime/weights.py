@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from runtime.cache import cache_folder, files_digest, locked, seal
+from runtime.cache import cache_folder, files_digest, hold, locked, seal
 from runtime.errors import InputError
 
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # of a model: no weights
 FILE_BYTES = 2**30  # of an exported file, unless one tensor is larger
 
 
@@ -29,6 +31,13 @@ FILE_BYTES = 2**30  # of an exported file, unless one tensor is larger
 
 
 def resolve_model(name: str) -> str:
+    """The folder of a model: for a hub id, the one into which its files but the weights are
+    fetched. Raises InputError as local_model, and if the hub does not give the files."""
+    name = local_model(name)
+    return name if Path(name).is_dir() else fetch(name, SMALL_FILES)
+
+
+def local_model(name: str) -> str:
     """A hub id or a folder as it is; for "demo" the folder of the demo's model. Raises InputError
     for a name that can only be a folder's, if there is none, and for the folder of a run, whose
     model is in its final/."""
@@ -37,11 +46,35 @@ def resolve_model(name: str) -> str:
 
         return demo_model()
     path = Path(name)
-    if (name.count("/") > 1 or name.startswith(("/", ".", "~"))) and not path.is_dir():
+    local = name.count("/") != 1 or name[0] in "/.~" or path.parent.is_dir()  # no ORG/NAME of a hub
+    if "/" in name and local and not path.is_dir():
         raise InputError(f"{name}: there is no such folder")
     if (path / "final").is_dir() and not (path / "config.json").exists():
         raise InputError(f"{name}: the model of this run is in {path / 'final'}")
     return name
+
+
+@functools.cache
+def fetch(name: str, patterns: tuple[str, ...], revision: str | None = None) -> str:
+    """The folder of a hub id, with the files of these patterns. Of the ranks that torchrun starts
+    on a node, one asks the hub. Raises InputError if it cannot."""
+    launch = (os.getppid(), os.environ.get("TORCHELASTIC_RESTART_COUNT"))
+    key = hashlib.sha256(repr((name, patterns, revision, *launch)).encode()).hexdigest()
+    record = cache_folder("fetched") / key
+    with hold(record):
+        # Process ids are used again, but not within the hours of a start.
+        recent = record.exists() and time.time() - record.stat().st_mtime < 6 * 3600
+        if recent and "LOCAL_RANK" in os.environ:
+            return record.read_text()
+        try:
+            # Mistral's "consolidated" files are a second copy of the same weights.
+            ignored = ["*/*", "consolidated*"]
+            options = {"allow_patterns": [*patterns], "ignore_patterns": ignored}
+            folder = snapshot_download(name, revision=revision, **options)
+        except Exception as error:  # not there, a licence not accepted, no network
+            raise InputError(f"{name}: the model cannot be fetched: {error}") from error
+        record.write_text(folder)
+        return folder
 
 
 def load_config(name: str):
@@ -80,20 +113,15 @@ def tokenizer_digests(tokenizer) -> dict[str, str]:
 
 
 def fetch_weights(name: str) -> str:
-    """The folder with the weight files of a folder or hub id; those of a hub id are fetched, in one
+    """The folder of resolve_model with the weight files; those of a hub id are fetched, in one
     format only. Raises InputError if there are none."""
+    folder = Path(name)
     for kind in ("*.safetensors", "*.bin"):
-        folder = name
-        if not Path(name).is_dir():
-            try:
-                # Mistral's "consolidated" files are a second copy of the same weights.
-                ignored = ["*/*", "consolidated*"]
-                wanted = [kind, "config.json"]
-                folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored)
-            except Exception as error:  # not there, a licence not accepted, no network
-                raise InputError(f"{name}: the weights cannot be fetched: {error}") from error
-        if any(Path(folder).glob(kind)):
-            return folder
+        if "/models--" in name and folder.parent.name == "snapshots":  # as huggingface_hub names it
+            hub_id = folder.parents[1].name.removeprefix("models--").replace("--", "/")
+            fetch(hub_id, (kind,), folder.name)
+        if any(folder.glob(kind)):
+            return name
     raise InputError(f"{name}: no weights (.safetensors or .bin) are there")
 
 

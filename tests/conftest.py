@@ -2,11 +2,16 @@
 one."""
 
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +50,13 @@ def cache(tmp_path_factory):
     os.environ["SIMPER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """A run in this process flushes them to 0; the tests have them."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def make_tokenizer(
@@ -189,7 +201,7 @@ def run(values: dict, output: Path) -> list[dict]:
     import train
 
     try:
-        train.train(train.Config(**values | {"output_dir": str(output)}))
+        train.train(train.Config(**without_zero_rate(values) | {"output_dir": str(output)}))
     finally:
         if torch.distributed.is_initialized():  # it has failed
             torch.distributed.destroy_process_group()
@@ -197,7 +209,13 @@ def run(values: dict, output: Path) -> list[dict]:
 
 
 def as_flags(values: dict, output: Path) -> list[str]:
-    return [f"--{name}={value}" for name, value in (values | {"output_dir": output}).items()]
+    values = without_zero_rate(values) | {"output_dir": output}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def without_zero_rate(values: dict) -> dict:
+    """A single step must not be one of the warm-up."""
+    return ({"warmup_ratio": 0.0} if values.get("max_steps") == 1 else {}) | values
 
 
 def command(values: dict, output: Path, ranks: int) -> list[str]:
@@ -212,9 +230,85 @@ def command(values: dict, output: Path, ranks: int) -> list[str]:
     return [*launcher, str(ROOT / "train.py"), *as_flags(values, output)]
 
 
-def run_ranks(values: dict, output: Path, ranks: int = 2) -> list[dict]:
-    """The same through torchrun."""
-    done = subprocess.run(command(values, output, ranks), cwd=ROOT, capture_output=True, text=True)
+def run_python(
+    *words, cwd: Path = ROOT, ranks: int = 0, meanwhile=None, **environment
+) -> subprocess.CompletedProcess:
+    """`python *words` (a script, -m MODULE or -c CODE, with arguments), or as many ranks of it as
+    torchrun would start. In place of the seconds that each would take to import the libraries, they
+    are forks of a process that has them; not the project's own modules. meanwhile: a function that
+    gets the processes when they have been started."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    folder, started = Path(tempfile.mkdtemp()), []
+    for rank in range(max(1, ranks)):
+        settings = os.environ | environment
+        if ranks:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            numbers |= {"LOCAL_WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": 1, "OMP_NUM_THREADS": 1}
+            numbers |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RESTART_COUNT": 0}
+            settings |= {name: str(number) for name, number in numbers.items()}
+        output = folder / f"out{rank}", folder / f"err{rank}"
+        arguments = [*map(str, words)], cwd, settings, *output
+        started.append(FORKS.Process(target=become_python, args=arguments))
+        started[-1].start()
+    failed = []
+    if meanwhile:
+        meanwhile(started)
+    while any(process.is_alive() for process in started) and not failed:
+        multiprocessing.connection.wait([p.sentinel for p in started if p.is_alive()])
+        failed = [p for p in started if p.exitcode]
+    for process in started:
+        process.join(1 if failed else None)  # as torchrun, which ends the ranks that are left
+        process.kill()
+    out, err = (
+        "".join(p.read_text() for p in sorted(folder.glob(f"{n}*"))) for n in ("out", "err")
+    )
+    shutil.rmtree(folder)
+    status = next((p.exitcode for p in started if p.exitcode), 0)
+    return subprocess.CompletedProcess(words, status, out, err)
+
+
+def become_python(words: list[str], cwd: Path, environment: dict, out: Path, err: Path) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    option, *rest = words
+    first = str(Path(option).resolve().parent) if option[0] != "-" else str(cwd)
+    sys.path[:0] = [first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.argv = words if option[0] != "-" else ["-c", *rest[1:]]
+    if option == "-c":
+        sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(sys.modules["__main__"]))
+    elif option == "-m":
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(option, run_name="__main__")
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.nn.attention.varlen"]
+    + ["torch._dynamo", "pytest"]
+    + ["datasets", "sklearn", "transformers.models.llama.modeling_llama", "wandb", "xxhash", "yaml"]
+    + ["transformers.integrations.sdpa_attention", "transformers.generation.utils", "tqdm"]
+)
+
+
+def start_two(function, folder: Path) -> None:
+    """function(rank, folder) in two processes, that are forks as those of run_python."""
+    torch.multiprocessing.start_processes(function, (folder,), 2, start_method="forkserver")
+
+
+def run_ranks(values: dict, output: Path, ranks: int = 2, script: Path = ROOT / "train.py"):
+    """The same on several ranks."""
+    done = run_python(script, *as_flags(values, output), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return read_metrics(output)
 
@@ -235,8 +329,8 @@ for number, (flags, source) in enumerate(json.loads(sys.argv[1])):
 
 
 def run_several(runs: list[tuple], folder: Path, ranks: int = 2, code: str = "") -> str:
-    """Several runs one after the other, through torchrun, which is started once. Returns what they
-    have printed.
+    """Several runs one after the other, on ranks that are started once. Returns what they have
+    printed.
 
     runs: (values, output) or (values, output, source), where output is made from the finished run
     `source`: see interrupt; folder: for the script; code: what it does first, with `train`
@@ -246,10 +340,8 @@ def run_several(runs: list[tuple], folder: Path, ranks: int = 2, code: str = "")
     script.write_text(SEVERAL.replace("{code}", code))
     for values, output, *source in runs:
         given.append((as_flags(values, output), str(source[0]) if source else None))
-    launch = command({}, folder, ranks)
-    launch[launch.index(str(ROOT / "train.py")) :] = [str(script), json.dumps(given)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = run_python(script, json.dumps(given), ranks=ranks, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -275,29 +367,28 @@ def three_steps(base, tmp_path_factory) -> dict[str, tuple[Path, list[dict]]]:
 
 
 class Signals:
-    """In place of the event that SIGTERM sets: set when it has been asked `quiet` times."""
+    """In place of what watch_signals gives: SIGTERM when it has been asked `quiet` times."""
 
     def __init__(self, quiet: int):
         self.quiet = quiet
 
-    def is_set(self) -> bool:
+    def __call__(self) -> int:
         self.quiet -= 1
-        return self.quiet < 0
-
-    def set(self) -> None:
-        self.quiet = 0
+        return signal.SIGTERM if self.quiet < 0 else 0
 
 
 @pytest.fixture
 def sigterm_after(monkeypatch):
     """A function: from its call on, a run in this process finds that SIGTERM has arrived when it
     has asked so many times. (The run's code stays as it is, so that it can be resumed.)"""
+    import train
     from runtime import processes
 
     def arrive(quiet: int) -> None:
-        threading = ModuleType("threading")
-        threading.Event = lambda: Signals(quiet)
-        monkeypatch.setattr(processes, "threading", threading)
+        patched = ModuleType("processes")
+        vars(patched).update(vars(processes))
+        patched.watch_signals = lambda: Signals(quiet)
+        monkeypatch.setattr(train, "processes", patched)
 
     return arrive
 

@@ -27,7 +27,7 @@ from benchmarks.plan import main as plan_main
 from benchmarks.study import main as study_main
 from benchmarks.throughput import check_agreement, random_config
 from benchmarks.throughput import main as throughput_main
-from data import make_schedule, pack, truncate
+from data import Schedule, pack, truncate
 from model import PackedModel, blocks, build_model, shard
 from runtime.errors import InputError
 from train import Config, parse_args
@@ -301,7 +301,7 @@ def test_a_step_on_fake_cuda(arm, tmp_path):
         2,
     )
     if arm == "simper":
-        _, second = make_schedule(np.array(pairs).sum(axis=1), config, 4)
+        _, second = Schedule(np.array(pairs).sum(axis=1), config, 4)
         mine = [pairs[i] for shares in second for i in shares[0]]
         tokens, responses = sum(map(sum, mine)), sum(c + r for _, c, r in mine)
         attended = sum((p + c) ** 2 + r * (p + r) for p, c, r in mine)

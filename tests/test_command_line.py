@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import CHATML, ROOT, run, timeless
+from conftest import CHATML, ROOT, as_flags, run, run_python, timeless
 
 import data
 from runtime import processes
@@ -95,6 +95,33 @@ def test_an_error_that_only_one_rank_meets_is_printed_by_it(rank):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     said = "error: too small" if rank == "0" else "error on rank 1: too small"
     assert (done.returncode, done.stderr.strip()) == (1, said)
+
+
+PRINTS_NOWHERE = """
+import os, sys, train
+from runtime.command_line import run_command
+
+read, closed = os.pipe()
+os.close(read)
+full = os.open("/dev/full", os.O_WRONLY)
+for number, (place, encoding) in enumerate(((closed, "utf-8"), (full, "utf-8"), (1, "ascii"))):
+    out = [os.dup(place), os.dup(place)]
+    sys.stdout, sys.stderr = (open(n, "w", encoding=encoding) for n in out)
+    args = [*sys.argv[2:], f"--output_dir={sys.argv[1]}{number}"]
+    run_command(lambda: train.train(train.parse_args(args)))
+    sys.stdout.flush(), sys.stderr.flush()
+"""
+
+
+def test_what_cannot_be_printed_ends_no_run(base, tmp_path):
+    """The reader of a pipe is gone, the disk of a log is full, a terminal knows ASCII alone."""
+    flags = as_flags(base | {"max_steps": 2}, tmp_path)[:-1]
+    done = run_python("-c", PRINTS_NOWHERE, tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number in range(3):
+        assert (tmp_path / f"run{number}" / "final" / "model.safetensors").exists()
+    assert "\\u2192" in done.stdout  # the arrow of the table
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 # ---- Processes -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ data.py."""
 
 import dataclasses
 import gzip
+import heapq
 import inspect
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import CHATML, make_tokenizer
@@ -25,10 +27,11 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 import runtime.rows
-from data import DataSet, load_data, pack, spread_rows, step_indices, truncate
+from data import DataSet, Schedule, load_data, pack, spread_rows, step_indices, truncate
 from runtime.errors import InputError
 from runtime.rows import load_rows
 from runtime.weights import load_tokenizer, tokenizer_digests
+from train import Config
 
 CHAT, PLAIN = make_tokenizer(), make_tokenizer(None)
 TEXT = {"prompt": "what is two?", "chosen": "plus", "rejected": "what"}
@@ -765,6 +768,52 @@ def test_spread_rows_literally(tokens, ranks, budget, expected):
         by_index = dict(zip(shifted, tokens))
         expected = [[[10 * i for i in share] for share in shares] for shares in expected]
         assert spread_rows(shifted, by_index, ranks, budget) == expected
+
+
+def test_a_whole_data_set_is_spread_in_few_tries_and_as_evenly(monkeypatch):
+    """Rows of more than half the budget, and of more than a third, have micro-batches of one and
+    two; each try is a pass over all rows."""
+    tries, replace = [], heapq.heapreplace
+    monkeypatch.setattr(data.heapq, "heapreplace", lambda *args: tries.append(1) or replace(*args))
+    draw = np.random.default_rng(0)
+    for low, high, least, passes in ((4100, 8000, 4000, 1), (2740, 4000, 2000, 40)):
+        tokens = draw.integers(low, high, size=4000)
+        spread = spread_rows(range(4000), tokens, 1, 8192)
+        loads = [tokens[share].sum() for (share,) in spread]
+        assert least <= len(spread) <= 1.02 * least and max(loads) <= 8192
+        assert sorted(i for (share,) in spread for i in share) == [*range(4000)]
+        assert len(tries) <= passes * 4000
+        tries.clear()
+
+
+def test_the_schedule_of_any_number_of_steps(monkeypatch):
+    """Steps are made when they are asked for; one that cannot be spread is found before."""
+    made = []
+    monkeypatch.setattr(
+        data, "spread_rows", lambda i, *rest: made.append(i) or spread_rows(i, *rest)
+    )
+    tokens = np.array([30, 40, 50, 60, 70, 80])
+    config = Config(batch_size=2, num_epochs=10**9, micro_batch_tokens=150)
+    schedule = Schedule(tokens, config, ranks=2)
+    assert len(schedule) == 3 * 10**9 and made == []
+    again = Schedule(tokens, dataclasses.replace(config, num_epochs=1), ranks=2)
+    assert [*again] == [schedule[step] for step in range(3)]
+    assert {i for (step,) in again for share in step for i in share} == {*range(6)}
+    expected = step_indices(6, 2, config.seed, 2_999_999_999)
+    assert sorted(sum(schedule[2_999_999_999][0], [])) == sorted(expected)
+    with pytest.raises(IndexError):
+        schedule[3 * 10**9]
+    # A batch of 3 on 2 ranks: one of them has two rows, which may be too much.
+    tokens = np.array([30, 40, 50, 55, 60, 60])
+    for budget, tried in ((120, False), (119, True)):
+        made.clear()
+        config = Config(batch_size=3, max_steps=200, micro_batch_tokens=budget)
+        Schedule(tokens, config, ranks=2)
+        assert len(made) == 200 * tried
+    with pytest.raises(InputError, match="3 pairs cannot be spread over 2 ranks"):
+        Schedule(tokens, dataclasses.replace(config, micro_batch_tokens=100), ranks=2)
+    with pytest.raises(InputError, match="a pair of 60 tokens"):
+        Schedule(tokens, dataclasses.replace(config, micro_batch_tokens=59), ranks=2)
 
 
 PAIRS = [([1, 2], [3, 4], [5]), ([6], [7], [8, 9])]

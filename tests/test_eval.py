@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CHATML, make_model, make_tokenizer, run, write_pairs
+from conftest import CHATML, make_model, make_tokenizer, run, run_python, write_pairs
 
 from data import load_data
 from eval import alpaca_eval2 as alpaca_eval2_module
@@ -41,13 +42,11 @@ from runtime.weights import tokenizer_digests
 ROOT = Path(__file__).parent.parent
 
 
-def run_python(*args, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
+def new_python(*args, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
+    """run_python, with an environment that libraries read when they are imported."""
+    words = [sys.executable, *map(str, args)]
     return subprocess.run(
-        [sys.executable, *map(str, args)],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
+        words, cwd=cwd, env=os.environ | environment, capture_output=True, text=True
     )
 
 
@@ -117,6 +116,8 @@ def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
             "length/rejected": lengths[:, 2].mean(),
             "pairs": 9,
         }
+        if name == "other":  # against itself, a model has no implicit reward
+            expected = {name: value for name, value in expected.items() if "implicit" not in name}
         assert result["scores"] == pytest.approx(expected, rel=1e-5)
         error = correct[::2].std(ddof=1) / math.sqrt(5)
         assert result["standard_errors"]["accuracy/even"] == pytest.approx(error)
@@ -127,6 +128,8 @@ def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
         assert [line["row"] for line in lines] == [*range(9)]
     assert (tmp_path / "results" / "preference.png").stat().st_size > 10_000
     assert "tiny" in done.stdout and "other" in done.stdout and "accuracy/even" in done.stdout
+    (implicit,) = re.findall(r"^accuracy_implicit .*$", done.stdout, re.MULTILINE)
+    assert re.search(r" 0\.\d{4} ± 0\.\d{4} +–$", implicit)
 
 
 def test_preference_scores_by_hand():
@@ -205,13 +208,52 @@ def test_report(model_folder, other_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == (tmp_path / "report.md").read_text()
     assert "| model | BBH | GSM8K | average rank |" in done.stdout
-    assert "| a | 0.5000 | **60.00** | 1.00 |" in done.stdout
+    assert "| a | 0.50 | **60.00** | 1.00 |" in done.stdout
     assert "| b | – | 50.00 | – |" in done.stdout
     assert "| model | MT-Bench | average rank |" in done.stdout and "7.12" in done.stdout
     rows = list(csv.reader(open(tmp_path / "report.csv")))
     header = ["model", "BBH", "BBH standard error", "GSM8K", "GSM8K standard error", "average rank"]
     assert rows[:2] == [["Open LLM Leaderboard"], header]
     assert rows[2:4] == [["a", "0.5", "", "60.0", "", "1.0"], ["b", "", "", "50.0", "", ""]]
+
+
+DAMAGED = {
+    "cut off": '{"benchmark": "preference", "scores": {"accu',
+    "empty": "",
+    "zeros": "\0\0\0",
+    "a NaN": '{"accuracy": NaN}',
+    "a text for a score": '{"accuracy": "high"}',
+    "no standard errors": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_result_is_named(model_folder, tmp_path, damage):
+    write(tmp_path / "a", model_folder, "preference", {"accuracy": 0.5})
+    path, text = tmp_path / "a" / "preference.json", DAMAGED[damage]
+    result = json.loads(path.read_text())
+    if text is None:
+        del result["standard_errors"]
+    elif text.startswith('{"accuracy"'):
+        result["scores"] = json.loads(text)
+    whole = text is None or text.startswith('{"accuracy"')
+    path.write_text(json.dumps(result) if whole else text)
+    with pytest.raises(InputError, match=f"{path}.*: evaluate again"):
+        report.read_results([str(tmp_path / "a")])
+
+
+def test_a_score_of_zero_per_cent_has_two_digits(model_folder, tmp_path):
+    write(tmp_path / "a", model_folder, "leaderboard", {"GSM8K": 0.0})
+    (table,) = report.tables(report.read_results([str(tmp_path / "a")]))
+    assert "| a | 0.00 | 1.00 |" in report.markdown(*table)
+
+
+def test_help_shows_the_defaults(capsys):
+    parser = report.make_parser("A text.", "model", *report.GENERATION, "--output_dir")
+    parser.print_help()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: 8)" in said and "(default: results)" in said and "(default: 0)" in said
+    assert "(default: )" not in said and "(default: None)" not in said
 
 
 def test_report_footnotes_what_it_cannot_compare(model_folder, tmp_path):
@@ -519,7 +561,7 @@ run_command(a.main)
 """
     flags = ["--reference", alpaca / "reference.json", "--output_dir", output, *flags]
     environment = {"HF_HUB_CACHE": str(alpaca / "hub"), "OPENAI_API_KEY": ""} | environment
-    return run_python("-c", code, model, "--batch_size", 256, *flags, **environment)
+    return new_python("-c", code, model, "--batch_size", 256, *flags, **environment)
 
 
 def instructions_sha256(alpaca: Path) -> str:
@@ -833,7 +875,7 @@ class MockJudge:
     def __init__(self, reply):
         self.calls, self.reply = [], reply
         self.client = SimpleNamespace(chat=SimpleNamespace(completions=self))
-        self.model, self.options, self.version = "mock", {}, "mock 1"
+        self.model, self.options, self.version, self.timeout = "mock", {}, "mock 1", 60
 
     def create(self, model, messages):
         self.calls.append(messages)
@@ -906,7 +948,7 @@ def test_two_processes_do_not_pay_for_the_same_judgments(tmp_path):
     with open(tmp_path / "judgments.jsonl", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as the first does
         judge = MockJudge(lambda n: "A")
-        with pytest.raises(InputError, match="another process is asking"):
+        with pytest.raises(InputError, match="another process is writing to it"):
             ask(judge, range(3), tmp_path / "judgments.jsonl")
     assert judge.calls == [] and len(ask(judge, range(3), tmp_path / "judgments.jsonl")) == 3
 
@@ -922,26 +964,137 @@ def test_endpoints_have_names_of_their_own():
     assert {url: judge_module.endpoint_name(url) for url in names} == names
 
 
-@pytest.mark.parametrize("problem", ["interrupt", "answer"])
-def test_every_judgment_that_was_paid_is_kept(tmp_path, monkeypatch, problem):
-    """When the user interrupts, or an answer is no chat completion: no further call begins."""
+def test_every_judgment_that_was_paid_is_kept(tmp_path, monkeypatch):
+    """When the user interrupts: no further call begins."""
 
-    def interrupted(futures, **options):
-        for number, future in enumerate(futures):
-            if number == 5 and problem == "interrupt":
+    def interrupted(tasks, **options):
+        for number, task in enumerate(tasks):
+            if number == 5:
                 raise KeyboardInterrupt
-            yield future
+            yield task
 
     def reply(n):
         time.sleep(0.002)
-        return "" if n == 20 and problem == "answer" else "A"
+        return "A"
 
     monkeypatch.setattr(judge_module, "tqdm", interrupted)
     judge, path = MockJudge(reply), tmp_path / "judgments.jsonl"
-    with pytest.raises(KeyboardInterrupt if problem == "interrupt" else InputError):
+    with pytest.raises(KeyboardInterrupt):
         ask(judge, range(500), path, workers=4)
     kept = len(report.read_records(path))
-    assert kept == len(judge.calls) - (problem == "answer") and kept < 500
+    assert kept == len(judge.calls) and kept < 500
+
+
+SHAPES = {
+    "no choices": {},
+    "null for a choice": {"choices": [None]},
+    "no message": {"choices": [{"finish_reason": "stop"}]},
+    "null for a message": {"choices": [{"message": None}]},
+    "a number": {"choices": [{"message": {"content": 7}}]},
+    "a part without text": {"choices": [{"message": {"content": [{"type": "image"}]}}]},
+    "a list": [1, 2],
+    "a text": "no",
+}
+
+
+@pytest.fixture
+def endpoint():
+    """(its URL, its list of functions of a request handler, by which it answers one after the
+    other, the last for good)."""
+    replies = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            (replies.pop(0) if len(replies) > 1 else replies[0])(self)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("localhost", 0), Handler)
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://localhost:{server.server_port}/v1", replies
+    server.shutdown()
+
+
+def send_json(content) -> Callable:
+    def send(handler) -> None:
+        body = json.dumps(content).encode()
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return send
+
+
+def completion(content) -> Callable:
+    message = {"role": "assistant", "content": content}
+    return send_json({"model": "m", "choices": [{"message": message}]})
+
+
+def test_a_reply_of_any_shape_is_a_record(endpoint, tmp_path):
+    """Through the client of openai; a content of several parts is a text."""
+    url, replies = endpoint
+    replies += [completion("B")]
+    judge = open_judge("m", url, max_tokens=1, temperature=0)
+    parts = [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]
+    shapes = [thing for shape in SHAPES.values() for thing in (send_json(shape), completion("C"))]
+    replies[:] = [completion(parts), *shapes, completion("D")]
+    records = ask(judge, range(2 * len(SHAPES) + 2), tmp_path / "judgments.jsonl")
+    texts = [record["judgment"] for record in records.values()]
+    assert sorted(texts) == sorted(["AB", "D"] + ["", "C"] * len(SHAPES))
+    refused = [record["refused"] for record in records.values() if "refused" in record]
+    assert len(refused) == len(SHAPES) and all("no chat completion" in r for r in refused)
+
+
+@pytest.mark.parametrize("kind", ["silence", "drip"])
+def test_a_reply_that_does_not_end_is_an_error_in_time(endpoint, tmp_path, kind):
+    """At the first question, and when it happens later."""
+    url, replies = endpoint
+    open_for_long = Event()
+
+    def hang(handler) -> None:
+        if kind == "drip":
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+        while not open_for_long.wait(0.1):
+            if kind == "drip":
+                with suppress(OSError):
+                    handler.wfile.write(b" ")
+
+    replies += [hang]
+    with pytest.raises(InputError, match=f"the judge m at {url}: .*(timed out|no whole reply)"):
+        open_judge("m", url, max_tokens=1, temperature=0, timeout=0.5)
+    replies[:] = [completion("A")]
+    judge = open_judge("m", url, max_tokens=1, temperature=0, timeout=0.5)
+    replies[:] = [completion("A"), completion("A"), hang]
+    with pytest.raises(InputError, match="the judge m failed: .*no reply within 0.5 s, 3 times"):
+        ask(judge, range(10), tmp_path / "judgments.jsonl")
+    assert len(report.read_records(tmp_path / "judgments.jsonl")) == 2
+    open_for_long.set()
+
+
+def test_an_endpoint_with_a_password_is_refused(capsys):
+    """It would be in results, in wandb and in errors."""
+    parser = report.make_parser("", *report.JUDGE)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--judge_base_url", "http://me:secret@host:8000/v1"])
+    said = capsys.readouterr().err
+    assert "must hold no password" in said and "secret" not in said
+    assert parser.parse_args([]).judge_base_url == judge_module.URL
+
+
+def test_what_a_judge_commands_a_terminal_is_shown():
+    from runtime.command_line import printable
+
+    text = "a\x1b[31m\x1b]0;owned\x07 \x9b2J\u2028\x00é→\n\tend\r"
+    assert printable(text) == "a\\x1b[31m\\x1b]0;owned\\x07 \\x9b2J\\u2028\\x00é→\n\tend\\r"
 
 
 def test_mt_bench_temperatures_and_second_turns(mt_bench_data, model_folder, tmp_path, monkeypatch):
@@ -1219,7 +1372,7 @@ def test_leaderboard_with_the_harness(tmp_path):
     def run(code: str, cache: str) -> subprocess.CompletedProcess:
         environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / cache)}
         environment |= {"NLTK_DATA": str(tmp_path / "nltk_data")}
-        return run_python("-c", LEADERBOARD_RUNS + code, cwd=tmp_path, **environment)
+        return new_python("-c", LEADERBOARD_RUNS + code, cwd=tmp_path, **environment)
 
     flags = "--benchmarks GSM8K GPQA Winogrande --apply_chat_template leaderboard --limit 1"
     quick = run(f"run('{flags}')", cache="one cache")

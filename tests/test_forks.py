@@ -4,19 +4,14 @@ forwards of transformers, in closed form, on two ranks, and across a resume.
 Each patch is applied to a copy of the code, and its own command is run there, with a tiny model.
 """
 
-import contextlib
 import math
-import multiprocessing
 import os
 import random
 import re
 import shlex
 import shutil
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import datasets
@@ -30,6 +25,7 @@ from conftest import (
     read_checkpoint,
     read_metrics,
     relative_difference,
+    run_python,
     timeless,
 )
 from safetensors.torch import load_file
@@ -37,12 +33,6 @@ from torch.func import functional_call
 
 FORKS = ROOT / "forks"
 PATCHES = {path.stem: path.read_text() for path in sorted(FORKS.glob("*.patch"))}
-# A process that has imported the libraries forks into those that train: seconds for each fork.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["transformers.models.llama.modeling_llama", "torch.distributed.checkpoint", "datasets"]
-    + ["torch.distributed.fsdp", "torch.nn.attention.varlen", "torch._dynamo", "pytest"]
-)
 
 
 def command(text: str) -> str:
@@ -113,41 +103,12 @@ def test_the_page_lists_every_patch_with_its_true_numbers():
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
-def train_fork(code: Path, args: list[str], log: Path, environment: dict) -> None:
-    """`python train.py ARGS` in the folder `code`: what a new process does."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1), os.dup2(output, 2)
-    os.environ |= environment
-    os.chdir(code)
-    sys.path.insert(0, str(code))
-    import train
-
-    assert Path(train.__file__).parent == code
-    train.train(train.parse_args(args))
-
-
 def launch(code: Path, args: list[str], ranks: int = 1) -> None:
-    """The same on `ranks` processes. Raises RuntimeError with what they print if one fails."""
-    log, environments = code / "log", [{"SIMPER_CACHE": os.environ["SIMPER_CACHE"]}] * ranks
-    if ranks > 1:
-        with contextlib.closing(socket.create_server(("localhost", 0))) as free:
-            every = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        every |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} | environments[0]
-        environments = [every | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
-    log.unlink(missing_ok=True)
-    started = [
-        CONTEXT.Process(target=train_fork, args=(code, args, log, environment))
-        for environment in environments
-    ]
-    for process in started:
-        process.start()
-    while alive := [process for process in started if process.is_alive()]:
-        wait([process.sentinel for process in alive])
-        if any(process.exitcode for process in started):
-            for process in alive:
-                process.kill()
-    if any(process.exitcode for process in started):
-        raise RuntimeError(log.read_text()[-3000:])
+    """`python train.py ARGS` in the folder `code`. Raises RuntimeError with what it prints if it
+    fails."""
+    done = run_python("train.py", *args, cwd=code, ranks=ranks if ranks > 1 else 0)
+    if done.returncode:
+        raise RuntimeError(done.stdout[-1000:] + done.stderr[-3000:])
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import data
 from eval import generate as generate_module
 from eval.generate import answer, generate, generate_tokens, own_sampling, short_name
 from eval.report import parse_engine_args
-from runtime import weights
 from runtime.errors import InputError
+from runtime.log import open_alone
 
 ROOT = Path(__file__).parent.parent
 CHATML_OF = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -178,6 +178,35 @@ def test_an_interrupted_run_continues_to_the_same_answers(model_folder, tmp_path
 
     monkeypatch.setattr(generate_module, "load_engine", load_again)
     assert answer(str(model_folder), MANY, path, **SETTINGS) == whole
+
+
+DAMAGED = {
+    "zeros": "\0\0\0",
+    "a list": "[1, 2]",
+    "another index": '{"index": 999, "output": "a", "finished": true}',
+    "no text": '{"index": 1, "output": null, "finished": true}',
+    "no index": '{"output": "a", "finished": true}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_answer_is_named_by_its_line(model_folder, tmp_path, damage):
+    path = tmp_path / "answers.jsonl"
+    whole = answer(str(model_folder), MANY, path, **SETTINGS)
+    lines = path.read_text().splitlines()
+    lines[2] = DAMAGED[damage]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=f"{path}: line 3 is .*: remove the line, and "):
+        answer(str(model_folder), MANY, path, **SETTINGS)
+    path.write_text("\n".join(lines[:2] + lines[3:]) + "\n")
+    assert answer(str(model_folder), MANY, path, **SETTINGS) == whole
+
+
+def test_two_processes_do_not_generate_the_same_answers(model_folder, tmp_path):
+    with open_alone(tmp_path / "answers.jsonl"):
+        with pytest.raises(InputError, match="answers.jsonl: another process is writing to it"):
+            answer(str(model_folder), MANY, tmp_path / "answers.jsonl", **SETTINGS)
+    assert len(answer(str(model_folder), MANY, tmp_path / "answers.jsonl", **SETTINGS)) == len(MANY)
 
 
 @pytest.mark.parametrize(
@@ -347,23 +376,3 @@ def test_the_decoding_is_the_requested_one():
         generate(other, tokenizer, PROMPTS, max_new_tokens=12, seed=seed) for seed in range(3)
     ]
     assert greedy[0] == greedy[1] == greedy[2]
-
-
-def test_weights_of_the_hub_are_fetched_before_they_are_hashed(model_folder, tmp_path, monkeypatch):
-    asked = []
-
-    def download(name, allow_patterns, ignore_patterns):
-        asked.append((name, allow_patterns))
-        if allow_patterns == ["*.safetensors", "config.json"]:
-            shutil.copy(model_folder / "model.safetensors", tmp_path)
-            shutil.copy(model_folder / "config.json", tmp_path)
-        return str(tmp_path)
-
-    monkeypatch.setattr(weights, "snapshot_download", download)
-    of_folder = weights.model_fingerprint(str(model_folder))
-    assert weights.model_fingerprint("someone/model") == of_folder
-    # Not the same weights again as .bin.
-    assert asked == [("someone/model", ["*.safetensors", "config.json"])]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no weights"):
-        weights.model_fingerprint(str(tmp_path / "empty"))

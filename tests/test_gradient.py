@@ -121,7 +121,12 @@ def test_flags_reach_the_model(base, tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "pack", lambda rows: packed.extend(rows) or pack(rows))
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "0123" * 50}))
-    flags = {"max_length": 240, "dtype": "bfloat16", "activation_checkpointing": True, "compile": True}
+    flags = {
+        "max_length": 240,
+        "dtype": "bfloat16",
+        "activation_checkpointing": True,
+        "compile": True,
+    }
     values = base | flags | {"eval_data": str(heldout)}
     with pytest.raises(InputError, match="compiled"):
         run(values, tmp_path / "run")

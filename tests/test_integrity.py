@@ -3,10 +3,12 @@ and never trained on."""
 
 import json
 import os
+import pwd
 import random
 import re
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from conftest import read_metrics, run, timeless
 from safetensors.torch import load_file, save_file
 
-from runtime import checkpoints
+from runtime import cache, checkpoints
 from runtime.cache import cache_folder
 from runtime.errors import InputError
 
@@ -345,3 +347,49 @@ def test_the_code_of_tokens_includes_what_it_imports(monkeypatch):
             monkeypatch.setattr(rows, "PATTERN", regex.compile(pattern), raising=False)
             digests.add(code_digest(data, rows))
     assert len(digests) == 4
+
+
+# ---- The cache's place ---------------------------------------------------------------------------
+
+
+def test_a_cache_for_a_user_without_a_home(monkeypatch):
+    """As in a container with any user id."""
+    monkeypatch.delenv("SIMPER_CACHE")
+    monkeypatch.delenv("HOME")
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert cache.cache_path() == Path(tempfile.gettempdir()) / f"simper-{os.getuid()}"
+
+
+def test_a_cache_of_another_user_is_not_taken_for_a_bad_file(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIMPER_CACHE", str(tmp_path / "cache"))
+
+    def denied(lock, **_):
+        raise PermissionError(13, "Permission denied", lock.lock_file)
+
+    monkeypatch.setattr(cache.FileLock, "acquire", denied)
+    with pytest.raises(InputError) as error:
+        run(base, tmp_path / "run")
+    said = str(error.value)
+    assert str(tmp_path / "cache" / "rows") in said and "train.jsonl" not in said
+    assert said.endswith("Set SIMPER_CACHE to a folder of your own")
+
+
+def test_who_waits_at_a_lock_says_so(tmp_path, monkeypatch, capsys):
+    """With the file, and then goes on."""
+    acquire, waited = cache.FileLock.acquire, []
+
+    def slow(lock, timeout=None):
+        waited.append(timeout)
+        if timeout:
+            raise cache.Timeout(lock.lock_file)
+        return acquire(lock)
+
+    monkeypatch.setattr(cache.FileLock, "acquire", slow)
+    with cache.hold(tmp_path / "work"):
+        pass
+    expected = f"waiting for another process, which holds {tmp_path / 'work'}.lock"
+    assert waited == [5, None] and expected in capsys.readouterr().out

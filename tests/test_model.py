@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, CHATML, GQA, TINY, make_model, make_tokenizer
+from conftest import ARCHITECTURES, CHATML, GQA, TINY, make_model, make_tokenizer, start_two
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -882,7 +882,7 @@ def two_ranks(tmp_path_factory):
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
         state["lm_head.weight"][-1, -1] += float(name == "another head")
         save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
-    torch.multiprocessing.spawn(work, (folder,), nprocs=2)
+    start_two(work, folder)
     return reference, folder, [torch.load(folder / f"rank{rank}") for rank in (0, 1)]
 
 
@@ -916,7 +916,7 @@ def bfloat16_gradients(rank: int, folder) -> None:
 
 def test_two_ranks_sum_bfloat16_gradients_in_float32(tmp_path):
     make_model("llama").save_pretrained(tmp_path / "source")
-    torch.multiprocessing.spawn(bfloat16_gradients, (tmp_path,), nprocs=2)
+    start_two(bfloat16_gradients, tmp_path)
 
 
 def test_two_ranks_export(two_ranks):

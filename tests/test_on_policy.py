@@ -127,6 +127,7 @@ def test_an_interrupted_sampling_goes_on_to_the_same_pairs(run, tmp_path, monkey
         ("nan", (), "to the prompt 'question 0' is nan; a score must be a finite number"),
         ("few", (), "returned 1 scores for 18 answers"),
         ("other", (), "has no function other"),
+        ("score", ("--min_gap", "1e9"), "6 have equal scores or less than --min_gap apart (raise"),
         ("score", ("--samples", "1"), "--samples of at least 2"),
         ("score", ("--temperature", "0"), "--temperature above 0"),
         ("score", ("--output", "pairs.csv"), "must end with .jsonl"),

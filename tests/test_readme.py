@@ -4,13 +4,12 @@ and train."""
 import importlib
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, read_metrics, write_pairs
+from conftest import make_model, make_tokenizer, read_metrics, run_python, write_pairs
 
 from data import load_data
 from train import LOSSES, Config
@@ -87,11 +86,11 @@ def patched(tmp_path):
 
 def train(folder: Path, *flags: str) -> list[dict]:
     """Two steps of 4 pairs by the code in `folder`."""
-    command = [sys.executable, "train.py", "recipe.yaml", "--model", "model", "--output_dir", "run"]
+    command = ["train.py", "recipe.yaml", "--model", "model", "--output_dir", "run"]
     command += ["--train_data", "pairs.jsonl", "--wandb", "off", "--learning_rate", "1e-3", *flags]
     recipe = "batch_size: 4\nmax_length: 96\nmax_prompt_length: 60\nmicro_batch_tokens: 600\n"
     (folder / "recipe.yaml").write_text(recipe)
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = run_python(*command, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return read_metrics(folder / "run")
 

@@ -7,7 +7,6 @@ import json
 import math
 import random
 import re
-import subprocess
 from pathlib import Path
 
 import datasets
@@ -15,15 +14,14 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    command,
     gradients,
     make_model,
     make_tokenizer,
-    read_metrics,
     relative_difference,
     run,
     timeless,
 )
+from conftest import run_ranks as run_on_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -100,11 +98,7 @@ def run_ranks(values: dict, output: Path, ranks: int = 2) -> list[dict]:
     """Train with the losses of CODE through torchrun."""
     script = output.with_name(f"{output.name}.py")
     script.write_text(SCRIPT)
-    words = command(values, output, ranks)
-    words[words.index(str(ROOT / "train.py"))] = str(script)
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return read_metrics(output)
+    return run_on_ranks(values, output, ranks, script)
 
 
 # ---- Rows, and a plain model ---------------------------------------------------------------------
@@ -210,7 +204,7 @@ def four(base, tmp_path) -> dict:
     """A run of one step with eight rows of four responses; nine are held out."""
     values = {"train_data": write(tmp_path / "four.jsonl", make_rows(8, 4))}
     values |= {"eval_data": write(tmp_path / "held.jsonl", make_rows(9, 4, seed=1))}
-    return base | values | {"loss": "plackett_luce", "save_every": 1}
+    return base | values | {"loss": "plackett_luce", "save_every": 1, "warmup_ratio": 0.0}
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -529,7 +523,7 @@ def with_margins(margins: list, name: str = "margin") -> list[dict]:
 def margins(base, tmp_path) -> dict:
     """A run of one step with eight pairs that have margins."""
     values = {"train_data": write(tmp_path / "margins.jsonl", with_margins(MARGINS))}
-    return base | values | {"eval_data": "", "loss": "margin", "save_every": 1}
+    return base | values | {"eval_data": "", "loss": "margin", "save_every": 1, "warmup_ratio": 0.0}
 
 
 def margin_gradients(values: dict, scale: float = 1.0) -> dict[str, torch.Tensor]:

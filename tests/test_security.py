@@ -56,7 +56,7 @@ def flags(tmp_path, model_folder):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {"model": tmp_path / "model", "train_data": tmp_path / "train.jsonl"}
     values |= {"eval_data": "", "output_dir": tmp_path / "run", "wandb": "off", "batch_size": 4}
-    values |= {"max_length": 96, "max_prompt_length": 60, "save_every": 1}
+    values |= {"max_length": 96, "max_prompt_length": 60, "save_every": 1, "warmup_ratio": 0}
     return [f"--{name}={value}" for name, value in values.items()]
 
 

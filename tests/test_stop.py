@@ -1,6 +1,7 @@
 """What ends a run, or does not let it begin: signals, faults, full disks, restarts; another run in
 its folder, and ranks that do not belong together."""
 
+import contextlib
 import json
 import os
 import re
@@ -21,7 +22,9 @@ from conftest import (
     read_checkpoint,
     read_metrics,
     run,
+    run_python,
     run_several,
+    start_two,
     timeless,
     write_pairs,
 )
@@ -75,6 +78,95 @@ def test_torchrun_heals_and_sigterm_saves_and_the_same_command_goes_on(base, tmp
     assert [line["step"] for line in lines] == [0, *range(1, 101), 100]
     run(values, tmp_path / "run")  # and once more is no harm: it says that the run is finished
     assert read_metrics(tmp_path / "run") == lines
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_every_signal_that_stops_a_run_saves(base, tmp_path, name, ranks):
+    """Without a checkpoint set, in one line; and the same command goes on."""
+    values = base | {"max_steps": 5_000, "save_every": 0, "eval_every": 0}
+    flags = as_flags(values, tmp_path / "run")
+    stop = lambda processes: send(processes[-1:], name, tmp_path / "run", lines=4)  # noqa: E731
+    done = run_python("train.py", *flags, ranks=ranks, meanwhile=stop)
+    assert done.returncode == 128 + signal.Signals[name] and "Traceback" not in done.stderr
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert 3 <= step < 5_000 and not (tmp_path / "run" / "final").exists()
+    assert f"stopped by {name} after step {step}; --resume auto" in done.stdout
+
+
+def send(processes, name: str, output: Path, lines: int) -> None:
+    """A signal to processes that train, when there are so many lines of metrics."""
+    deadline, metrics = time.monotonic() + PATIENCE, output / "metrics.jsonl"
+    while len(log.read_lines(metrics)) < lines:
+        assert processes[0].is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in processes:
+        os.kill(process.pid, signal.Signals[name])
+
+
+IGNORING = "import signal, train; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+IGNORING += "import sys; train.train(train.parse_args(sys.argv[1:]))"
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_so(base, tmp_path):
+    """As nohup starts a run."""
+    values = base | {"max_steps": 30, "eval_every": 0}
+    flags = as_flags(values, tmp_path / "run")
+    hang_up = lambda processes: send(processes, "SIGHUP", tmp_path / "run", lines=2)  # noqa: E731
+    done = run_python("-c", IGNORING, *flags, meanwhile=hang_up)
+    assert done.returncode == 0 and (tmp_path / "run" / "final").exists()
+
+
+SLOW_TO_SAVE = """
+import signal, sys, time, train
+
+def save(state, step):
+    print("saves", flush=True)
+    time.sleep(60)
+
+train.TrainerState.save = save
+train.train(train.parse_args(sys.argv[1:]))
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(base, tmp_path):
+    values = base | {"max_steps": 5_000, "save_every": 0, "eval_every": 0}
+    began = []
+
+    def press_twice(processes):
+        send(processes, "SIGINT", tmp_path / "run", lines=2)
+        began.append(time.monotonic())
+        while processes[0].is_alive() and time.monotonic() < began[0] + 50:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(processes[0].pid, signal.SIGINT)
+            time.sleep(1)
+
+    flags = as_flags(values, tmp_path / "run")
+    done = run_python("-c", SLOW_TO_SAVE, *flags, meanwhile=press_twice)
+    assert done.returncode == 130 and done.stderr.endswith("ended by SIGINT\n")
+    assert "Traceback" not in done.stderr and time.monotonic() - began[0] < 50
+
+
+def test_ranks_do_not_outlive_torchrun(base, tmp_path):
+    """Which dies of SIGUSR1 and does not pass it on."""
+    values = base | {"max_steps": 5_000, "save_every": 0, "eval_every": 0}
+    process = subprocess.Popen(command(values, tmp_path / "run", 2), cwd=ROOT)
+    process.is_alive = lambda: process.poll() is None
+    try:
+        send([process], "SIGUSR1", tmp_path / "run", lines=3)
+        assert process.wait(timeout=PATIENCE) == -signal.SIGUSR1
+    finally:
+        process.kill()
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            os.close(log.lock_folder(tmp_path / "run"))  # rank 0 has ended
+            break
+        except InputError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert [path.name[:5] for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_"]
 
 
 def test_sigterm_while_the_data_is_tokenized_leaves_no_worker_behind(base, tmp_path):
@@ -158,17 +250,17 @@ def test_an_evaluation_that_is_made_again_is_logged_once(base, tmp_path, sigterm
 
 SIGTERM_OF_ONE_RANK = """
 from types import ModuleType
-from runtime import processes
 
 class Signal:
     asked = 0
 
-    def is_set(self):
+    def __call__(self):
         self.asked += 1
-        return os.environ["RANK"] == "1" and self.asked >= (2, 1)[number]
+        return 15 * (os.environ["RANK"] == "1" and self.asked >= (2, 1)[number])
 
-processes.threading = ModuleType("threading")
-processes.threading.Event = Signal
+patched = ModuleType("processes")
+vars(patched).update(vars(train.processes), watch_signals=Signal)
+train.processes = patched
 finish = train.train
 
 def stopped(config):
@@ -352,6 +444,6 @@ def ranks_that_differ(rank: int, folder: Path) -> None:
 
 
 def test_ranks_with_other_data_code_versions_or_folders_are_refused(tmp_path):
-    torch.multiprocessing.spawn(ranks_that_differ, (tmp_path,), nprocs=2)
+    start_two(ranks_that_differ, tmp_path)
     for folder in (tmp_path / "run", tmp_path / "0" / "run"):
         assert [path.name for path in folder.iterdir()] == [".lock"]

@@ -2,13 +2,11 @@
 model: what is trained, saved and exported is what it seems, or the run is refused by name."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, as_flags, command, read_checkpoint, read_metrics, run
+from conftest import ROOT, as_flags, read_checkpoint, read_metrics, run, run_python
 from safetensors.torch import load_file
 
 import model as model_module
@@ -117,9 +115,7 @@ def run_script(setup: str, values: dict, output: Path, ranks: int = 2):
     """Train after `setup` through torchrun."""
     script = output.with_name(f"{output.name}.py")
     script.write_text(SCRIPT.replace("SETUP", setup))
-    words = command(values, output, ranks)
-    words[words.index(str(ROOT / "train.py"))] = str(script)
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    return run_python(script, *as_flags(values, output), ranks=ranks)
 
 
 def refuses(values: dict, output: Path, *said: str) -> None:
@@ -156,8 +152,7 @@ def test_an_edit_of_model_py_is_enough(short, tmp_path):
     assert text.count(end) == 1
     text = text.replace(end, f"\n{CODE}\n\nsurgery = lora{end}")
     (code / "model.py").write_text(text)
-    words = [sys.executable, "train.py", *as_flags(short, tmp_path / "run")]
-    done = subprocess.run(words, cwd=code, capture_output=True, text=True)
+    done = run_python("train.py", *as_flags(short, tmp_path / "run"), cwd=code)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"error: final/ would have {Q.format(0)}.lora_" in done.stderr
 
