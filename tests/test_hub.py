@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, as_flags, read_metrics, run, timeless
 
+from eval import generate
 from runtime import cache, weights
 from runtime.errors import InputError
 from runtime.rows import load_rows
@@ -89,6 +90,27 @@ def test_a_node_asks_the_hub_once(hub, base, tmp_path):
     assert timeless(read_metrics(tmp_path / "1")) == lines
     config = (tmp_path / "1" / "final" / "config.json").read_text()
     assert str(tmp_path) not in config
+
+
+def test_answers_of_a_model_of_the_hub(model_folder, tmp_path, monkeypatch):
+    """Its small files come first, and its weights before they are read."""
+    snapshot, patterns = tmp_path / "models--someone--else" / "snapshots" / COMMIT, []
+    snapshot.mkdir(parents=True)
+
+    def download(name, revision, allow_patterns, ignore_patterns):
+        assert name == "someone/else" and revision == (COMMIT if patterns else None)
+        patterns.append(allow_patterns)
+        for file in model_folder.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    options = {"prompts": ["what?"], "max_new_tokens": 4}
+    expected = generate.answer(str(model_folder), **options)
+    assert generate.answer("someone/else", path=tmp_path / "answers", **options) == expected
+    assert [kind in ("*.safetensors", "*.json") for (kind, *_) in patterns] == [True, True]
+    assert generate.short_name("someone/else") == "else"
 
 
 def test_what_the_hub_does_not_have_is_said(monkeypatch, tmp_path):
