@@ -9,9 +9,11 @@ trained on, token by token.
 import functools
 import hashlib
 import heapq
+import itertools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import datasets
@@ -21,7 +23,7 @@ from jinja2 import TemplateError
 
 from runtime.errors import InputError
 from runtime.identity import code_digest
-from runtime.rows import DROPPED, load_rows, map_rows, parse_rows
+from runtime.rows import DROPPED, is_json, load_rows, map_rows, parse_rows, split_sources
 from runtime.weights import tokenizer_digests
 
 # Put before a chat template, it makes today 26 July 2024, which is Llama-3.1's own default: the
@@ -35,9 +37,16 @@ DATE += " | replace('%Y', '2024') }}{% endmacro +%}"
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
-    """The conversation by the chat template, with DATE for today."""
-    dated = DATE + tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, **options)
+    """The conversation by the chat template, with DATE for today and the tools that its first
+    message names. Raises InputError if the template does not show them."""
+    how = options | {"chat_template": DATE + tokenizer.get_chat_template(), "tokenize": False}
+    if not (tools := messages[0].get("tools") if messages else None):
+        return tokenizer.apply_chat_template(messages, **how)
+    messages = [{k: v for k, v in messages[0].items() if k != "tools"}, *messages[1:]]
+    text = tokenizer.apply_chat_template(messages, tools=tools, **how)
+    if text == tokenizer.apply_chat_template(messages, **how):
+        raise InputError("the template does not show its tools: --columns tools= leaves them out")
+    return text
 
 
 def as_messages(prompt: list | str) -> list[dict]:
@@ -65,6 +74,10 @@ def prompt_text(tokenizer, prompt: list | str, header: bool = True) -> str:
         return render(tokenizer, as_messages(prompt), add_generation_prompt=header)
     if isinstance(prompt, str):
         return prompt
+    if prompt[0].get("tools"):
+        raise InputError(
+            "without a template, tools are not shown: --columns tools= leaves them out"
+        )
     names = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
     turns = [names[message["role"]] + message["content"] for message in prompt]
     return "".join(turns) + "\n\nAssistant:"
@@ -89,12 +102,23 @@ def end_of_turn(tokenizer) -> tuple[int, str]:
         if "ANSWER" not in text:
             raise InputError(f"the chat template leaves out the answer; it renders {text!r}")
         tail = text.rpartition("ANSWER")[2]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     ids = [i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special]
     if not ids and tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has neither an EOS token nor a template that ends turns")
     return (ids[0] if ids else tokenizer.eos_token_id), tail
+
+
+def special_ids(tokenizer) -> set[int]:
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | {*tokenizer.all_special_ids}
+
+
+def stop_tokens(tokenizer) -> set[int]:
+    """The special tokens that end an answer: the end of a turn, and those at which the model's
+    generation stops (see load_tokenizer)."""
+    others = special_ids(tokenizer) & {*getattr(tokenizer, "stop_ids", [])}
+    return {end_of_turn(tokenizer)[0], *others}
 
 
 def tokenize_text(tokenizer, text: str) -> list[int]:
@@ -109,9 +133,12 @@ def tokenize_text(tokenizer, text: str) -> list[int]:
     return ids
 
 
-def tokenize_row(tokenizer, prompt: list | str, answers: list[str], end: tuple[int, str]) -> list:
+def tokenize_row(
+    tokenizer, prompt: list | str, answers: list[str], end: tuple[int, str], stops: set[int]
+) -> list:
     """Token ids of the prompt and of every response: 1 + K lists. prompt, answers: see parse_row;
-    end: see end_of_turn. Raises InputError if the chat template obscures where the answer begins.
+    end: see end_of_turn; stops: see stop_tokens. Raises InputError if the chat template obscures
+    where the answer begins.
 
     A response is what the chat template writes after the prompt, up to and including one
     end-of-turn token. Its ids are those that follow the prompt's in the whole text; where the
@@ -120,12 +147,13 @@ def tokenize_row(tokenizer, prompt: list | str, answers: list[str], end: tuple[i
     """
     end_id, tail = end
     end_text = tokenizer.convert_ids_to_tokens(end_id)
+    stop_texts = tokenizer.convert_ids_to_tokens(sorted(stops))
     start = prompt_text(tokenizer, prompt)
     prompt_ids, line_break_ids = (tokenize_text(tokenizer, text) for text in (start, "\n"))
 
     def tokenize_answer(answer: str) -> list[int]:
-        while answer.rstrip().endswith(end_text):  # the data wrote it already
-            answer = answer.rstrip().removesuffix(end_text)
+        while ended := [text for text in stop_texts if answer.rstrip().endswith(text)]:
+            answer = answer.rstrip().removesuffix(ended[0])  # the data wrote it already
         body = answer if isinstance(prompt, str) else " " + answer
         if tokenizer.chat_template and answer.strip():
             if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
@@ -171,31 +199,33 @@ def truncate(ids: list[list], max_length: int, max_prompt_length: int) -> list[l
 
 
 def prepare_rows(
-    batch: dict[str, list], indices: list[int], source: str, columns: list[str], **how
+    batch: dict[str, list], indices: list[int], source: str, how: dict, **more
 ) -> dict[str, list]:
     """Rows of a source → the columns of a DataSet, and `status`: whole, truncated, or why a row is
-    dropped. indices: of the rows; columns: of the numbers that a loss asks for; how: see
-    prepare_row. Raises InputError, naming source and row."""
+    dropped. indices: of the rows; how: see parse_rows; more: see prepare_row. Raises InputError,
+    naming source and row."""
     prepared = []
-    for index, parsed in zip(indices, parse_rows(batch, indices, source, columns)):
-        prepared.append({"source": source, "row": index} | prepare_row(*parsed, **how))
+    for index, parsed in zip(indices, parse_rows(batch, indices, source, **how)):
+        prepared.append({"source": source, "row": index} | prepare_row(*parsed, **more))
     return {name: [row[name] for row in prepared] for name in prepared[0]}
 
 
-def prepare_row(place: str, numbers: list[float], prompt, answers, tokenizer, end, limits) -> dict:
-    """What parse_rows gives of a row → its token ids and status. end: see end_of_turn; limits:
-    max_length and max_prompt_length."""
+def prepare_row(
+    place: str, numbers: list[float], prompt, answers, tokenizer, end, stops, limits
+) -> dict:
+    """What parse_rows gives of a row → its token ids and status. end, stops: see tokenize_row;
+    limits: max_length and max_prompt_length."""
     ids, status = [[]], "refused by template"
     try:
         if isinstance(answers, str):  # the reason why the row is dropped
             status = answers
         else:
-            whole = tokenize_row(tokenizer, prompt, answers, end)
+            whole = tokenize_row(tokenizer, prompt, answers, end, stops)
             ids = truncate(whole, *limits)
             status = "whole" if ids == whole else "truncated"
             if not all(ids):
                 status = "empty"
-            elif any(end[0] in response[:-1] for response in ids[1:]):
+            elif any(stops & {*response[:-1]} for response in ids[1:]):
                 status = "end of turn inside"
             elif len({*map(tuple, ids[1:])}) < len(answers):  # no preference between two of them
                 status = "identical"
@@ -294,10 +324,15 @@ class DataSet:
 
 
 def load_data(
-    sources: str, tokenizer, max_length: int, max_prompt_length: int, columns: Iterable[str] = ()
+    sources: str,
+    tokenizer,
+    max_length: int,
+    max_prompt_length: int,
+    numbers: Iterable[str] = (),
+    columns: str = "",
 ) -> DataSet:
-    """The tokenized rows of the comma-separated sources, in order. columns: the numbers that a loss
-    asks for, by name.
+    """The tokenized rows of the comma-separated sources, in order. numbers: the columns of numbers
+    that a loss asks for; columns: see rename.
 
     Cached on disk. Any number of processes may call this: one tokenizes while the others wait at a
     file lock, not in a collective, whose timeout a large data set would exceed.
@@ -311,16 +346,20 @@ def load_data(
     features = {"prompt": integers, "responses": datasets.List(integers), "lengths": integers}
     features |= {"columns": datasets.List(datasets.Value("float64")), "source": text}
     features |= {"row": datasets.Value("int64"), "status": text}
-    options = {"limits": (max_length, max_prompt_length), "columns": [*columns]}
+    options, limits = {"numbers": [*numbers], "columns": columns}, (max_length, max_prompt_length)
     # With the code: a fork that edits it never meets a stale cache.
-    what = (tokenizer_digests(tokenizer), options, code_digest(sys.modules[__name__]))
-    options |= {"tokenizer": tokenizer, "end": end_of_turn(tokenizer)}
+    stops = sorted(stop_tokens(tokenizer))
+    what = (tokenizer_digests(tokenizer), options, limits, stops)
+    what += (code_digest(sys.modules[__name__]),)
+    more = {"tokenizer": tokenizer, "end": end_of_turn(tokenizer), "stops": {*stops}}
+    more |= {"limits": limits}
     parts = []
-    for source in map(str.strip, sources.strip(" ,").split(",")):
+    for source in split_sources(sources):
         given = load_rows(source)
+        how = options | {"verbatim": is_json(given)}
         key = hashlib.sha256(repr((given._fingerprint, source, *what)).encode()).hexdigest()[:32]
-        how = options | {"source": source}
-        parts.append(map_rows(given, prepare_rows, how, datasets.Features(features), key))
+        given_how = more | {"source": source, "how": how}
+        parts.append(map_rows(given, prepare_rows, given_how, datasets.Features(features), key))
     rows = datasets.concatenate_datasets(parts)
     status = np.array(rows["status"])
     kept = np.flatnonzero(np.isin(status, ["whole", "truncated"]))
@@ -333,13 +372,45 @@ def load_data(
     if len(kept) == 0:
         raise InputError(f"no pairs are left: {report}")
     rows = rows.select(kept).remove_columns("status")
-    data = DataSet(rows, options["columns"], report=report)
+    data = DataSet(rows, options["numbers"], report=report)
     lengths = rows.select_columns("lengths").with_format("arrow")[:]["lengths"].combine_chunks()
     counts = lengths.value_lengths().to_numpy() - 1
     if others := np.flatnonzero(counts != counts[0]).tolist():
         problem = f"{data.place(others[0])}: {counts[others[0]]} responses"
         raise InputError(f"{problem}, but {counts[0]} in the first row: K must be the same in all")
     return data
+
+
+def overlaps(data: DataSet, heldout: DataSet | None) -> str:
+    """A sentence on rows that are there twice, on pairs that contradict each other, and on prompts
+    that the held-out rows share with those of training."""
+    prompts, rows = set(), Counter()
+    for prompt, responses in row_keys(data):
+        prompts.add(prompt)
+        rows[prompt, responses] += 1
+    twice = sum(rows.values()) - len(rows)
+    exchanged = sum((p, r[::-1]) in rows for p, r in rows) // 2 if data.responses == 2 else 0
+    text = f"{twice} rows are there again, {exchanged} pairs also the other way round"
+    if heldout:
+        shared = sum(prompt in prompts for prompt, _ in row_keys(heldout))
+        text += f"; {shared} of {len(heldout.rows)} held-out prompts are trained on"
+    return text
+
+
+def row_keys(data: DataSet) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Of every row, the hashes of its prompt's and of its responses' token ids."""
+    sizes = iter(data.lengths)
+    for table in data.rows.with_format("arrow").iter(batch_size=1000):
+        values = flat_column(table, "prompt"), flat_column(table, "responses")
+        places = [0, 0]
+        for lengths in itertools.islice(sizes, len(table)):
+            parts = []
+            for number, length in enumerate(lengths):
+                kind = min(number, 1)
+                part = values[kind][places[kind] : places[kind] + length]
+                parts.append(hash(part.tobytes()))
+                places[kind] += length
+            yield parts[0], tuple(parts[1:])
 
 
 def flat_column(table, name: str) -> np.ndarray:

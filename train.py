@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from data import DataSet, MicroBatch, Schedule, load_data, spread_rows
+from data import DataSet, MicroBatch, Schedule, load_data, overlaps, spread_rows
 from loss import LOSSES, sum_logps
 from model import PackedModel, compile_blocks, export, load_model
 from runtime import command_line, processes
@@ -48,6 +48,9 @@ class Config:
     chat_template: str = option("", "file of a chat template in place of the tokenizer's own")
     train_data: str = option("", "FILE, FOLDER or hub NAME[[:CONFIG]:SPLIT], comma-separated")
     eval_data: str = option("", "the same for the held-out pairs; empty: no evaluation")
+    columns: str = option(
+        "", "other names, as in prompt=question,chosen=good; NAME= leaves one out"
+    )
     output_dir: str = option("", "folder of config.yaml, metrics.jsonl, checkpoints/, final/")
     loss: str = option("simper", f"the objective, a function of loss.py: {', '.join(LOSSES)}")
     loss_args: str = option("", "its hyperparameters, as in beta=2.5,gamma=0.5; simper has none")
@@ -183,8 +186,8 @@ def load_data_sets(
     """The training and, if there is eval_data, the held-out pairs, with their schedules. asked: see
     choose_loss. Raises InputError if rows are wrong, do not fit the loss, or cannot be spread over
     the ranks."""
-    columns = [name for name in asked if name != "reference"]
-    how = (tokenizer, config.max_length, config.max_prompt_length, columns)
+    numbers = [name for name in asked if name != "reference"]
+    how = (tokenizer, config.max_length, config.max_prompt_length, numbers, config.columns)
     data, heldout = load_data(config.train_data, *how), None
     say(f"training: {data.report}")
     data.schedule = Schedule(data.tokens, config, ranks)
@@ -198,6 +201,7 @@ def load_data_sets(
             heldout.schedule = [spread_rows(*everything, ranks, config.micro_batch_tokens)]
         except InputError as error:
             raise InputError(f"eval_data: {error}") from None
+    say(overlaps(data, heldout))
     check_loss(loss_function, asked, data, heldout)
     if share_of_peak(steps - 1, steps, config.warmup_ratio) == 0:  # of one step, which warms up
         raise InputError("the learning rate of the only step is 0: set warmup_ratio=0")

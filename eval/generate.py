@@ -38,7 +38,7 @@ from eval.score import load_scorer, score_answers, summary
 from runtime.command_line import printable, run_command
 from runtime.errors import InputError
 from runtime.log import open_alone
-from runtime.rows import Dropped, is_conversation, load_rows, parse_row
+from runtime.rows import Dropped, as_conversation, is_json, load_rows, parse_row, rename
 from runtime.weights import (
     generation_config,
     load_config,
@@ -340,30 +340,32 @@ def read_answers(path: Path, settings: dict, count: int) -> dict[int, tuple[str,
     return answers
 
 
-def load_prompts(source: str, count: int = 0) -> list:
+def load_prompts(source: str, count: int = 0, columns: str = "") -> list:
     """`count` prompts, spread over the rows of a source, or with 0 all: each a list of messages or
-    text.
+    text. columns: see rename.
 
     A row is {"prompt": text or messages} or a row in any form that training takes, of which those
     with different prompts are left out. Raises InputError, naming the source and the row, for any
     other, and for an empty prompt.
     """
     rows = load_rows(source)
+    verbatim = is_json(rows)
     count = min(count or len(rows), len(rows))
     prompts = []
     # Spread over the data, which is often sorted by topic.
     for index in (i * len(rows) // count for i in range(count)):
         row = rows[index]
         try:
-            prompt = row.get("prompt")
+            row = rename(row, columns)
             if not any(map(row.get, ("chosen", "rejected", "responses"))):
-                if not (is_conversation(prompt) or isinstance(prompt, str) and prompt.strip()):
+                prompt = row.get("prompt")
+                messages = as_conversation(prompt)
+                if not (messages or isinstance(prompt, str) and prompt.strip()):
                     raise InputError('without answers, it must be {"prompt": text or messages}')
-                if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+                if messages and messages[-1]["role"] == "assistant":
                     raise InputError("its prompt ends with an answer")
-                prompts.append(prompt if isinstance(prompt, str) else as_messages(prompt))
-            else:
-                prompts.append(parse_row(row)[0])
+                row |= {"prompt": messages or prompt, "chosen": "-", "rejected": "+"}
+            prompts.append(parse_row(row, verbatim)[0])
         except Dropped as reason:
             if str(reason) == "empty":
                 raise InputError(f"{source}, row {index}: an empty prompt or answer") from None
@@ -415,7 +417,7 @@ def print_side_by_side(names: list[str], prompts: list, columns: list[list]) -> 
 
 
 def main() -> None:
-    parser = make_parser(__doc__, *GENERATION)
+    parser = make_parser(__doc__, *GENERATION, "--columns")
     parser.add_argument(
         "--models",
         nargs="+",
@@ -452,7 +454,7 @@ def main() -> None:
             "--engine vllm takes one model: there is no memory for a second one in the same process"
         )
     scorer = load_scorer(args.score, args.batch_size) if args.score else None
-    prompts = load_prompts(args.data, args.num_prompts)
+    prompts = load_prompts(args.data, args.num_prompts, args.columns)
     for name in args.models:  # before the first one is run
         load_tokenizer(resolve_model(name)), load_config(resolve_model(name))
     names = {short_name(name) for name in args.models}

@@ -57,7 +57,7 @@ def choose_pair(
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "model", *GENERATION)
+    parser = make_parser(__doc__, "model", *GENERATION, "--columns")
     parser.add_argument("--data", required=True, metavar="PROMPTS", help="file, folder or hub id")
     parser.add_argument(
         "--num_prompts", type=at_least(0), default=0, help="spread over the data; 0: all"
@@ -82,7 +82,7 @@ def main() -> None:
     if args.samples < 2 or args.temperature <= 0:
         raise InputError("a pair needs --samples of at least 2 and a --temperature above 0")
 
-    prompts = load_prompts(args.data, args.num_prompts)
+    prompts = load_prompts(args.data, args.num_prompts, args.columns)
     scorer = load_scorer(args.score, args.batch_size)
     repeated = [prompt for prompt in prompts for _ in range(args.samples)]
     answers = answer(

@@ -31,16 +31,16 @@ from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.processes import choose_dtype
 from runtime.reference import response_logps
-from runtime.rows import load_rows
+from runtime.rows import load_rows, split_sources
 from runtime.weights import load_tokenizer, resolve_model
 
 IMPLICIT = {"accuracy_implicit", "implicit_reward/margin"}  # the reference itself has none
 
 
-def load_pairs(source: str, model: str, max_length: int, max_prompt_length: int) -> DataSet:
-    """The pairs of the sources, tokenized for the model. Raises InputError if the rows do not have
-    two responses each."""
-    data = load_data(source, load_tokenizer(resolve_model(model)), max_length, max_prompt_length)
+def load_pairs(source: str, model: str, **options) -> DataSet:
+    """The pairs of the sources, tokenized for the model. options: of load_data. Raises InputError
+    if the rows do not have two responses each."""
+    data = load_data(source, load_tokenizer(resolve_model(model)), **options)
     if data.responses != 2:
         raise InputError(f"{source}: {data.responses} responses to a prompt; pairs have two")
     return data
@@ -109,7 +109,7 @@ def density_figure(inverse: dict[str, np.ndarray], path: Path) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "--output_dir", "--wandb")
+    parser = make_parser(__doc__, "--columns", "--output_dir", "--wandb")
     parser.add_argument(
         "models",
         nargs="+",
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--micro_batch_tokens", type=int, default=8192, help="as for train.py")
     args = parser.parse_args()
 
-    sources = [source.strip() for source in args.data.strip(" ,").split(",")]
+    sources = split_sources(args.data)
     rows = {source: load_rows(source) for source in sources}
     hashes = {source: file_sha256(source) for source in sources if Path(source).is_file()}
     names = [short_name(model) for model in args.models]
@@ -137,9 +137,10 @@ def main() -> None:
         )
     limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
     # The pairs of all models are tokenized before the first model runs, so that errors come early.
-    inputs = [load_pairs(args.data, model, **limits) for model in args.models]
+    how = limits | {"columns": args.columns}
+    inputs = [load_pairs(args.data, model, **how) for model in args.models]
     if args.reference:
-        reference_pairs = load_pairs(args.data, args.reference, **limits)
+        reference_pairs = load_pairs(args.data, args.reference, **how)
         for model, pairs in zip(args.models, inputs):
             if pairs.fingerprint != reference_pairs.fingerprint:
                 raise InputError(f"{model} and the reference {args.reference} read other tokens")

@@ -72,6 +72,7 @@ SHARED_ARGUMENTS = {
     },
     "--batch_size": {"type": at_least(1), "default": 8, "help": "prompts at once; vllm: not used"},
     "--seed": {"type": at_least(0), "default": 0, "help": "of sampling"},
+    "--columns": {"default": "", "metavar": "NAME=COLUMN,...", "help": "as for train.py"},
     "--generate_only": {"action": "store_true", "help": "stop before the judge"},
     "--judge_base_url": {
         "type": endpoint,

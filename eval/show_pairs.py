@@ -16,7 +16,7 @@ from runtime.weights import load_tokenizer, resolve_model
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "--columns")
     parser.add_argument("data", help="sources as for --train_data")
     parser.add_argument("--model", default="demo", help="hub id or folder whose tokenizer to use")
     parser.add_argument("--chat_template", default="", help="as for train.py")
@@ -26,7 +26,8 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(resolve_model(args.model), args.chat_template)
-    data = load_data(args.data, tokenizer, args.max_length, args.max_prompt_length)
+    limits = args.max_length, args.max_prompt_length
+    data = load_data(args.data, tokenizer, *limits, columns=args.columns)
     numbered = [f"response {number}" for number in range(1, data.responses + 1)]
     sides, whole = numbered, "together"
     if data.responses == 2:

@@ -31,7 +31,7 @@ from eval.report import (
 )
 from runtime.command_line import run_command
 from runtime.errors import InputError
-from runtime.rows import Dropped, load_rows, parse_row
+from runtime.rows import Dropped, is_json, load_rows, parse_row, rename
 
 JUDGE_TOKENS = 512
 # The criteria are those of the DPO paper (appendix C.2), the words are not.
@@ -53,13 +53,13 @@ more helpful.
 """
 
 
-def load_chosen(source: str, count: int) -> list[tuple[list | str, str]]:
+def load_chosen(source: str, count: int, columns: str = "") -> list[tuple[list | str, str]]:
     """(prompt, chosen response) of `count` pairs spread over a source of preference data, or of all
     with 0. Raises InputError, naming the source and the row, for a row that is no pair."""
     rows, pairs = load_rows(source), []
     for index in range(len(rows)):
         try:
-            prompt, (chosen, *_) = parse_row(rows[index])
+            prompt, (chosen, *_) = parse_row(rename(rows[index], columns), is_json(rows))
         except Dropped:
             continue
         except InputError as error:
@@ -135,7 +135,7 @@ def judge_all(
 
 
 def main() -> None:
-    shared = ("--generate_only", *JUDGE, "--output_dir", "--wandb")
+    shared = ("--columns", "--generate_only", *JUDGE, "--output_dir", "--wandb")
     parser = make_parser(__doc__, "model", *GENERATION, *shared)
     parser.add_argument("--data", required=True, help="preference data, as for train.py")
     parser.add_argument(
@@ -154,7 +154,7 @@ def main() -> None:
 
     name = short_name(args.model)
     folder = Path(args.output_dir) / name / "win_rate"
-    pairs = load_chosen(args.data, args.num_prompts)
+    pairs = load_chosen(args.data, args.num_prompts, args.columns)
     if not args.generate_only:
         place, timeout = args.judge_base_url, args.judge_timeout
         judge = open_judge(args.judge, place, JUDGE_TOKENS, temperature=0, timeout=timeout)

@@ -1,56 +1,93 @@
 """Sources (files, folders, the hub) → rows → a prompt and its answers."""
 
+import csv
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
+from datasets.packaged_modules.json.json import Json
 
 from runtime.cache import CacheError, cache_folder, files_digest, locked, seal
 from runtime.errors import InputError
 from runtime.identity import ROOT
 
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FILE_TYPES |= {".csv": "csv", ".tsv": "csv"}
 DROPPED = ("empty", "identical", "different prompts", "end of turn inside", "refused by template")
 UNREAD = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # a message's other parts
-FORMATS = """Accepted rows (further columns are ignored, but a system prompt must be a message):
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, which says from and value
+# Columns that other code trains on (TRL, LLaMA-Factory, ms-swift, axolotl), and this code does not.
+FOREIGN = ("images", "image", "videos", "video", "audios", "audio", "history", "documents")
+FOREIGN += ("chat_template_kwargs",)
+# A list of messages in a cell: as JSON, or as Python or numpy print it.
+WRITTEN_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]""")
+FORMATS = """Accepted rows (other columns are ignored):
   {"prompt": text, "chosen": text, "rejected": text}
   {"prompt": [messages], "chosen": text or [one assistant message], "rejected": likewise}
   {"chosen": [messages], "rejected": [messages]}  equal up to the last message, an assistant's
   {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}    a dialogue as in HH-RLHF
   {"prompt": as above, "responses": [any number of answers like chosen, best first]}
-A message is {"role": "system" or "user" or "assistant", "content": text}; the content holds all of
-it: calls of tools, or reasoning, in keys of their own are not read."""
+  ... with "system": text, and "tools": [functions] for the chat template
+A message is {"role": "system" or "user" or "assistant", "content": text}, or ShareGPT's {"from",
+"value"}; the content holds all of it: calls of tools, or reasoning, in keys of their own are not
+read. Columns of other names: --columns prompt=question,chosen=good,rejected=bad"""
 
 
 # ---- Sources → rows ------------------------------------------------------------------------------
 
 
+def split_sources(sources: str) -> list[str]:
+    """The comma-separated sources, in order; a pattern as `data/*.jsonl` is the files that it
+    matches, by name. Raises InputError for one that matches none."""
+    found = []
+    for source in map(str.strip, sources.strip(" ,").split(",")):
+        source = os.path.expanduser(source)
+        if not glob.has_magic(source) or Path(source).exists():
+            found.append(source)
+        elif files := sorted(glob.glob(source, recursive=True)):
+            found += files
+        else:
+            raise InputError(f"{source}: no file matches (working directory: {os.getcwd()})")
+    return found
+
+
 def load_rows(source: str) -> datasets.Dataset:
-    """The rows of one source: a file (.jsonl .json .csv, also .gz, or .parquet), a folder written
-    by datasets' `save_to_disk` (`folder` or `folder:split`), or a hub id (`name`, `name:split`,
-    `name:config:split`; default: train).
+    """The rows of one source: a file (.jsonl .json .csv .tsv, also .gz, or .parquet), a folder
+    written by datasets' `save_to_disk` or a clone of a data set of the hub (`folder` or
+    `folder:split`), or a hub id (`name`, `name:split`, `name:config:split`; default: train). A row
+    of JSON is parsed by itself, whatever the other rows are; cells of CSV are text.
 
     Raises InputError, naming the source and, for JSON lines, the line, when it cannot be read.
     """
     if source.startswith("demo/") and not Path(source).exists():
         source = str(ROOT / source)  # the demo works in any directory
-    kind = FILE_TYPES.get(Path(source.lower().removesuffix(".gz")).suffix)
+    path, *names = [source] if Path(source).exists() else source.split(":")
+    kind = FILE_TYPES.get(Path(path.lower().removesuffix(".gz")).suffix)
     try:
         if not source:
             raise InputError("a source is empty: give a file, a folder or a hub id")
-        if Path(source.partition(":")[0]).is_dir():
-            rows = load_folder(*source.partition(":")[::2])
-        elif kind or Path(source).is_file():
-            rows = load_file(source, kind)
+        if Path(path).is_dir() and not any(Path(path).glob("dataset_*.json")):
+            rows = load_builder(str(Path(path).absolute()), names)
+        elif Path(path).is_dir():
+            rows = load_folder(path, ":".join(names))
+        elif kind or Path(path).is_file():
+            if names:
+                raise InputError(f"a file has no splits: leave out ':{':'.join(names)}'")
+            rows = load_file(path, kind)
+        elif path in BUILDERS:
+            raise InputError("this is a file format: give a file, a folder or a hub id")
         else:
-            name, *config, split = source.split(":") if ":" in source else (source, "train")
-            rows = datasets.load_dataset(name, *config, split=split)
+            rows = load_builder(path, names)
     except CacheError:
         raise
     except Exception as error:
@@ -59,6 +96,18 @@ def load_rows(source: str) -> datasets.Dataset:
     if len(rows) == 0:
         raise InputError(f"{source}: has no rows")
     return rows
+
+
+def load_builder(name: str, names: list[str]) -> datasets.Dataset:
+    """The rows of a data set of the hub, or of a clone of one; names: [config and] split."""
+    *config, split = names or ["train"]
+    builder = datasets.load_dataset_builder(name, *config)
+    if not isinstance(builder, Json):
+        return datasets.load_dataset(name, *config, split=split)
+    if split not in builder.config.data_files:
+        raise InputError(f"it has no split '{split}': {', '.join(builder.config.data_files)}")
+    files = datasets.DownloadManager().download_and_extract([*builder.config.data_files[split]])
+    return datasets.concatenate_datasets([load_json(file) for file in files])
 
 
 def load_folder(path: str, split: str) -> datasets.Dataset:
@@ -77,35 +126,157 @@ def load_folder(path: str, split: str) -> datasets.Dataset:
 
 def load_file(path: str, kind: str | None) -> datasets.Dataset:
     """The rows of one local file; kind: of FILE_TYPES, or None for another. Raises InputError if
-    it is missing, of another type, malformed or without rows."""
+    it is missing, of another type or malformed."""
     if not Path(path).is_file():
         raise InputError(f"no such file (working directory: {os.getcwd()})")
     if kind is None or path.lower().endswith(".parquet.gz"):
-        raise InputError("its type is not .jsonl, .json, .csv (also .gz) or .parquet")
-    content = Path(path).read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if kind != "parquet" and not path.lower().endswith(".gz"):
-        try:
-            content.decode()
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise InputError(f"line {line} is not UTF-8: {error}") from None
+        raise InputError("its type is not .jsonl, .json, .csv, .tsv (also .gz) or .parquet")
+    if kind == "json":
+        return load_json(path)
     options = {}
     if kind == "csv":  # "4" and "None" are answers, too
-        options = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False}
+        separator = "\t" if ".tsv" in Path(path.lower()).suffixes else ","
+        with open_unpacked(path) as file:
+            header = decode(file.readline(), 1).removeprefix("\ufeff")
+            columns = len(next(csv.reader([header], delimiter=separator), []))
+            for number, line in enumerate(file, 2):
+                decode(line, number)
+        if not columns:
+            raise InputError("has no rows")
+        options = {"converters": dict.fromkeys(range(columns), str), "keep_default_na": False}
+        options |= {"sep": separator}
     # datasets knows a file by path and time, which a copy can leave unchanged: each content has a
     # cache of its own.
+    digest = content_digest(path)
     folder = cache_folder("rows") / digest[:32]
     options |= {"data_files": glob.escape(path), "cache_dir": str(folder)}
     with locked(folder) as intact:
-        try:
-            rows = datasets.load_dataset(kind, split="train", **options)
-        except Exception as error:
-            raise_by_line(path, content, error)
+        rows = datasets.load_dataset(kind, split="train", **options)
         if not intact:
             seal(folder)
     rows._fingerprint = digest  # the key of what is cached downstream
     return rows
+
+
+def load_json(path: str) -> datasets.Dataset:
+    """The rows of a file of JSON lines, or of one JSON array. In the cache, each is the text that
+    it has in the file: to hold them as columns, datasets would make their types alike, and change
+    what they say."""
+    digest = content_digest(path)
+    folder, schema = cache_folder("rows") / digest[:32], pa.schema({"json": pa.large_binary()})
+    with locked(folder) as intact:
+        if not intact:
+            folder.mkdir()
+            try:
+                with (
+                    open_unpacked(path) as file,
+                    pa.OSFile(str(folder / "rows.arrow"), "wb") as sink,
+                    pa.ipc.new_stream(sink, schema) as writer,
+                ):
+                    texts = json_texts(file)
+                    while batch := [*itertools.islice(texts, 10_000)]:
+                        writer.write_batch(
+                            pa.record_batch([pa.array(batch, schema[0].type)], schema)
+                        )
+            except InputError:
+                shutil.rmtree(folder)
+                raise
+            seal(folder)
+    rows = datasets.Dataset.from_file(str(folder / "rows.arrow")).with_transform(parse_json)
+    rows._fingerprint = digest
+    return rows
+
+
+def content_digest(path: str) -> str:
+    """SHA-256 of a file, whatever its name and time are."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_unpacked(path: str):
+    """A file that may be compressed by gzip, of whatever name, open for bytes."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if packed else open(path, "rb")
+
+
+def decode(line: bytes, number: int) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"line {number} is not UTF-8: {error}") from None
+
+
+def json_texts(file) -> Iterator[bytes]:
+    """The text of every row of JSON lines or of one JSON array. Raises InputError, naming the line,
+    for what is no JSON object, and for one that says something twice or is no text."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        names = [name for name, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the key '{twice[0]}' is there twice")
+        return dict(pairs)
+
+    decoder = json.JSONDecoder(object_pairs_hook=unique)
+
+    def read(text: str, start: int, number: int) -> int:
+        """Where the row that begins at `start`, on line `number`, ends."""
+        try:
+            row, end = decoder.raw_decode(text, start)
+            if not isinstance(row, dict):
+                raise InputError(f"line {number} is not a JSON object")
+            if not row:
+                raise InputError(f"line {number} is an empty object")
+            if "\\u" in text[start:end]:
+                json.dumps(row, ensure_ascii=False).encode()  # of a half of a pair: no text
+            return end
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as reason:  # of json, unique and encode
+            raise InputError(f"line {number} is not valid JSON ({reason})") from None
+
+    number, space = 0, " \t\r\n"
+    for line in file:
+        number += 1
+        text = decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, number)
+        start = len(text) - len(text.lstrip(space))
+        if text[start : start + 1] == "[" and number == 1:
+            break
+        if start < len(text):
+            end = read(text, start, number)
+            if text[end:].strip(space):
+                raise InputError(f"line {number} is not valid JSON (it goes on after the object)")
+            yield text[start:end].encode()
+    else:
+        return
+    text = text[start:] + decode(file.read(), number)
+    place, next_item = 1, re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
+    for row in itertools.count():
+        match = next_item.match(text, place)
+        number += text.count("\n", place, match.end())
+        if text[match.end() : match.end() + 1] == "]" and not match[1]:
+            break
+        if bool(match[1]) != (row > 0):
+            raise InputError(f"line {number} is not valid JSON (objects, and a comma between two)")
+        place = read(text, match.end(), number)
+        yield text[match.end() : place].encode()
+        number += text.count("\n", match.end(), place)
+
+
+def is_json(rows: datasets.Dataset) -> bool:
+    """Whether the rows are those of load_json."""
+    return rows.format["type"] == "custom"
+
+
+class Missing:
+    """In place of the value of a key that a row of JSON does not have."""
+
+
+def parse_json(batch: dict[str, list[bytes]]) -> dict[str, list]:
+    """Rows of load_json → their values by key."""
+    rows = [*map(json.loads, batch["json"])]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name, Missing) for row in rows] for name in names}
 
 
 def map_rows(
@@ -127,53 +298,61 @@ def map_rows(
             cache_file_name=str(folder / "rows.arrow"),
             new_fingerprint=key,
             desc="tokenizing",
-        )
+        ).with_format(None)
         if not intact:
             seal(folder)
         return mapped
-
-
-def raise_by_line(path: str, content: bytes, error: Exception) -> None:
-    """Raise InputError with the line at fault, which the reader's own message does not name, or
-    `error` again."""
-    if content.startswith(b"\x1f\x8b"):
-        content = gzip.decompress(content)
-    if not content.strip() or "no data" in str(error):
-        raise InputError("has no rows") from error
-    lines = content.decode("utf-8-sig", "replace").split("\n") if ".jsonl" in path else []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip() and not isinstance(json.loads(line), dict):
-                raise InputError(f"line {number} is not a JSON object") from error
-        except json.JSONDecodeError as reason:
-            raise InputError(f"line {number} is not valid JSON ({reason})") from error
-    raise error
 
 
 # ---- Rows → prompt and answers -------------------------------------------------------------------
 
 
 def parse_rows(
-    batch: dict[str, list], indices: list[int], source: str, columns: list[str]
+    batch: dict[str, list],
+    indices: list[int],
+    source: str,
+    numbers: list[str],
+    columns: str,
+    verbatim: bool,
 ) -> list[tuple]:
-    """Rows of a source → for each (its place, the numbers that a loss asks for in `columns`,
-    prompt, answers), the last two by parse_row; for a row that is dropped, None and the reason.
-    Raises InputError, naming source and row."""
+    """Rows of a source → for each (its place, the `numbers` that a loss asks for by their columns'
+    names, prompt, answers), the last two by parse_row; for a row that is dropped, None and the
+    reason. columns: see rename; verbatim: see parse_row. Raises InputError, naming source and row.
+    """
     parsed = []
     try:
         rows = [*zip(*batch.values())]
     except UnicodeDecodeError as error:
         raise InputError(f"{source}, rows {indices[0]} to {indices[-1]}: {error}") from None
     for index, values in zip(indices, rows):
-        row, place = dict(zip(batch, values)), f"{source}, row {index}"
+        place = f"{source}, row {index}"
+        row = {name: value for name, value in zip(batch, values) if value is not Missing}
         try:
-            numbers = [read_number(row, column) for column in columns]
-            parsed.append((place, numbers, *parse_row(row)))
+            row = rename(row, columns)
+            found = [read_number(row, column) for column in numbers]
+            parsed.append((place, found, *parse_row(row, verbatim)))
         except Dropped as reason:
-            parsed.append((place, numbers, None, str(reason)))
+            parsed.append((place, found, None, str(reason)))
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
     return parsed
+
+
+def rename(row: dict, columns: str) -> dict:
+    """The row with other names of its columns: `columns` is "prompt=question,history=", the wanted
+    names and those that the row has; a column without a new name is left out. Raises InputError for
+    one that is not there."""
+    renamed = dict(row)
+    for part in filter(None, columns.replace(" ", "").split(",")):
+        name, equals, own = part.partition("=")
+        if not equals:
+            raise InputError(f"--columns: '{part}' is not of the form NAME=COLUMN")
+        if own and own not in row:
+            raise InputError(f"there is no column '{own}', but {', '.join(row)}")
+        renamed.pop(own, None)
+        renamed.pop(name, None)
+        renamed |= {name: row[own]} if own else {}
+    return renamed
 
 
 def read_number(row: dict, column: str) -> float:
@@ -193,30 +372,73 @@ class Dropped(Exception):
     """A row that is left out and counted, by the reason, one of DROPPED."""
 
 
-def parse_row(row: dict) -> tuple[list | str, list[str]]:
+def parse_row(row: dict, verbatim: bool = False) -> tuple[list | str, list[str]]:
     """One row in any of FORMATS → (prompt, answers, best first).
 
-    The prompt is a list of messages, or text where the row has text. Only the last assistant turn
-    is the answer. Raises Dropped if the answers do not answer the same prompt, or if an empty value
-    keeps the row from every format; and InputError for a row in none of the formats.
+    The prompt is a list of messages, or text where the row has text and neither a system prompt nor
+    tools; these stand in the first message as its "tools". Only the last assistant turn is the
+    answer. verbatim: whether a text is what it says, as in JSON; in a cell of a table, a
+    conversation may have been written as text. Raises Dropped if the answers do not answer the same
+    prompt, or if an empty value keeps the row from every format; and InputError for a row in none
+    of the formats, and for columns that would be left out in silence.
     """
-    prompt, answers = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
-    if answers == [None, None] and isinstance(row.get("responses"), list):
+    for name in FOREIGN:
+        if row.get(name):
+            raise InputError(f"its column '{name}' is not used: --columns {name}= leaves it out")
+    prompt, answers = parse_format(row, verbatim)
+    system, tools = row.get("system") or row.get("system_prompt"), row.get("tools")
+    if isinstance(system, list | dict):
+        (message,) = as_conversation(system) or [{}]
+        system = message.get("content")
+    if system and not isinstance(system, str):
+        raise InputError("its system prompt is no text")
+    if not system and not tools:
+        return prompt, answers
+    if isinstance(prompt, str):
+        if prompt.startswith("\n\nHuman:"):
+            raise InputError("a system prompt or tools, beside a dialogue in HH's form")
+        prompt = [{"role": "user", "content": prompt}]
+    if system and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
+    elif system and prompt[0]["content"].strip() != system.strip():
+        raise InputError("the system prompt of its column and that of its messages differ")
+    return ([prompt[0] | {"tools": tools}, *prompt[1:]] if tools else prompt), answers
+
+
+def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
+    """parse_row, of the prompt and the answers alone."""
+    prompt = row.get("prompt", Missing)
+    if prompt in (None, Missing):
+        prompt = row.get("conversations", prompt)  # ShareGPT's name
+    answers = [row.get("chosen", Missing), row.get("rejected", Missing)]
+    if all(answer in (None, Missing) for answer in answers) and isinstance(
+        row.get("responses"), list
+    ):
         answers = row["responses"]
-    if answers and all(map(is_conversation, answers)):
-        context, answers = split_conversations(answers)
-        if context and (not is_conversation(prompt) or plain(prompt) == context):
-            return context, answers  # a prompt column as text is redundant here
-        prompt = [] if context else prompt
+    blank = [
+        v is None or v == [] or isinstance(v, str) and not v.strip() for v in (prompt, *answers)
+    ]
+    conversations, messages = [*map(as_conversation, answers)], as_conversation(prompt)
+    known = all(isinstance(a, str) or c for a, c in zip(answers, conversations))
+    if answers and all(conversations):
+        context, answers = split_conversations(conversations)
+        if context and isinstance(prompt, str) and not blank[0]:  # redundant, if it is there
+            if not any(prompt.strip() in message["content"] for message in context):
+                problem = "its text 'prompt' is not in its conversations"
+                raise InputError(f"{problem}: --columns prompt= leaves it out")
+        if context and (not messages or messages == context):
+            return context, answers
+        prompt, messages = (None, None) if context else (prompt, messages)
     if answers and all(isinstance(answer, str) for answer in answers):
+        if not verbatim and any(map(WRITTEN_CONVERSATION.match, answers)):
+            problem = "its answers are conversations that have been written as text"
+            raise InputError(f"{problem}: write the file as JSON lines, or keep the last message")
         if answers[0].startswith("\n\nHuman:") and "\n\nAssistant:" in answers[0]:
             return split_dialogues(answers)
-        if isinstance(prompt, str) and prompt.strip() and not row.get("system"):
+        if isinstance(prompt, str) and not blank[0]:
             return prompt, answers
-        if is_conversation(prompt) and prompt[-1]["role"] != "assistant":
-            return plain(prompt), answers
-    blank = [v == [] or isinstance(v, str) and not v.strip() for v in (row.get("prompt"), *answers)]
-    known = all(isinstance(answer, str) or is_conversation(answer) for answer in answers)
+        if messages and messages[-1]["role"] != "assistant":
+            return messages, answers
     if not answers or any(blank[1:]) or blank[0] and known:
         raise Dropped("empty")
     kinds = {column: type(value).__name__ for column, value in row.items()}
@@ -229,7 +451,7 @@ def split_conversations(answers: list[list[dict]]) -> tuple[list[dict], list]:
     before."""
     if any(answer[-1]["role"] != "assistant" for answer in answers):
         return [], answers
-    context, *others = (plain(answer[:-1]) for answer in answers)
+    context, *others = (answer[:-1] for answer in answers)
     if any(other != context for other in others):
         raise Dropped("different prompts")
     return context, [answer[-1]["content"] for answer in answers]
@@ -245,18 +467,29 @@ def split_dialogues(answers: list[str]) -> tuple[str, list[str]]:
     return contexts[0] + marker, [*answers]
 
 
-def is_conversation(value) -> bool:
-    """Whether value is a non-empty list of messages with a known role, text as content, and nothing
-    in keys that are UNREAD."""
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
-        and all(m.get("role") in ("system", "user", "assistant") for m in value)
-        and not any(m.get(key) for m in value for key in UNREAD)
-    )
+def as_conversation(value) -> list[dict] | None:
+    """A list of messages, one message, or their keys with a list for each (as older versions of
+    datasets have it) → messages of role and content alone; None for anything else."""
+    if isinstance(value, dict):
+        lists = value and all(isinstance(part, list) for part in value.values())
+        value = [dict(zip(value, m)) for m in zip(*value.values())] if lists else [value]
+    messages = [*map(as_message, value)] if isinstance(value, list) else []
+    return messages if messages and all(messages) else None
 
 
-def plain(messages: list[dict]) -> list[dict]:
-    """Messages without further keys."""
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def as_message(value) -> dict | None:
+    """A message with a known role and text, or parts that are text, and nothing in keys that are
+    UNREAD → its role and content; None for anything else."""
+    if not isinstance(value, dict) or any(value.get(key) for key in UNREAD):
+        return None
+    role, content = value.get("role"), value.get("content")
+    if role is None and content is None:
+        role, content = ROLES.get(value.get("from"), value.get("from")), value.get("value")
+    if isinstance(content, list):
+        parts = [
+            p.get("text") if isinstance(p, dict) and p.get("type") == "text" else p for p in content
+        ]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        return None
+    return {"role": role, "content": content}

@@ -88,17 +88,27 @@ def load_config(name: str):
 
 def load_tokenizer(name: str, chat_template: str = ""):
     """The tokenizer of a hub id or local folder, with the chat template of the file chat_template
-    in place of its own. Never runs code that comes with it. Raises InputError if one of them cannot
-    be read."""
+    in place of its own, and as `stop_ids` the tokens at which the model's generation ends. Never
+    runs code that comes with it. Raises InputError if one of them cannot be read."""
     try:
         # mistral_format: the tokenizer of mistral-common, where that is installed, has no template.
         options = {"trust_remote_code": False, "mistral_format": False}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if chat_template:
             tokenizer.chat_template = Path(chat_template).read_text()
+        tokenizer.stop_ids = stop_ids(name)
         return tokenizer
     except Exception as error:  # transformers raises KeyError, and tokenizers Exception itself
         raise InputError(f"no tokenizer can be loaded from {name}: {error}") from error
+
+
+def stop_ids(name: str) -> list[int]:
+    """The tokens at which the generation config of a hub id or local folder ends an answer."""
+    try:
+        ends = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # it has none
+        return []
+    return [token for token in (ends if isinstance(ends, list) else [ends]) if token is not None]
 
 
 def tokenizer_digests(tokenizer) -> dict[str, str]:

@@ -222,8 +222,12 @@ def test_a_hub_id_has_a_config_and_a_split(monkeypatch, source, names, split):
         asked.append((args, options))
         return datasets.Dataset.from_list([TEXT])
 
+    def load_dataset_builder(*args):
+        asked.append(args)
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert len(load_rows(source)) == 1 and asked == [(names, {"split": split})]
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    assert len(load_rows(source)) == 1 and asked == [names, (names, {"split": split})]
 
 
 def test_a_file_type_in_capitals(write):
@@ -551,7 +555,7 @@ def edit(monkeypatch, function, old: str, new: str) -> None:
         (truncate, "prompt[-max_prompt_length:]", "prompt[:max_prompt_length]"),
         (data.tokenize_text, "ids[0] == ids[1]", "ids[0] != ids[1]"),
         (runtime.rows.split_dialogues, '"\\n\\nAssistant:"', '"\\n\\nBot:"'),
-        (runtime.rows.is_conversation, "len(value) > 0", "len(value) > 1"),
+        (runtime.rows.as_message, '"system", "user"', '"user"'),
     ],
 )
 def test_edited_code_tokenizes_anew(write, monkeypatch, function, old, new):

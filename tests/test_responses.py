@@ -287,7 +287,6 @@ def test_rows_without_a_preference_are_dropped_and_counted(responses, reason, tm
 
 
 BAD = {
-    "a null": ["plus", None],
     "a number": ["plus", 4],
     "text and messages": ["plus", [message("assistant", "what")]],
     "messages that do not end with an answer": [QUESTION, QUESTION],

@@ -1,0 +1,372 @@
+"""Rows are trained on as their files say, in the forms that public data have; what would be left
+out of a prompt is an error."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import CHATML, make_tokenizer
+
+from data import load_data, overlaps
+from runtime.errors import InputError
+from runtime.rows import load_rows
+from runtime.weights import load_tokenizer
+
+CHAT = make_tokenizer()
+TEXT = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
+ASK = [{"role": "user", "content": "2+2?"}]
+TALK = {
+    "prompt": ASK,
+    "chosen": [{"role": "assistant", "content": "4"}],
+    "rejected": [{"role": "assistant", "content": "5"}],
+}
+
+
+def load(source, tokenizer=CHAT, columns: str = "") -> list[list[str]]:
+    """[[prompt, chosen, rejected]] as text, the last two without the end of turn."""
+    rows = load_data(str(source), tokenizer, 2000, 1000, columns=columns).rows
+    found = []
+    for row in rows:
+        texts = [tokenizer.decode(ids) for ids in (row["prompt"], *row["responses"])]
+        assert all(text.endswith("<|im_end|>") for text in texts[1:])
+        found.append([texts[0], *(text.removesuffix("<|im_end|>") for text in texts[1:])])
+    return found
+
+
+def chatml(*turns: str) -> str:
+    """The prompt of user and assistant in turn, the first of them a system's if it is marked so."""
+    text, roles = "", ["user", "assistant"]
+    for number, turn in enumerate(turns):
+        role = "system" if turn.startswith("SYSTEM ") else roles[number % 2]
+        if role == "system":
+            roles.reverse()
+        text += f"<|im_start|>{role}\n{turn.removeprefix('SYSTEM ')}<|im_end|>\n"
+    return text + "<|im_start|>assistant\n"
+
+
+def write(path: Path, rows: list) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+# ---- JSON: each row is what it says --------------------------------------------------------------
+
+ANSWERS = [
+    '"Paris"',
+    "line\\nbreak",
+    "4",
+    "null",
+    "true",
+    '{"a": 1}',
+    "[1, 2]",
+    "2024-01-01",
+    "1e5",
+]
+ANSWERS += ['[{"role": "assistant", "content": "Hi"}]', "2024-01-02 10:00:00", " ", "\u2028"]
+
+
+@pytest.mark.parametrize("form", [".jsonl", ".json", ".jsonl.gz", ".json.gz"])
+def test_text_that_looks_like_something_else(tmp_path, form):
+    """Beside rows of messages, in every order, and in each form of JSON."""
+    answers = [answer for answer in ANSWERS if answer.strip()]
+    rows = [TEXT | {"chosen": answer} for answer in answers]
+    rows = [TALK, *rows[:4], TALK | {"score": 1}, *rows[4:], TALK | {"score": "good", "x": [{}]}]
+    text = "\n".join(map(json.dumps, rows))
+    if ".jsonl" not in form:
+        text = json.dumps(rows, indent=1)
+    path = tmp_path / f"rows{form}"
+    path.write_bytes(gzip.compress(text.encode()) if form.endswith(".gz") else text.encode())
+    found = load(path)
+    assert [row[1] for row in found if row[1] != "4"] == [a for a in answers if a != "4"]
+    assert {(row[0], row[2]) for row in found} == {(chatml("2+2?"), "5")}
+    assert len(found) == len(rows)
+    assert load_rows(str(path))[5] == TALK | {"score": 1}  # and no key of another row
+
+
+def test_a_form_that_comes_late(tmp_path):
+    """After more than the 10 MiB from which datasets guesses its types."""
+    rows = [TEXT | {"note": "x" * 2**20}] * 12 + [TALK | {"note": None}, TEXT | {"chosen": "04"}]
+    assert [row[1] for row in load(write(tmp_path / "rows.jsonl", rows))] == ["4"] * 13 + ["04"]
+
+
+BAD_JSON = {
+    "a list": ("[1]", "line 3 is not a JSON object"),
+    "a key twice": ('{"prompt": "a", "prompt": "b"}', "line 3 .*the key 'prompt' is there twice"),
+    "deep in it": ('{"chosen": [{"role": 1, "role": 2}]}', "line 3 .* 'role' is there twice"),
+    "half of a pair": ('{"prompt": "\\ud83d"}', "line 3 is not valid JSON .*surrogates"),
+    "two objects": ("{} {}", "line 3 is"),
+    "an object and more": ('{"a": 1} x', "line 3 is not valid JSON .*goes on"),
+    "nothing in it": ("{}", "line 3 is an empty object"),
+    "cut off": ('{"prompt": "a', "line 3 is not valid JSON"),
+    "a nest": ('{"a":' * 100_000, "line 3 is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_bad_json_is_an_error_that_names_the_line(tmp_path, name):
+    text, message = BAD_JSON[name]
+    path = write(tmp_path / "rows.jsonl", [TEXT, "", text, TEXT])
+    with pytest.raises(InputError, match=f"rows.jsonl: cannot be read: {message}"):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[{"a": 1}\n {"a": 2}]', "line 2 is not valid JSON .*a comma"),
+        ('[{"a": 1},\n\n,{"a": 2}]', "line 3 is not valid JSON"),
+        ('[\n{"a": 1},\n{"a": }]', "line 3 is not valid JSON"),
+        ('[{"a": 1}', "line 1 is not valid JSON"),
+        ('[{"a": 1},]', "line 1 is not valid JSON"),
+        ("[]", "has no rows"),
+    ],
+)
+def test_a_bad_array_is_an_error(tmp_path, text, message):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_rows(str(tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text(json.dumps([TEXT]))  # nothing is left of it
+    assert len(load_rows(str(tmp_path / "rows.json"))) == 1
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix, separator", [(".csv", ","), (".tsv", "\t"), (".csv.gz", ",")])
+def test_cells_are_text(tmp_path, suffix, separator):
+    rows = [["", "prompt", "chosen", "rejected", "score"]]
+    rows += [["0", "2+2?", "04", "None", "1"], ["1", "2+2?", "4.0", "nan", ""]]
+    text = "\n".join(map(separator.join, rows)) + "\n"
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+    prompt = chatml("2+2?")
+    assert load(path) == [[prompt, "04", "None"], [prompt, "4.0", "nan"]]
+    assert list(load_rows(str(path))["score"]) == ["1", ""]
+
+
+@pytest.mark.parametrize("text", [json.dumps(TALK["chosen"]), repr(TALK["chosen"])])
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_conversation_in_a_cell_is_an_error(tmp_path, suffix, text):
+    rows = datasets.Dataset.from_list([TEXT, TEXT | {"chosen": text}])
+    path = str(tmp_path / f"rows{suffix}")
+    rows.to_csv(path) if suffix == ".csv" else rows.to_parquet(path)
+    with pytest.raises(InputError, match="row 1: its answers are conversations that have been wr"):
+        load(path)
+
+
+# ---- Messages ------------------------------------------------------------------------------------
+
+PARTS = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
+FORMS = {
+    "text parts": TALK | {"prompt": [{"role": "user", "content": PARTS}]},
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "2+2?"}],
+        "chosen": {"from": "gpt", "value": "4"},
+        "rejected": {"from": "gpt", "value": "5"},
+    },
+    "ShareGPT's conversations": {
+        side: [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": answer}]
+        for side, answer in (("chosen", "4"), ("rejected", "5"))
+    },
+    "one message": TEXT | {"chosen": TALK["chosen"][0], "rejected": TALK["rejected"][0]},
+    "a struct of lists": TALK | {"prompt": {"role": ["user"], "content": ["2+2?"]}},
+    "a prompt that is repeated": TALK
+    | {"chosen": ASK + TALK["chosen"], "rejected": ASK + TALK["rejected"]},
+    "a text that is repeated": {
+        "prompt": " 2+2?\n",
+        "chosen": ASK + TALK["chosen"],
+        "rejected": ASK + TALK["rejected"],
+    },
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", FORMS)
+def test_the_forms_of_messages(tmp_path, name, suffix):
+    path = write(tmp_path / "rows.jsonl", [FORMS[name]])
+    if suffix == ".parquet":
+        path = tmp_path / "rows.parquet"
+        datasets.Dataset.from_list([FORMS[name]]).to_parquet(path)
+    assert load(path) == [[chatml("2+2?"), "4", "5"]]
+
+
+def test_an_image_in_a_message_is_an_error(tmp_path):
+    parts = [{"type": "image"}, *PARTS]
+    row = TALK | {"prompt": [{"role": "user", "content": parts}]}
+    with pytest.raises(InputError, match="in none of the accepted formats"):
+        load(write(tmp_path / "rows.jsonl", [row]))
+
+
+NULLS = [TEXT | {"chosen": None}, TEXT | {"prompt": None}, TEXT | {"rejected": ""}]
+NULLS += [TALK | {"chosen": []}, TEXT | {"chosen": None, "rejected": None}]
+
+
+def test_nulls_are_dropped_and_counted(tmp_path):
+    for suffix in (".jsonl", ".parquet"):
+        rows, path = [*NULLS[:3], NULLS[4], TEXT], str(tmp_path / f"rows{suffix}")
+        if suffix == ".jsonl":
+            rows.append(NULLS[3])
+            write(Path(path), rows)
+        else:
+            datasets.Dataset.from_list(rows).to_parquet(path)
+        data = load_data(path, CHAT, 200, 100)
+        dropped = len(rows) - 1
+        assert f"{dropped} of {len(rows)} rows dropped ({dropped} empty" in data.report
+    with pytest.raises(InputError, match="row 0: in none of the accepted formats"):
+        load(write(tmp_path / "none.jsonl", [{"prompt": "a", "chosen": "b"}]))
+
+
+# ---- Columns -------------------------------------------------------------------------------------
+
+FRENCH = "SYSTEM Answer in French."
+SYSTEMS = {
+    "beside text": TEXT | {"system": "Answer in French."},
+    "by another name": TEXT | {"system_prompt": "Answer in French."},
+    "beside messages": TALK | {"system": "Answer in French."},
+    "as a list": TALK | {"system": [{"role": "system", "content": "Answer in French."}]},
+    "there already": TALK
+    | {"prompt": [{"role": "system", "content": "Answer in French."}, *ASK]}
+    | {"system": " Answer in French.\n"},
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_prompt_is_a_message(tmp_path, name):
+    found = load(write(tmp_path / "rows.jsonl", [SYSTEMS[name]]))
+    assert found == [[chatml(FRENCH, "2+2?"), "4", "5"]]
+
+
+def test_an_empty_system_prompt_is_none(tmp_path):
+    for system in ("", None, []):
+        assert load(write(tmp_path / "rows.jsonl", [TEXT | {"system": system}])) == [
+            [chatml("2+2?"), "4", "5"]
+        ]
+
+
+HH = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+REFUSED = {
+    name: (
+        TEXT | {name: ["a"]},
+        f"its column '{name}' is not used: --columns {name}= leaves it out",
+    )
+    for name in ("images", "history", "documents", "videos", "chat_template_kwargs")
+}
+REFUSED |= {
+    "another system": (
+        TALK | {"system": "a", "prompt": [{"role": "system", "content": "b"}, *ASK]},
+        "the system prompt of its column and that of its messages differ",
+    ),
+    "a system in HH": (HH | {"system": "a"}, "a system prompt or tools, beside a dialogue"),
+    "a number as system": (TEXT | {"system": 5}, "its system prompt is no text"),
+    "a text that is not repeated": (
+        FORMS["a text that is repeated"] | {"prompt": "3+3?"},
+        "its text 'prompt' is not in its conversations: --columns prompt= leaves it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_nothing_of_a_prompt_is_left_out(tmp_path, name):
+    """Unless it is wanted."""
+    row, message = REFUSED[name]
+    path = write(tmp_path / "rows.jsonl", [TEXT, row])
+    with pytest.raises(InputError, match=f"rows.jsonl, row 1: {message}"):
+        load(path)
+    column = "prompt" if "text that" in name else "system" if "system" in name else name
+    if column != "prompt":  # the first row needs it
+        assert len(load(path, columns=f"{column}=")) == 2
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+WITH_TOOLS = (
+    "{% if tools %}[{% for t in tools %}{{ t.function.name }}{% endfor %}]{% endif %}" + CHATML
+)
+
+
+@pytest.mark.parametrize("row", [TEXT, TALK], ids=["text", "messages"])
+def test_tools_reach_the_template(tmp_path, row):
+    path = write(tmp_path / "rows.jsonl", [row, row | {"tools": TOOLS}])
+    tokenizer, prompt = make_tokenizer(WITH_TOOLS), chatml("2+2?")
+    assert load(path, tokenizer) == [[prompt, "4", "5"], [f"[add]{prompt}", "4", "5"]]
+    with pytest.raises(InputError, match="row 1: the template does not show its tools: --columns"):
+        load(path)
+    assert load(path, columns="tools=") == [[prompt, "4", "5"]] * 2
+
+
+def test_columns_of_other_names(tmp_path):
+    row = {"question": "2+2?", "good": "4", "bad": "5", "prompt": "ignored", "history": ["a"]}
+    path = write(tmp_path / "rows.jsonl", [row])
+    names = "prompt=question, chosen=good, rejected=bad, history="
+    assert load(path, columns=names) == [[chatml("2+2?"), "4", "5"]]
+    with pytest.raises(InputError, match="row 0: there is no column 'better', but question, good"):
+        load(path, columns=names.replace("good", "better"))
+    with pytest.raises(InputError, match="--columns: 'chosen' is not of the form NAME=COLUMN"):
+        load(path, columns="chosen")
+
+
+# ---- Sources -------------------------------------------------------------------------------------
+
+
+def test_a_pattern_is_its_files_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number in (2, 1, 3):
+        write(tmp_path / f"part{number}.jsonl", [TEXT | {"chosen": f"0{number}"}])
+    for source in (f"{tmp_path}/part*.jsonl", "~/part*.jsonl", "~/part1.jsonl,~/part[23].jsonl"):
+        assert [row[1] for row in load(source)] == ["01", "02", "03"]
+    with pytest.raises(InputError, match="no file matches"):
+        load(f"{tmp_path}/none*.jsonl")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_clone_of_a_data_set_of_the_hub(tmp_path, form):
+    """Whose JSON is read as any other."""
+    rows = [TALK, TEXT | {"chosen": '"4"'}] if form == "jsonl" else [TALK]
+    for split, count in (("train", len(rows)), ("test", 1)):
+        path = tmp_path / "data" / f"{split}-00000-of-00001.{form}"
+        path.parent.mkdir(exist_ok=True)
+        if form == "jsonl":
+            write(path, rows[-count:])
+        else:
+            datasets.Dataset.from_list(rows).to_parquet(path)
+    answers = ["4", '"4"'] if form == "jsonl" else ["4"]
+    assert [row[1] for row in load(tmp_path)] == answers
+    assert [row[1] for row in load(f"{tmp_path}:test")] == answers[-1:]
+    with pytest.raises(InputError, match="cannot be read: .*dev"):
+        load(f"{tmp_path}:dev")
+
+
+def test_what_is_no_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "ok.jsonl", [TEXT])
+    with pytest.raises(InputError, match="a file has no splits: leave out ':train'"):
+        load("ok.jsonl:train")
+    for name in ("json", "csv", "text", "parquet"):  # would read all files that are here
+        with pytest.raises(InputError, match=f"{name}: cannot be read: this is a file format"):
+            load(name)
+
+
+# ---- The end of an answer, and rows that are there twice -----------------------------------------
+
+
+def test_every_token_that_ends_an_answer_is_one(tmp_path, model_folder):
+    """Of the model's generation config, too: one within an answer drops the row, one at its end is
+    not followed by another."""
+    rows = [TEXT | {"chosen": answer} for answer in ("a</s> b", "a</s>", "b<|im_end|></s>\n")]
+    path = write(tmp_path / "rows.jsonl", rows)
+    data = load_data(str(path), load_tokenizer(str(model_folder)), 200, 100)
+    assert "1 end of turn inside" in data.report and list(data.rows["row"]) == [1, 2]
+    assert [row["responses"][0][-1] for row in data.rows] == [3, 3]
+    assert all(1 not in row["responses"][0] for row in data.rows)
+
+
+def test_overlaps_by_hand(tmp_path):
+    rows = [TEXT, TEXT | {"chosen": "5", "rejected": "4"}, TEXT, TEXT | {"prompt": "a"}, TALK]
+    train = load_data(str(write(tmp_path / "train.jsonl", rows)), CHAT, 200, 100)
+    others = [TEXT | {"chosen": "6"}, TEXT | {"prompt": "new"}]
+    heldout = load_data(str(write(tmp_path / "heldout.jsonl", others)), CHAT, 200, 100)
+    said = "2 rows are there again, 1 pairs also the other way round"
+    assert overlaps(train, None) == said
+    assert overlaps(train, heldout) == f"{said}; 1 of 2 held-out prompts are trained on"
