@@ -261,6 +261,12 @@ class DataSet:
     reference: torch.Tensor | None = None
     report: str = ""
 
+    def __setattr__(self, name: str, value) -> None:
+        if name == "rows":  # what has been read of others is theirs
+            for cached in ("lengths", "tokens", "fingerprint", "highest_token"):
+                vars(self).pop(cached, None)
+        super().__setattr__(name, value)
+
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """(rows, 1 + K) int64: tokens of the prompt and of every response."""

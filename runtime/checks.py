@@ -60,23 +60,27 @@ def check_loss(
     count = data.responses
     if heldout and heldout.responses != count:
         raise InputError(f"train_data has {count} responses a row, eval_data {heldout.responses}")
-    logps, lengths = torch.arange(-2.0 * count, 0), torch.ones(2, count, dtype=torch.int64)
+    # Two pairs that differ in all, so that what one lends the other shows.
+    lengths = torch.arange(1, 2 * count + 1).view(2, count)
+    logps = torch.arange(-1.0 * lengths.sum(), 0).mul(0.1).split(lengths.sum(dim=1).tolist())
     columns = {name: torch.tensor([1.0, 2.0]) for name in asked}
     if "reference" in asked:
         columns["reference"] = -torch.ones(2, count)
 
     def losses(*pairs: int) -> torch.Tensor:
         given = {name: values[[*pairs]] for name, values in columns.items()}
-        return loss_function(logps.view(2, count)[[*pairs]].flatten(), lengths[[*pairs]], **given)
+        return loss_function(torch.cat([logps[i] for i in pairs]), lengths[[*pairs]], **given)
 
     try:
-        both, alone = losses(0, 1), torch.cat([losses(0), losses(1)])
+        both, again, alone = losses(0, 1), losses(0, 1), torch.cat([losses(0), losses(1)])
     except (ValueError, IndexError, RuntimeError) as error:
         raise InputError(f"the loss does not take {count} responses to a prompt: {error}") from None
     if both.shape != (2,):
         raise InputError(
             f"a loss must be one number for each pair; of 2 pairs it has {[*both.shape]}"
         )
+    if not torch.equal(both, again):
+        raise InputError("the loss of the same pairs is another one when it is computed again")
     if not torch.allclose(both, alone, rtol=1e-4, equal_nan=True):
         problem = "a pair's loss depends on the other pairs of its micro-batch"
         raise InputError(f"{problem}: another split of the batch would give another gradient")

@@ -1,5 +1,6 @@
 """What a run is made of: its code, and the versions and the commit that the code belongs to."""
 
+import functools
 import hashlib
 import inspect
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
 import datasets
+import numpy as np
 import torch
 import transformers
 
@@ -26,31 +28,38 @@ def code_digest(*modules: ModuleType) -> str:
     core = [found[f] for f, path in files.items() if path.parent in (ROOT, ROOT / "runtime")]
     wanted = [*modules] or core
     for module in wanted:  # which grows
-        used = [*vars(module).values()]
-        names = {getattr(value, "__module__", None) for value in used}
-        used += [other for other in core if other.__name__ in names]
-        wanted += [other for other in core if other in used and other not in wanted]
+        used = {id(value) for value in vars(module).values()}
+        names = {str(getattr(value, "__module__", "")) for value in vars(module).values()}
+        new = [other for other in core if id(other) in used or other.__name__ in names]
+        wanted += [other for other in new if other not in wanted]
     parts = []
     for module in sorted(wanted, key=lambda module: str(module.__file__)):
         for name, value in sorted(vars(module).items()):
-            if name.startswith("__") or isinstance(value, ModuleType):
+            if name.startswith("__") or isinstance(value, ModuleType) or value is VERSIONS:
                 continue
+            imported = callable(value) and getattr(value, "__module__", "") != module.__name__
             if isinstance(value, type) and value.__module__ == module.__name__:
                 members = vars(value).items()
                 members = [(k, v) for k, v in sorted(members) if callable(v) or k[:2] != "__"]
                 parts += [f"{name}.{key} {describe(member)}" for key, member in members]
-            elif not callable(value) or getattr(value, "__module__", "") == module.__name__:
+            elif not imported or isinstance(value, functools.partial):
                 parts.append(f"{name} {describe(value)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def describe(value) -> str:
-    """What a function does, or a constant is, as text that is the same in every process."""
-    for inner in ("__func__", "fget", "func", "__wrapped__"):  # of methods, properties, wrappers
-        value = getattr(value, inner, value)
+def describe(value, outer: tuple = ()) -> str:
+    """What a function does, or a constant is, as text that is the same in every process. outer: the
+    ids of what the value is a part of, for parts that hold the whole."""
+    if id(value) in outer:
+        return ""
+    inner = functools.partial(describe, outer=(*outer, id(value)))
+    if isinstance(value, functools.partial):
+        return inner([value.func, value.args, value.keywords])
+    for name in ("__func__", "fget", "func", "__wrapped__"):  # of methods, properties, wrappers
+        value = getattr(value, name, value)
     if isinstance(value, FunctionType):
-        defaults = describe(value.__defaults__) + describe(value.__kwdefaults__)
-        return describe(value.__code__) + defaults
+        cells = inspect.getclosurevars(value).nonlocals if value.__closure__ else {}
+        return inner([value.__code__, value.__defaults__, value.__kwdefaults__, cells])
     if isinstance(value, CodeType):
         names = (value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars)
         constants = [*value.co_consts]
@@ -58,16 +67,23 @@ def describe(value) -> str:
         if documented and value.co_flags & inspect.CO_OPTIMIZED and value.co_name[0] != "<":
             # The first constant of a function is its docstring, or, before 3.13, None.
             constants[0] = None if isinstance(constants[0], str) else constants[0]
-        return f"{value.co_code.hex()}{names}{describe(constants)}"
+        return f"{value.co_code.hex()}{names}{inner(constants)}"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{k!r}:{describe(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k!r}:{inner(v)}" for k, v in value.items()) + "}"
     if isinstance(value, set | frozenset):
-        return "{" + ",".join(sorted(map(describe, value))) + "}"
+        return "{" + ",".join(sorted(map(inner, value))) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(describe, value)) + "]"
+        return "[" + ",".join(map(inner, value)) + "]"
     if isinstance(value, re.Pattern):
-        return describe((value.pattern, value.flags))
-    return repr(value) if isinstance(value, str | bytes | int | float | None) else ""
+        return inner([value.pattern, value.flags])
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return f"{value.dtype}{value.tolist()}"
+    if isinstance(value, Path):  # the code may lie anywhere
+        return str(value.relative_to(ROOT) if value.is_relative_to(ROOT) else value)
+    if isinstance(value, type | ModuleType):
+        return value.__name__
+    own = inner(vars(value)) if hasattr(value, "__dict__") else ""
+    return re.sub(r" at 0x\w+", "", repr(value)) + own
 
 
 def git_state() -> tuple[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
+from datasets import packaged_modules
 from datasets.packaged_modules.json.json import Json
 
 from runtime.cache import CacheError, cache_folder, files_digest, locked, seal
@@ -84,7 +84,7 @@ def load_rows(source: str) -> datasets.Dataset:
             if names:
                 raise InputError(f"a file has no splits: leave out ':{':'.join(names)}'")
             rows = load_file(path, kind)
-        elif path in BUILDERS:
+        elif path in packaged_modules._PACKAGED_DATASETS_MODULES:
             raise InputError("this is a file format: give a file, a folder or a hub id")
         else:
             rows = load_builder(path, names)
@@ -163,7 +163,7 @@ def load_json(path: str) -> datasets.Dataset:
     it has in the file: to hold them as columns, datasets would make their types alike, and change
     what they say."""
     digest = content_digest(path)
-    folder, schema = cache_folder("rows") / digest[:32], pa.schema({"json": pa.large_binary()})
+    folder, schema = cache_folder("json") / digest[:32], pa.schema({"json": pa.large_binary()})
     with locked(folder) as intact:
         if not intact:
             folder.mkdir()
@@ -390,6 +390,11 @@ def parse_row(row: dict, verbatim: bool = False) -> tuple[list | str, list[str]]
     if isinstance(system, list | dict):
         (message,) = as_conversation(system) or [{}]
         system = message.get("content")
+    if isinstance(tools, str) and tools.strip():  # TRL's data sets have them as JSON
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise InputError(f"its column 'tools' is no JSON: {error}") from None
     if system and not isinstance(system, str):
         raise InputError("its system prompt is no text")
     if not system and not tools:

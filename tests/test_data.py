@@ -790,6 +790,15 @@ def test_a_whole_data_set_is_spread_in_few_tries_and_as_evenly(monkeypatch):
         tries.clear()
 
 
+def test_other_rows_have_other_lengths():
+    """Also where a fork replaces the rows of a data set."""
+    found = DataSet(make_rows(*PAIRS))
+    before = found.tokens.tolist(), found.fingerprint, found.highest_token
+    found.rows = found.rows.select([1])
+    assert found.tokens.tolist() == before[0][1:] and found.longest == 3
+    assert found.fingerprint != before[1] and found.highest_token == before[2]
+
+
 def test_the_schedule_of_any_number_of_steps(monkeypatch):
     """Steps are made when they are asked for; one that cannot be spread is found before."""
     made = []

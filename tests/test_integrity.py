@@ -288,8 +288,28 @@ def test_a_loss_that_depends_on_other_pairs_is_refused(base, tmp_path, monkeypat
         losses = loss.simper_loss(token_logps, lengths)
         return losses - losses.mean()
 
-    monkeypatch.setitem(loss.LOSSES, "simper", centered_loss)
-    with pytest.raises(InputError, match="a pair's loss depends on the other pairs"):
+    def mean_length_loss(token_logps, lengths):
+        chosen, rejected = loss.sum_logps(token_logps, lengths).unbind(dim=1)
+        return (rejected - chosen) / lengths.float().mean()
+
+    for function in (centered_loss, mean_length_loss):
+        monkeypatch.setitem(loss.LOSSES, "simper", function)
+        with pytest.raises(InputError, match="a pair's loss depends on the other pairs"):
+            run(base | {"max_steps": 2}, tmp_path / "run")
+
+
+def test_a_loss_that_is_another_one_the_next_time_is_refused(base, tmp_path, monkeypatch):
+    """As one that counts its calls, which a resume would not know."""
+    import loss
+
+    calls = []
+
+    def counting_loss(token_logps, lengths):
+        calls.append(1)
+        return loss.simper_loss(token_logps, lengths) * (1 + 1e-6 * len(calls))
+
+    monkeypatch.setitem(loss.LOSSES, "simper", counting_loss)
+    with pytest.raises(InputError, match="another one when it is computed again"):
         run(base | {"max_steps": 2}, tmp_path / "run")
 
 

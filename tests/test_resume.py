@@ -896,9 +896,29 @@ def test_another_loss_under_the_same_name_is_other_code(base, three_steps, tmp_p
 SOURCE = '''"""A module."""
 import functools
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import torch
 
 FACTOR = 2
 NAMES = {"a": (1, 2), "b": {3}}
+
+
+def scaled(times):
+    def scale(x):
+        return x * times
+
+    return scale
+
+
+scale = scaled(times=11)
+bound = functools.partial(max, 12)
+space = SimpleNamespace(value=13)
+space.itself = space
+tensor, array = torch.tensor([14.0]), numpy.array([15.0])
+path = Path("a/file-16")
 
 
 def outer(x, y=1, *, z=2):
@@ -941,6 +961,9 @@ class Box:
     @staticmethod
     def make():
         return Box(10)
+
+
+box = Box(17)
 '''
 SAME = {
     "a comment": ("    return x - 4", "    # Less.\n    return x - 4  # less"),
@@ -968,6 +991,13 @@ OTHER = {
     "a property": ("self.size / 8", "self.size / 9"),
     "a cached property": ("self.size * 9", "self.size * 8"),
     "a static method": ("Box(10)", "Box(11)"),
+    "a closure": ("times=11", "times=12"),
+    "a bound argument": ("max, 12", "max, 13"),
+    "an object": ("value=13", "value=14"),
+    "a tensor": ("14.0", "14.5"),
+    "an array": ("15.0", "15.5"),
+    "a path": ("file-16", "file-17"),
+    "an object of a class": ("Box(17)", "Box(18)"),
 }
 
 

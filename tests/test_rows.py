@@ -289,11 +289,15 @@ WITH_TOOLS = (
 @pytest.mark.parametrize("row", [TEXT, TALK], ids=["text", "messages"])
 def test_tools_reach_the_template(tmp_path, row):
     path = write(tmp_path / "rows.jsonl", [row, row | {"tools": TOOLS}])
+    as_json = write(
+        tmp_path / "json.jsonl", [row | {"tools": ""}, row | {"tools": json.dumps(TOOLS)}]
+    )
     tokenizer, prompt = make_tokenizer(WITH_TOOLS), chatml("2+2?")
     assert load(path, tokenizer) == [[prompt, "4", "5"], [f"[add]{prompt}", "4", "5"]]
     with pytest.raises(InputError, match="row 1: the template does not show its tools: --columns"):
         load(path)
     assert load(path, columns="tools=") == [[prompt, "4", "5"]] * 2
+    assert load(as_json, tokenizer) == load(path, tokenizer)
 
 
 def test_columns_of_other_names(tmp_path):
