@@ -706,6 +706,23 @@ def sees_the_chosen_response_alone(module, query, key, value, mask, **options):
     return sees_the_chosen_response(module, query, key, value, mask, **options)
 
 
+@pytest.mark.parametrize("factor, accepted", [(4, True), (8, False)])
+def test_the_tolerance_is_five_times_the_models_own(factor, accepted, group, tmp_path, monkeypatch):
+    """Of log-probs that differ by as much between two of its own attentions. (They are large, so
+    that relative to them the difference is small.)"""
+    reference = make_reference("llama")
+    with torch.no_grad():
+        reference.lm_head.weight *= 100
+    reference.save_pretrained(tmp_path)
+    model, own, plain = load_model(str(tmp_path), CPU, torch.float32), 0.01, checks.plain_logps
+    monkeypatch.setattr(checks, "plain_logps", lambda *args: plain(*args) + factor * own)
+    monkeypatch.setattr(checks, "own_difference", lambda *args: own)
+    if accepted:
+        check_forward(model, make_data(*PAIRS), None)
+    else:
+        assert refused_for(model, make_data(*PAIRS)) == {"absolute"}
+
+
 def test_a_model_that_is_too_uniform_to_tell_is_refused(group, tmp_path):
     reference = make_reference("llama")
     with torch.no_grad():
