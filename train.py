@@ -46,6 +46,7 @@ def option(default, help: str):
 class Config:
     model: str = option("", "hub id or folder of the model to start from; 'demo' is the demo's")
     chat_template: str = option("", "file of a chat template in place of the tokenizer's own")
+    template_args: str = option("", "variables of the chat template, as in enable_thinking=false")
     train_data: str = option("", "FILE, FOLDER or hub NAME[[:CONFIG]:SPLIT], comma-separated")
     eval_data: str = option("", "the same for the held-out pairs; empty: no evaluation")
     columns: str = option(
@@ -83,7 +84,7 @@ def train(config: Config) -> None:
     # ---- Data and files. Whatever is wrong with them is found before a model is loaded.
     loss_function, asked = choose_loss(config.loss, config.loss_args)  # simper_loss, by default
     source = resolve_model(config.model)
-    tokenizer = load_tokenizer(source, config.chat_template)
+    tokenizer = load_tokenizer(source, config.chat_template, config.template_args)
     data, heldout = load_data_sets(config, tokenizer, loss_function, asked, ranks)
     dtype = processes.choose_dtype(config.dtype, device)
     made_of = digests(config, source, tokenizer, dtype, data, heldout)

@@ -20,12 +20,14 @@ def main() -> None:
     parser.add_argument("data", help="sources as for --train_data")
     parser.add_argument("--model", default="demo", help="hub id or folder whose tokenizer to use")
     parser.add_argument("--chat_template", default="", help="as for train.py")
+    parser.add_argument("--template_args", default="", help="as for train.py")
     parser.add_argument("--num_pairs", type=int, default=2, help="rows to print")
     parser.add_argument("--max_length", type=int, default=2048, help="as for train.py")
     parser.add_argument("--max_prompt_length", type=int, default=1800, help="as for train.py")
     args = parser.parse_args()
 
-    tokenizer = load_tokenizer(resolve_model(args.model), args.chat_template)
+    folder = resolve_model(args.model)
+    tokenizer = load_tokenizer(folder, args.chat_template, args.template_args)
     limits = args.max_length, args.max_prompt_length
     data = load_data(args.data, tokenizer, *limits, columns=args.columns)
     numbered = [f"response {number}" for number in range(1, data.responses + 1)]

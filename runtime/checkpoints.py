@@ -35,7 +35,7 @@ from runtime.processes import gather, say
 # name.)
 FREE_TO_CHANGE = {"output_dir", "micro_batch_tokens", "activation_checkpointing", "compile"}
 FREE_TO_CHANGE |= {"replicas", "wandb", "resume", "eval_data", "eval_every", "save_every"}
-FREE_TO_CHANGE |= {"keep_checkpoints", "log_every", "chat_template"}
+FREE_TO_CHANGE |= {"keep_checkpoints", "log_every", "chat_template", "template_args"}
 FORMAT = 2  # of trainer.json
 FILE_BYTES = 2**30  # tensors that begin in the same GiB share a file
 # What a run writes to its output_dir.

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+import yaml
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -86,20 +88,41 @@ def load_config(name: str):
         raise InputError(f"{name}: its config.json cannot be used: {error}") from error
 
 
-def load_tokenizer(name: str, chat_template: str = ""):
+def load_tokenizer(name: str, chat_template: str = "", template_args: str = ""):
     """The tokenizer of a hub id or local folder, with the chat template of the file chat_template
-    in place of its own, and as `stop_ids` the tokens at which the model's generation ends. Never
-    runs code that comes with it. Raises InputError if one of them cannot be read."""
+    in place of its own, whose variables are set by template_args (see set_variables), and as
+    `stop_ids` the tokens at which the model's generation ends. Never runs code that comes with it.
+    Raises InputError if one of them cannot be read."""
     try:
         # mistral_format: the tokenizer of mistral-common, where that is installed, has no template.
         options = {"trust_remote_code": False, "mistral_format": False}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if chat_template:
             tokenizer.chat_template = Path(chat_template).read_text()
+        if template_args:
+            tokenizer.chat_template = set_variables(tokenizer.chat_template or "", template_args)
         tokenizer.stop_ids = stop_ids(name)
         return tokenizer
+    except InputError:
+        raise
     except Exception as error:  # transformers raises KeyError, and tokenizers Exception itself
         raise InputError(f"no tokenizer can be loaded from {name}: {error}") from error
+
+
+def set_variables(template: str, values: str) -> str:
+    """A chat template in which variables are set, "enable_thinking=false" or several by commas: the
+    exported model has it, and is used as it was trained. Raises InputError for one that the
+    template does not read."""
+    lines = ""
+    for part in filter(None, values.replace(" ", "").split(",")):
+        name, _, value = part.partition("=")
+        if not re.search(rf"\b{re.escape(name)}\b", template) or not name.isidentifier():
+            raise InputError(f"template_args: the chat template has no variable '{name}'")
+        value = yaml.safe_load(value)
+        if not isinstance(value, bool | int | float | str):
+            raise InputError(f"template_args: {part} must be true, false, a number or a word")
+        lines += f"{{% set {name} = {json.dumps(value)} +%}}"
+    return lines + template
 
 
 def stop_ids(name: str) -> list[int]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import CHATML, make_tokenizer
+from conftest import CHATML, make_tokenizer, run
+from transformers import AutoTokenizer
 
 from data import load_data, overlaps
 from runtime.errors import InputError
@@ -309,6 +310,30 @@ def test_columns_of_other_names(tmp_path):
         load(path, columns=names.replace("good", "better"))
     with pytest.raises(InputError, match="--columns: 'chosen' is not of the form NAME=COLUMN"):
         load(path, columns="chosen")
+
+
+THINKS = "{% if enable_thinking is not defined or enable_thinking %}Think!{% endif %}" + CHATML
+
+
+def test_a_variable_of_the_template(base, model_folder, tmp_path):
+    """It reaches training, and the exported template has it."""
+    (tmp_path / "template.jinja").write_text(THINKS)
+    template, path = str(tmp_path / "template.jinja"), write(tmp_path / "rows.jsonl", [TEXT])
+    start = load_tokenizer(str(model_folder), template)
+    off = load_tokenizer(str(model_folder), template, "enable_thinking=false")
+    assert load(path, start)[0][0] == f"Think!{chatml('2+2?')}"
+    assert load(path, off)[0][0] == chatml("2+2?")
+    values = base | {"max_steps": 1, "chat_template": template, "eval_data": ""}
+    run(values | {"template_args": "enable_thinking=false"}, tmp_path / "run")
+    final = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    rendered = final.apply_chat_template(ASK, tokenize=False, add_generation_prompt=True)
+    assert rendered == chatml("2+2?")
+    for wrong, said in (
+        ("enable_thnking=true", "has no variable"),
+        ("enable_thinking=", "must be"),
+    ):
+        with pytest.raises(InputError, match=f"template_args: .*{said}"):
+            load_tokenizer(str(model_folder), template, wrong)
 
 
 # ---- Sources -------------------------------------------------------------------------------------
