@@ -460,6 +460,8 @@ class Schedule(Sequence):
         if count < size:
             raise InputError(f"{count} pairs do not fill one batch: lower batch_size={size}")
         self.steps = config.max_steps or config.num_epochs * (count // size)
+        if self.steps > sys.maxsize:
+            raise InputError(f"{self.steps} steps are too many: lower num_epochs or max_steps")
         # Micro-batches of one row, or, where the ranks do not divide the batch, of one or two: if
         # they are small enough, every step can be spread. Otherwise all are tried.
         if (longest * (2 if size % ranks else 1)) > config.micro_batch_tokens or size < ranks:

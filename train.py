@@ -97,7 +97,7 @@ def train(config: Config) -> None:
         say(f"{config.output_dir} holds this run, finished. To train again: --resume never")
         return
     log = Logger(config, start, made_of)
-    torch.manual_seed(config.seed)  # for the first values of what surgery() adds
+    torch.manual_seed(config.seed % 2**63)  # for the first values of what surgery() adds
     model = load_model(source, device, dtype, config.replicas, config.activation_checkpointing)
     optimizer = torch.optim.AdamW(
         model.optimized().values(), lr=config.learning_rate, weight_decay=0.0, fused=True
@@ -204,7 +204,7 @@ def load_data_sets(
             raise InputError(f"eval_data: {error}") from None
     say(overlaps(data, heldout))
     check_loss(loss_function, asked, data, heldout)
-    if share_of_peak(steps - 1, steps, config.warmup_ratio) == 0:  # of one step, which warms up
+    if steps == 1 and share_of_peak(0, 1, config.warmup_ratio) == 0:  # it warms up
         raise InputError("the learning rate of the only step is 0: set warmup_ratio=0")
     return data, heldout
 

@@ -92,7 +92,7 @@ def open_judge(
                 del options["temperature"]
             else:
                 raise InputError(f"the judge {model} at {url}: {text}; {ADVICE}") from error
-        except (OpenAIError, ValueError, TimeoutError) as error:  # ValueError: what came is no JSON
+        except (OpenAIError, ValueError, TimeoutError, RecursionError) as error:  # of what came
             raise InputError(f"the judge {model} at {url}: {error}; {ADVICE}") from error
     try:
         text = first_text(reply)
@@ -174,7 +174,7 @@ def ask_all(
             if error.status_code not in REFUSED:
                 raise
             text, reason = "", str(error)
-        except InputError as error:  # it answers with something else
+        except (InputError, RecursionError) as error:  # it answers with something else
             text, reason = "", str(error)
         with lock:
             if text:

@@ -180,7 +180,8 @@ def judge_all(
     workers: calls at a time. Raises InputError if `path` holds judgments of different answers, and
     as ask_all.
     """
-    records = {(r["question_id"], r["turn"]): r for r in read_records(path)}
+    kept = read_records(path, "question_id", "turn", "judgment")
+    records = {(r["question_id"], r["turn"]): r for r in kept}
     tasks, names, texts = {}, {}, {}
     for question, given in zip(questions, answers):
         number = question["question_id"]

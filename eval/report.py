@@ -18,7 +18,6 @@ import csv
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import statistics
 import sys
@@ -163,10 +162,10 @@ def file_sha256(path: str | Path) -> str:
     return file_digest(Path(path), hashlib.sha256)
 
 
-def read_records(path: Path) -> list[dict]:
+def read_records(path: Path, *keys: str) -> list[dict]:
     """The JSON objects of a file of answers or judgments, if there is one. A last line whose
     writing was interrupted is removed. Raises InputError, naming the line, for one that is no JSON
-    object."""
+    object, or is without one of the keys."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
@@ -177,7 +176,9 @@ def read_records(path: Path) -> list[dict]:
             records.append(json.loads(line))
             if not isinstance(records[-1], dict):
                 raise ValueError("no JSON object")
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError, too
+            if lacking := [key for key in keys if key not in records[-1]]:
+                raise ValueError(f"it has no {lacking[0]}")
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError, too
             advice = "remove the line, and what it held is made again"
             raise InputError(f"{path}: line {number} is damaged ({error}): {advice}") from None
     return records
@@ -284,7 +285,7 @@ def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
         for path in sorted(folder.glob("*.json")):
             try:
                 content = json.loads(path.read_text())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path} is damaged ({error}): evaluate again") from None
             if isinstance(content, dict) and "benchmark" in content:
                 check_result(path, content)
@@ -315,7 +316,7 @@ def check_result(path: Path, content: dict) -> None:
         if not isinstance(content.get(key), kind):
             raise InputError(f"{path} is no whole result, without {key}: evaluate again")
     for name, score in content["scores"].items():
-        if not isinstance(score, int | float) or not math.isfinite(score):
+        if not isinstance(score, int | float) or not abs(score) < 1e300:
             raise InputError(f"{path}: {name} is {score}, no number to rank: evaluate again")
 
 
@@ -460,4 +461,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, shows=True)

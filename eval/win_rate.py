@@ -105,7 +105,9 @@ def judge_all(
 
     Raises InputError if `path` holds judgments of different answers, and as ask_all.
     """
-    records = {record["index"]: record for record in read_records(path)}
+    records = {
+        record["index"]: record for record in read_records(path, "index", "user_prompt", "judgment")
+    }
     first = [random.Random(f"{seed} {index}").random() < 0.5 for index in range(len(pairs))]
     texts = [
         judge_prompt(prompt, ours, chosen, f)

@@ -74,19 +74,20 @@ def locked(folder: Path) -> Iterator[bool]:
         yield intact
 
 
-def seal(folder: Path) -> None:
-    """Keep the digests of all files of a folder in it: it is whole."""
+def seal(folder: Path, file: Path | None = None) -> None:
+    """Keep the digests of all files of a folder, by default in it: it is whole."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     found = {str(path.relative_to(folder)): file_digest(path) for path in sorted(files)}
-    scratch = folder / f"{SEAL}.part"
+    file = file or folder / SEAL
+    scratch = file.with_name(f"{file.name}.part")
     scratch.write_text(json.dumps(found))
-    os.replace(scratch, folder / SEAL)
+    os.replace(scratch, file)
 
 
-def is_intact(folder: Path) -> bool:
+def is_intact(folder: Path, file: Path | None = None) -> bool:
     """Whether a folder has been sealed, and its files are as they were then."""
     try:
-        found = json.loads((folder / SEAL).read_text())
+        found = json.loads((file or folder / SEAL).read_text())
         return all(file_digest(folder / name) == digest for name, digest in found.items())
     except (OSError, ValueError, AttributeError):  # not there, or damaged
         return False
@@ -117,8 +118,16 @@ def kept_digest(path: Path) -> bytes:
     record = cache_folder("digests") / hashlib.sha256(bytes(path)).hexdigest()
     state = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} "
     with hold(record):
-        if not (record.exists() and record.read_text().startswith(state)):
+        text = record.read_bytes() if record.is_file() else b""
+        digest = text[len(state) :].partition(b" ")[0].decode(errors="replace")
+        if text != with_check(state + digest):  # of another file, or damaged
+            digest = file_digest(path, hashlib.sha256)
             scratch = record.with_suffix(".part")
-            scratch.write_text(state + file_digest(path, hashlib.sha256))
+            scratch.write_bytes(with_check(state + digest))
             os.replace(scratch, record)
-        return bytes.fromhex(record.read_text().removeprefix(state))
+        return bytes.fromhex(digest)
+
+
+def with_check(text: str) -> bytes:
+    """A line of a record, with a digest of itself."""
+    return f"{text} {xxhash.xxh3_64_hexdigest(text.encode())}".encode()

@@ -24,11 +24,12 @@ import xxhash
 from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
 from tqdm import tqdm
 
-from runtime.cache import file_digest
+from runtime.cache import file_digest, is_intact
 from runtime.errors import InputError
 from runtime.identity import VERSIONS
 from runtime.log import lock_folder, read_config, read_lines, sync, write_whole
 from runtime.processes import gather, say
+from runtime.weights import FINAL_DIGESTS
 
 # What may differ between a run and its resumption: none of these changes the pairs of a step or
 # their gradient. (Of the held-out data and the chat template, the content is compared and not the
@@ -40,7 +41,7 @@ FORMAT = 2  # of trainer.json
 FILE_BYTES = 2**30  # tensors that begin in the same GiB share a file
 # What a run writes to its output_dir.
 RUN_FILES = r"config\.yaml|code\.diff|metrics.*\.jsonl|checkpoints|final|reference\.safetensors"
-RUN_FILES += r"|wandb|wandb_run_id|.*\.part|\..*"
+RUN_FILES += r"|final\.json|wandb|wandb_run_id|.*\.part|\..*"
 SCHEDULED = ("params", "param_names", "lr", "initial_lr")  # of a group of parameters
 
 
@@ -122,7 +123,7 @@ def choose_start(config, made_of: dict[str, str]) -> Start:
     output.resolve().mkdir(parents=True, exist_ok=True)  # where a link points to
     lock = lock_folder(output)
     try:
-        if any((output / "final").glob("*.safetensors")):
+        if any((output / "final").glob("*")):
             check_finished(output, config, made_of)
             os.close(lock)
             return Start(finished=True)
@@ -130,7 +131,9 @@ def choose_start(config, made_of: dict[str, str]) -> Start:
             if is_whole(folder):
                 return replace(start_from(folder, config, made_of), lock=lock)
             say(f"{folder} is damaged: it is passed over")
-        return Start(lock=lock)
+        # Lines of another run, of which nothing else is left, are kept.
+        before = read_config(output)
+        return Start(lock=lock, changed=bool(before and differences(config, made_of, before)))
     except InputError:
         os.close(lock)
         raise
@@ -143,8 +146,10 @@ def set_aside(output: Path) -> None:
     if not names:
         return
     strange = {name for name in names if not re.fullmatch(RUN_FILES, name)}
-    if strange or Path.cwd().resolve().is_relative_to(folder):
-        holds = f"it holds {sorted(strange)[0]}" if strange else "it is the working directory"
+    here = Path.cwd().resolve().is_relative_to(folder)
+    if strange or here or "config.yaml" not in names:
+        holds = "it is the working directory" if here else "it has no config.yaml"
+        holds = f"it holds {sorted(strange)[0]}" if strange else holds
         raise InputError(f"--resume never sets aside the folder of a run; not {output}: {holds}")
     os.close(lock_folder(output))  # no run writes to it
     target = f"{folder}.{datetime.now():%Y%m%d-%H%M%S}"
@@ -154,7 +159,12 @@ def set_aside(output: Path) -> None:
 
 
 def check_finished(output: Path, config, made_of: dict[str, str]) -> None:
-    """Raise InputError if the finished run in output_dir is not the one that is asked for."""
+    """Raise InputError if the finished run in output_dir is not the one that is asked for, or if
+    its final/ is not as it was exported."""
+    final, digests = output / "final", output / FINAL_DIGESTS
+    whole = is_intact(final, digests) if digests.exists() else any(final.glob("*.safetensors"))
+    if not whole:
+        raise InputError(f"{final} is damaged: move it away, and it is exported anew")
     if changed := differences(config, made_of, read_config(output)):
         advice = "Use another --output_dir, or --resume never, which sets it aside"
         problem = f"{output} holds a finished run, which is another one: {'; '.join(changed)}"
@@ -220,6 +230,8 @@ def read_state(folder: Path) -> dict:
         raise ValueError("damaged")
     if "format" in state and state.pop("digest") != digest_of(state):
         raise ValueError("damaged")
+    if state.get("format") == FORMAT and folder.name != f"step_{state['step']}":
+        raise ValueError("of another step")
     return state
 
 
@@ -301,7 +313,8 @@ class TrainerState:
         files = gather({path.name: (path.stat().st_size, file_digest(path)) for path in mine})
         if dist.get_rank() == 0:
             files = {name: entry for of_rank in files for name, entry in of_rank.items()}
-            state = {"format": FORMAT, "config": asdict(self.config), "made_of": self.made_of}
+            state = {"format": FORMAT, "step": step, "made_of": self.made_of}
+            state |= {"config": asdict(self.config)}
             state |= {"versions": VERSIONS, "optimizer": states, "groups": groups, "files": files}
             write_state(scratch, state)
             for path in (*scratch.iterdir(), scratch):

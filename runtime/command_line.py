@@ -32,7 +32,7 @@ class Printer:
     escaped."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.fault = stream, None
         stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str):
@@ -50,22 +50,28 @@ class Printer:
             function(*args)
         except BrokenPipeError:  # for good; what is buffered has to go somewhere at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        except OSError:
-            pass
+        except OSError as error:
+            self.fault = error
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a script's main; an InputError, a file that cannot be written or Ctrl-C ends it with one
-    line in place of a traceback."""
+def run_command(main: Callable[[], None], shows: bool = False) -> None:
+    """Run a script's main; an InputError, numbers that are not finite, a file that cannot be
+    written, or Ctrl-C end it with one line in place of a traceback. shows: whether what is printed
+    is all that the script makes, so that it fails without."""
     sys.stdout, sys.stderr = (stream and Printer(stream) for stream in (sys.stdout, sys.stderr))
     try:
         main()
+        if shows and sys.stdout:
+            sys.stdout.flush()
+        if shows and getattr(sys.stdout, "fault", None):
+            raise InputError(f"the output cannot be written: {sys.stdout.fault}")
     except KeyboardInterrupt:
         print("\nended by SIGINT", file=sys.stderr)
         sys.stdout.flush()
         os._exit(128 + signal.SIGINT)  # not waiting for threads that wait for a reply
     except (Exception, dcp.CheckpointException) as error:  # which is a BaseException
-        problem = error if isinstance(error, InputError) else disk_fault(error)
+        expected = isinstance(error, InputError | FloatingPointError)
+        problem = error if expected else disk_fault(error)
         if not problem:
             raise
         rank = os.environ.get("RANK", "0")

@@ -45,7 +45,10 @@ class Logger:
             write_whole(output / "code.diff", difference)
         self.path, kept = output / "metrics.jsonl", []
         if start.checkpoint:  # without one, the lines are another run's
-            kept = [line for line in read_lines(self.path) if line["step"] <= start.step]
+            lines = read_lines(self.path)
+            kept = [line for line in lines if line["step"] <= start.step]
+            if lost := self.path.exists() and len(self.path.read_bytes().splitlines()) - len(lines):
+                tqdm.write(f"{self.path}: {lost} damaged lines are left out", file=sys.stderr)
         if start.changed and self.path.exists():
             before, number = output / f"metrics-until-step_{start.step}.jsonl", 1
             while before.exists():
@@ -156,7 +159,7 @@ def read_lines(path: Path) -> list[dict]:
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)

@@ -76,10 +76,11 @@ def load_rows(source: str) -> datasets.Dataset:
     try:
         if not source:
             raise InputError("a source is empty: give a file, a folder or a hub id")
-        if Path(path).is_dir() and not any(Path(path).glob("dataset_*.json")):
-            rows = load_builder(str(Path(path).absolute()), names)
-        elif Path(path).is_dir():
+        saved = [Path(path) / name for name in ("state.json", "dataset_dict.json")]
+        if any(file.exists() for file in saved):
             rows = load_folder(path, ":".join(names))
+        elif Path(path).is_dir():
+            rows = load_builder(str(Path(path).absolute()), names)
         elif kind or Path(path).is_file():
             if names:
                 raise InputError(f"a file has no splits: leave out ':{':'.join(names)}'")

@@ -26,6 +26,7 @@ from runtime.cache import cache_folder, files_digest, hold, locked, seal
 from runtime.errors import InputError
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # of a model: no weights
+FINAL_DIGESTS = "final.json"  # beside final/: the digests of its files
 FILE_BYTES = 2**30  # of an exported file, unless one tensor is larger
 
 
@@ -344,6 +345,7 @@ def write_model(model, name: str, tokenizer, folder: Path, dtype: torch.dtype, e
         # As text: transformers refuses to save some of the generation configs that it loads.
         generation = json.dumps(generation_config(name, config, end), indent=2)
         (scratch / "generation_config.json").write_text(generation)
+        seal(scratch, folder.parent / FINAL_DIGESTS)
         os.sync()  # a run that has final/, be it empty after a power cut, is never continued
         os.rename(scratch, folder)
     dist.barrier()

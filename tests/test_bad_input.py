@@ -459,6 +459,7 @@ INPUTS = [
         give(max_prompt_length=96),
         ["max_prompt_length (96) must be positive and below max_length (96)"],
     ),
+    ("too many steps", give(max_steps=10**30), ["steps are too many: lower num_epochs or max"]),
     ("a rate of 0", give(warmup_ratio=0.1), ["the learning rate of the only step is 0: set"]),
     ("too few pairs", give(batch_size=27), ["4 pairs do not fill one batch: lower batch_size=27"]),
     (

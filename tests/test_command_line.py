@@ -124,6 +124,15 @@ def test_what_cannot_be_printed_ends_no_run(base, tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_a_table_that_cannot_be_printed_is_an_error():
+    code = "import os, sys\nsys.stdout = open(os.open('/dev/full', os.O_WRONLY), 'w')\n"
+    code += "from runtime.command_line import run_command\n"
+    code += "run_command(lambda: print('a table'), shows=True)\n"
+    done = run_python("-c", code)
+    assert done.returncode == 1
+    assert re.fullmatch("error: the output cannot be written: .*No space left.*\n", done.stderr)
+
+
 # ---- Processes -----------------------------------------------------------------------------------
 
 

@@ -109,7 +109,7 @@ def arrow_files(folder: str) -> list[Path]:
     return sorted(cache_folder(folder).rglob("*.arrow"))
 
 
-@pytest.mark.parametrize("folder", ["tokenized", "rows"])
+@pytest.mark.parametrize("folder", ["tokenized", "json"])
 @pytest.mark.parametrize("damage", ["a bit", "half", "nothing left"])
 def test_a_damaged_cache_of_rows_is_made_anew(base, tmp_path, monkeypatch, capsys, folder, damage):
     monkeypatch.setenv("SIMPER_CACHE", str(tmp_path / "cache"))
@@ -121,7 +121,7 @@ def test_a_damaged_cache_of_rows_is_made_anew(base, tmp_path, monkeypatch, capsy
         flip(file, 8 * (len(content) // 2))
     else:
         file.write_bytes(content[: len(content) // 2] if damage == "half" else b"")
-    if folder == "rows":  # which is read again only for tokens that are not there
+    if folder == "json":  # which is read again only for tokens that are not there
         shutil.rmtree(tmp_path / "cache" / "tokenized")
     capsys.readouterr()
     assert timeless(run(values, tmp_path / "again")) == timeless(lines)
@@ -369,6 +369,78 @@ def test_the_code_of_tokens_includes_what_it_imports(monkeypatch):
     assert len(digests) == 4
 
 
+# ---- What a person moved, or a disk lost ---------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_name_is_passed_over(saved, tmp_path, capsys):
+    """Its step is written in it."""
+    values, output = saved
+    shutil.copytree(output, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step_4").rename(folder / "step_9")
+    run(values, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "step_9 is damaged: it is passed over" in said and "resuming from" in said
+    assert "step_2" in said.partition("resuming from")[2].splitlines()[0]
+
+
+FINAL = {
+    "a weight cut off": lambda final: os.truncate(final / "model.safetensors", 1000),
+    "a bit": lambda final: flip(final / "model.safetensors", 12345),
+    "no config": lambda final: (final / "config.json").unlink(),
+    "no weights": lambda final: (final / "model.safetensors").unlink(),
+}
+
+
+@pytest.mark.parametrize("name", FINAL)
+def test_a_damaged_export_is_not_a_finished_run(base, tmp_path, name):
+    """And once it is moved away, it is exported again."""
+    values, final = (
+        base | {"max_steps": 2, "save_every": 1, "eval_data": ""},
+        tmp_path / "run/final",
+    )
+    run(values, tmp_path / "run")
+    whole = (final / "model.safetensors").read_bytes()
+    FINAL[name](final)
+    with pytest.raises(InputError, match=f"{final} is damaged: move it away"):
+        run(values, tmp_path / "run")
+    final.rename(tmp_path / "away")
+    run(values, tmp_path / "run")
+    assert (final / "model.safetensors").read_bytes() == whole
+
+
+def test_lines_of_another_run_without_checkpoints_are_kept(base, tmp_path):
+    values = base | {"max_steps": 2, "save_every": 0}
+    lines = run(values, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")  # as if it had been killed
+    run(values | {"learning_rate": 2e-3}, tmp_path / "run")
+    kept = (tmp_path / "run" / "metrics-until-step_0.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == lines
+
+
+def test_damaged_lines_are_said(saved, tmp_path, capsys):
+    values, output = saved
+    shutil.copytree(output, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text("\0\0\n" + path.read_text() + '{"step": "3"}\n')
+    run(values, tmp_path / "run")
+    assert f"{path}: 2 damaged lines are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [b"", b"12", b"\xff\xfe", b"z"])
+def test_a_damaged_digest_is_made_anew(tmp_path, monkeypatch, damage):
+    """Of all bytes of its record, one is enough."""
+    monkeypatch.setenv("SIMPER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "weights").write_bytes(b"content")
+    expected = cache.files_digest([tmp_path / "weights"])
+    (record,) = (p for p in (tmp_path / "cache" / "digests").iterdir() if not p.suffix)
+    whole = record.read_bytes()
+    for text in (damage, whole[:-20] + damage + whole[-20 + len(damage) :]):
+        record.write_bytes(text)
+        assert cache.files_digest([tmp_path / "weights"]) == expected
+        assert record.read_bytes() == whole
+
+
 # ---- The cache's place ---------------------------------------------------------------------------
 
 
@@ -394,7 +466,7 @@ def test_a_cache_of_another_user_is_not_taken_for_a_bad_file(base, tmp_path, mon
     with pytest.raises(InputError) as error:
         run(base, tmp_path / "run")
     said = str(error.value)
-    assert str(tmp_path / "cache" / "rows") in said and "train.jsonl" not in said
+    assert str(tmp_path / "cache" / "json") in said and "train.jsonl" not in said
     assert said.endswith("Set SIMPER_CACHE to a folder of your own")
 
 
