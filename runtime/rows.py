@@ -140,9 +140,8 @@ def load_file(path: str, kind: str | None) -> datasets.Dataset:
         with open_unpacked(path) as file:
             header = decode(file.readline(), 1).removeprefix("\ufeff")
             columns = len(next(csv.reader([header], delimiter=separator), []))
-            for number, line in enumerate(file, 2):
-                decode(line, number)
-        if not columns:
+            filled = [bool(decode(line, number).strip()) for number, line in enumerate(file, 2)]
+        if not columns or not any(filled):
             raise InputError("has no rows")
         options = {"converters": dict.fromkeys(range(columns), str), "keep_default_na": False}
         options |= {"sep": separator}

@@ -496,14 +496,14 @@ def test_resume_with_another_model_or_template_says_so(base, three_steps, model_
 MADE_OF = ("tokenizer", "chat template", "training tokens", "held-out tokens", "model files")
 MADE_OF += ("code", "dtype in use")
 FREE = "micro_batch_tokens activation_checkpointing compile replicas wandb eval_data eval_every "
-FREE += "save_every keep_checkpoints log_every chat_template"
+FREE += "save_every keep_checkpoints log_every chat_template template_args"
 
 
 def write_state(folder: Path, config: Config, made_of: dict, **changes) -> Path:
     """A checkpoint without tensors."""
     checkpoint = folder / "checkpoints" / "step_1"
     checkpoint.mkdir(parents=True)
-    state = {"format": 2, "config": dataclasses.asdict(config), "made_of": made_of}
+    state = {"format": 2, "step": 1, "config": dataclasses.asdict(config), "made_of": made_of}
     state |= {"versions": identity.VERSIONS, "files": {}, "optimizer": {}, "groups": []}
     checkpoints.write_state(checkpoint, state | changes)
     return checkpoint
@@ -758,7 +758,8 @@ def test_a_line_of_metrics_that_is_not_whole_costs_that_line(tmp_path):
 def test_run_directory(three_steps):
     folder, lines = three_steps["ranks"]
     found = {path.name for path in folder.iterdir()} - {"code.diff"}
-    assert found == {".lock", "config.yaml", "metrics.jsonl", "checkpoints", "final"}
+    names = {".lock", "config.yaml", "metrics.jsonl", "checkpoints", "final", "final.json"}
+    assert found == names
     text = (folder / "config.yaml").read_text()
     for name, version in identity.VERSIONS.items():
         assert f"# {name}: {version}\n" in text
