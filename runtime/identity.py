@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -24,8 +25,8 @@ def code_digest(*modules: ModuleType) -> str:
     level. Comments, docstrings and places in a file do not count. It is the same for the same code
     under one version of Python."""
     found = {str(getattr(m, "__file__", "")): m for m in list(sys.modules.values())}
-    files = {file: Path(file).resolve() for file in sorted(found) if Path(file).is_absolute()}
-    core = [found[f] for f, path in files.items() if path.parent in (ROOT, ROOT / "runtime")]
+    folders = {ROOT, ROOT / "runtime"}
+    core = [found[file] for file in sorted(found) if folder_of(file) in folders]
     wanted = [*modules] or core
     for module in wanted:  # which grows
         used = {id(value) for value in vars(module).values()}
@@ -45,6 +46,16 @@ def code_digest(*modules: ModuleType) -> str:
             elif not imported or isinstance(value, functools.partial):
                 parts.append(f"{name} {describe(value)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def resolve(folder: str) -> Path:
+    return Path(folder).resolve()
+
+
+def folder_of(file: str) -> Path | None:
+    """Where a module's file lies; None for one that is built in."""
+    return resolve(os.path.dirname(file)) if os.path.isabs(file) else None
 
 
 def describe(value, outer: tuple = ()) -> str:

@@ -759,7 +759,7 @@ def test_export(name, dtype, group, tmp_path):
     export(model, str(source), tokenizer, folder)
 
     files = {path.name for path in folder.iterdir()}
-    assert list(folder.parent.iterdir()) == [folder]  # no .part
+    assert {path.name for path in folder.parent.iterdir()} == {"final", "final.json"}  # no .part
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= files
     assert not any(file.endswith((".bin", ".pt", ".pth", ".pkl")) for file in files)
     config, expected = (json.loads((path / "config.json").read_text()) for path in (folder, source))
@@ -832,7 +832,7 @@ def test_an_interrupted_export_leaves_no_folder(model_folder, group, tmp_path, m
     assert not (tmp_path / "final").exists()
     # What was left is no obstacle.
     export(model, str(model_folder), tokenizer, tmp_path / "final")
-    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert {path.name for path in tmp_path.iterdir()} == {"final", "final.json"}
 
 
 # ---- Two ranks, and memory, in new processes -----------------------------------------------------
