@@ -269,3 +269,13 @@ def test_every_loss_of_a_pair_does_not_depend_on_the_others(name):
         alone = call(name, logps[start:stop], pair[None], reference[number][None])
         assert alone.item() == pytest.approx(together[number].item(), rel=1e-14)
         start = stop
+
+
+def test_orpo_of_a_response_that_is_nearly_certain():
+    """Its odds are those of its probability, up to where float32 has none."""
+    for probability in (0.999, 0.99999):
+        logps = torch.tensor([probability, 0.5], dtype=torch.float64).log()
+        odds = probability / (1 - probability)  # the other's are 1
+        expected = -math.log(probability) + 0.1 * math.log(1 + 1 / odds)
+        (found,) = LOSSES["orpo"](logps, torch.tensor([[1, 1]]))
+        assert found.item() == pytest.approx(expected, rel=1e-9)
