@@ -396,10 +396,10 @@ def overlaps(data: DataSet, heldout: DataSet | None) -> str:
         rows[prompt, responses] += 1
     twice = sum(rows.values()) - len(rows)
     exchanged = sum((p, r[::-1]) in rows for p, r in rows) // 2 if data.responses == 2 else 0
-    text = f"{twice} rows are there again, {exchanged} pairs also the other way round"
+    text = f"{twice} rows are repeated, {exchanged} pairs are also there the other way round"
     if heldout:
         shared = sum(prompt in prompts for prompt, _ in row_keys(heldout))
-        text += f"; {shared} of {len(heldout.rows)} held-out prompts are trained on"
+        text += f"; {shared} of {len(heldout.rows)} held-out prompts are also in training"
     return text
 
 

@@ -397,6 +397,6 @@ def test_overlaps_by_hand(tmp_path):
     train = load_data(str(write(tmp_path / "train.jsonl", rows)), CHAT, 200, 100)
     others = [TEXT | {"chosen": "6"}, TEXT | {"prompt": "new"}]
     heldout = load_data(str(write(tmp_path / "heldout.jsonl", others)), CHAT, 200, 100)
-    said = "2 rows are there again, 1 pairs also the other way round"
+    said = "2 rows are repeated, 1 pairs are also there the other way round"
     assert overlaps(train, None) == said
-    assert overlaps(train, heldout) == f"{said}; 1 of 2 held-out prompts are trained on"
+    assert overlaps(train, heldout) == f"{said}; 1 of 2 held-out prompts are also in training"
