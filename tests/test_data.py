@@ -916,3 +916,11 @@ def test_an_older_python_is_told_which_one_is_needed():
     root = Path(data.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 1 and "SimPER needs Python 3.11 or newer" in done.stderr
+
+
+def test_however_many_bos_a_text_begins_with():
+    tokenizer = make_tokenizer(None, adds_bos=True)
+    expected = data.tokenize_text(tokenizer, "what?")
+    for count in range(4):
+        assert data.tokenize_text(tokenizer, "<s>" * count + "what?") == expected
+    assert expected.count(0) == 1
