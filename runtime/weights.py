@@ -273,11 +273,17 @@ def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
     and set what no file holds: `values` of first_values, and buffers such as rotary frequencies.
     Collective.
 
-    Raises InputError if the config ties weights that differ in the file, or if one is not finite.
+    Raises InputError if the config ties weights that differ in the file, if one is not finite, or
+    if the model cannot be sharded.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # so that transformers only sets the buffers
-    model.initialize_weights()
+    try:
+        model.initialize_weights()
+    except Exception as error:  # of a model whose own first values are not made for shards
+        raise InputError(
+            f"a {model.config.model_type} model cannot be sharded: {error!r}"
+        ) from error
     read = functools.partial(dcp.HuggingFaceStorageReader, folder)
     stored = stored_tensors(model)
     for name, value in values.items():
