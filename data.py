@@ -110,15 +110,16 @@ def end_of_turn(tokenizer) -> tuple[int, str]:
 
 
 def special_ids(tokenizer) -> set[int]:
+    """The ids of the tokenizer's special tokens."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | {*tokenizer.all_special_ids}
 
 
-def stop_tokens(tokenizer) -> set[int]:
+def end_tokens(tokenizer) -> list[int]:
     """The special tokens that end an answer: the end of a turn, and those at which the model's
     generation stops (see load_tokenizer)."""
     others = special_ids(tokenizer) & {*getattr(tokenizer, "stop_ids", [])}
-    return {end_of_turn(tokenizer)[0], *others}
+    return sorted({end_of_turn(tokenizer)[0], *others})
 
 
 def tokenize_text(tokenizer, text: str) -> list[int]:
@@ -134,10 +135,10 @@ def tokenize_text(tokenizer, text: str) -> list[int]:
 
 
 def tokenize_row(
-    tokenizer, prompt: list | str, answers: list[str], end: tuple[int, str], stops: set[int]
+    tokenizer, prompt: list | str, answers: list[str], end: tuple[int, str], stops: list[int]
 ) -> list:
     """Token ids of the prompt and of every response: 1 + K lists. prompt, answers: see parse_row;
-    end: see end_of_turn; stops: see stop_tokens. Raises InputError if the chat template obscures
+    end: see end_of_turn; stops: see end_tokens. Raises InputError if the chat template obscures
     where the answer begins.
 
     A response is what the chat template writes after the prompt, up to and including one
@@ -147,7 +148,7 @@ def tokenize_row(
     """
     end_id, tail = end
     end_text = tokenizer.convert_ids_to_tokens(end_id)
-    stop_texts = tokenizer.convert_ids_to_tokens(sorted(stops))
+    stop_texts = tokenizer.convert_ids_to_tokens(stops)
     start = prompt_text(tokenizer, prompt)
     prompt_ids, line_break_ids = (tokenize_text(tokenizer, text) for text in (start, "\n"))
 
@@ -225,7 +226,7 @@ def prepare_row(
             status = "whole" if ids == whole else "truncated"
             if not all(ids):
                 status = "empty"
-            elif any(stops & {*response[:-1]} for response in ids[1:]):
+            elif any({*stops} & {*response[:-1]} for response in ids[1:]):
                 status = "end of turn inside"
             elif len({*map(tuple, ids[1:])}) < len(answers):  # no preference between two of them
                 status = "identical"
@@ -262,9 +263,10 @@ class DataSet:
     report: str = ""
 
     def __setattr__(self, name: str, value) -> None:
-        if name == "rows":  # what has been read of others is theirs
-            for cached in ("lengths", "tokens", "fingerprint", "highest_token"):
-                vars(self).pop(cached, None)
+        if name == "rows":  # what has been derived from others is theirs
+            for member, kind in vars(type(self)).items():
+                if isinstance(kind, functools.cached_property):
+                    vars(self).pop(member, None)
         super().__setattr__(name, value)
 
     @functools.cached_property
@@ -352,20 +354,19 @@ def load_data(
     features = {"prompt": integers, "responses": datasets.List(integers), "lengths": integers}
     features |= {"columns": datasets.List(datasets.Value("float64")), "source": text}
     features |= {"row": datasets.Value("int64"), "status": text}
-    options, limits = {"numbers": [*numbers], "columns": columns}, (max_length, max_prompt_length)
+    parsing = {"numbers": [*numbers], "columns": columns}
+    tokenizing = {"end": end_of_turn(tokenizer), "stops": end_tokens(tokenizer)}
+    tokenizing |= {"limits": (max_length, max_prompt_length)}
     # With the code: a fork that edits it never meets a stale cache.
-    stops = sorted(stop_tokens(tokenizer))
-    what = (tokenizer_digests(tokenizer), options, limits, stops)
-    what += (code_digest(sys.modules[__name__]),)
-    more = {"tokenizer": tokenizer, "end": end_of_turn(tokenizer), "stops": {*stops}}
-    more |= {"limits": limits}
+    code = code_digest(sys.modules[__name__])
+    what = (tokenizer_digests(tokenizer), parsing, tokenizing, code)
     parts = []
     for source in split_sources(sources):
         given = load_rows(source)
-        how = options | {"verbatim": is_json(given)}
+        how = tokenizing | {"tokenizer": tokenizer, "source": source}
+        how["how"] = parsing | {"verbatim": is_json(given)}
         key = hashlib.sha256(repr((given._fingerprint, source, *what)).encode()).hexdigest()[:32]
-        given_how = more | {"source": source, "how": how}
-        parts.append(map_rows(given, prepare_rows, given_how, datasets.Features(features), key))
+        parts.append(map_rows(given, prepare_rows, how, datasets.Features(features), key))
     rows = datasets.concatenate_datasets(parts)
     status = np.array(rows["status"])
     kept = np.flatnonzero(np.isin(status, ["whole", "truncated"]))
@@ -378,7 +379,7 @@ def load_data(
     if len(kept) == 0:
         raise InputError(f"no pairs are left: {report}")
     rows = rows.select(kept).remove_columns("status")
-    data = DataSet(rows, options["numbers"], report=report)
+    data = DataSet(rows, parsing["numbers"], report=report)
     lengths = rows.select_columns("lengths").with_format("arrow")[:]["lengths"].combine_chunks()
     counts = lengths.value_lengths().to_numpy() - 1
     if others := np.flatnonzero(counts != counts[0]).tolist():
@@ -464,7 +465,8 @@ class Schedule(Sequence):
             raise InputError(f"{self.steps} steps are too many: lower num_epochs or max_steps")
         # Micro-batches of one row, or, where the ranks do not divide the batch, of one or two: if
         # they are small enough, every step can be spread. Otherwise all are tried.
-        if (longest * (2 if size % ranks else 1)) > config.micro_batch_tokens or size < ranks:
+        rows = 2 if size % ranks else 1
+        if rows * longest > config.micro_batch_tokens or size < ranks:
             for step in range(self.steps):
                 self[step]
 

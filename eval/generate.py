@@ -38,7 +38,15 @@ from eval.score import load_scorer, score_answers, summary
 from runtime.command_line import printable, run_command
 from runtime.errors import InputError
 from runtime.log import open_alone
-from runtime.rows import Dropped, as_conversation, is_json, load_rows, parse_row, rename
+from runtime.rows import (
+    Dropped,
+    as_conversation,
+    complete_prompt,
+    is_json,
+    load_rows,
+    parse_row,
+    rename,
+)
 from runtime.weights import (
     generation_config,
     load_config,
@@ -357,15 +365,16 @@ def load_prompts(source: str, count: int = 0, columns: str = "") -> list:
         row = rows[index]
         try:
             row = rename(row, columns)
-            if not any(map(row.get, ("chosen", "rejected", "responses"))):
+            if any(map(row.get, ("chosen", "rejected", "responses"))):
+                prompts.append(parse_row(row, verbatim)[0])
+            else:
                 prompt = row.get("prompt")
                 messages = as_conversation(prompt)
                 if not (messages or isinstance(prompt, str) and prompt.strip()):
                     raise InputError('without answers, it must be {"prompt": text or messages}')
                 if messages and messages[-1]["role"] == "assistant":
                     raise InputError("its prompt ends with an answer")
-                row |= {"prompt": messages or prompt, "chosen": "-", "rejected": "+"}
-            prompts.append(parse_row(row, verbatim)[0])
+                prompts.append(complete_prompt(row, messages or prompt))
         except Dropped as reason:
             if str(reason) == "empty":
                 raise InputError(f"{source}, row {index}: an empty prompt or answer") from None

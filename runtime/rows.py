@@ -201,6 +201,7 @@ def open_unpacked(path: str):
 
 
 def decode(line: bytes, number: int) -> str:
+    """The text of a line. Raises InputError with its number if it is not UTF-8."""
     try:
         return line.decode()
     except UnicodeDecodeError as error:
@@ -212,10 +213,12 @@ def json_texts(file) -> Iterator[bytes]:
     for what is no JSON object, and for one that says something twice or is no text."""
 
     def unique(pairs: list[tuple]) -> dict:
-        names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the key '{twice[0]}' is there twice")
-        return dict(pairs)
+        found = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"the key '{name}' is there twice")
+            found[name] = value
+        return found
 
     decoder = json.JSONDecoder(object_pairs_hook=unique)
 
@@ -382,23 +385,28 @@ def parse_row(row: dict, verbatim: bool = False) -> tuple[list | str, list[str]]
     prompt, or if an empty value keeps the row from every format; and InputError for a row in none
     of the formats, and for columns that would be left out in silence.
     """
+    prompt, answers = parse_format(row, verbatim)
+    return complete_prompt(row, prompt), answers
+
+
+def complete_prompt(row: dict, prompt: list | str) -> list | str:
+    """The prompt of a row with what its other columns say of it: see parse_row. Raises InputError
+    for what cannot be said."""
     for name in FOREIGN:
         if row.get(name):
             raise InputError(f"its column '{name}' is not used: --columns {name}= leaves it out")
-    prompt, answers = parse_format(row, verbatim)
     system, tools = row.get("system") or row.get("system_prompt"), row.get("tools")
-    if isinstance(system, list | dict):
-        (message,) = as_conversation(system) or [{}]
-        system = message.get("content")
+    if messages := as_conversation(system):
+        system = messages[0]["content"] if len(messages) == 1 else messages
+    if system and not isinstance(system, str):
+        raise InputError("its system prompt is no text")
     if isinstance(tools, str) and tools.strip():  # TRL's data sets have them as JSON
         try:
             tools = json.loads(tools)
         except ValueError as error:
             raise InputError(f"its column 'tools' is no JSON: {error}") from None
-    if system and not isinstance(system, str):
-        raise InputError("its system prompt is no text")
     if not system and not tools:
-        return prompt, answers
+        return prompt
     if isinstance(prompt, str):
         if prompt.startswith("\n\nHuman:"):
             raise InputError("a system prompt or tools, beside a dialogue in HH's form")
@@ -407,7 +415,7 @@ def parse_row(row: dict, verbatim: bool = False) -> tuple[list | str, list[str]]
         prompt = [{"role": "system", "content": system}, *prompt]
     elif system and prompt[0]["content"].strip() != system.strip():
         raise InputError("the system prompt of its column and that of its messages differ")
-    return ([prompt[0] | {"tools": tools}, *prompt[1:]] if tools else prompt), answers
+    return [prompt[0] | {"tools": tools}, *prompt[1:]] if tools else prompt
 
 
 def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
@@ -435,8 +443,9 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
             return context, answers
         prompt, messages = (None, None) if context else (prompt, messages)
     if answers and all(isinstance(answer, str) for answer in answers):
-        if not verbatim and any(map(WRITTEN_CONVERSATION.match, answers)):
-            problem = "its answers are conversations that have been written as text"
+        texts = [text for text in (prompt, *answers) if isinstance(text, str)]
+        if not verbatim and any(map(WRITTEN_CONVERSATION.match, texts)):
+            problem = "it has conversations that have been written as text"
             raise InputError(f"{problem}: write the file as JSON lines, or keep the last message")
         if answers[0].startswith("\n\nHuman:") and "\n\nAssistant:" in answers[0]:
             return split_dialogues(answers)

@@ -151,10 +151,17 @@ def test_cells_are_text(tmp_path, suffix, separator):
 @pytest.mark.parametrize("text", [json.dumps(TALK["chosen"]), repr(TALK["chosen"])])
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_a_conversation_in_a_cell_is_an_error(tmp_path, suffix, text):
-    rows = datasets.Dataset.from_list([TEXT, TEXT | {"chosen": text}])
-    path = str(tmp_path / f"rows{suffix}")
-    rows.to_csv(path) if suffix == ".csv" else rows.to_parquet(path)
-    with pytest.raises(InputError, match="row 1: its answers are conversations that have been wr"):
+    for column in ("chosen", "prompt"):
+        rows = datasets.Dataset.from_list([TEXT, TEXT | {column: text}])
+        path = str(tmp_path / f"{column}{suffix}")
+        rows.to_csv(path) if suffix == ".csv" else rows.to_parquet(path)
+        is_refused(path)
+
+
+def is_refused(path: str) -> None:
+    with pytest.raises(
+        InputError, match="row 1: it has conversations that have been written as text"
+    ):
         load(path)
 
 
@@ -261,6 +268,11 @@ REFUSED |= {
         "the system prompt of its column and that of its messages differ",
     ),
     "a system in HH": (HH | {"system": "a"}, "a system prompt or tools, beside a dialogue"),
+    "a list of texts as system": (
+        TEXT | {"system": ["In French."]},
+        "its system prompt is no text",
+    ),
+    "two messages as system": (TEXT | {"system": [*ASK, *ASK]}, "its system prompt is no text"),
     "a number as system": (TEXT | {"system": 5}, "its system prompt is no text"),
     "a text that is not repeated": (
         FORMS["a text that is repeated"] | {"prompt": "3+3?"},
