@@ -189,15 +189,15 @@ def ask_all(
                     keep(other, "", refused=reason)
                 refused.clear()
 
-    waiting, running, ended = queue.SimpleQueue(), {}, queue.SimpleQueue()
+    waiting, running, ended = [*reversed(tasks)], {}, queue.SimpleQueue()
 
     def work() -> None:
-        while not stop.is_set() and not waiting.empty():
-            try:
-                key = waiting.get_nowait()
-            except queue.Empty:
-                return
-            running[key] = time.monotonic()
+        while True:
+            with lock:  # a call that has begun is known to be running
+                if stop.is_set() or not waiting:
+                    return
+                key = waiting.pop()
+                running[key] = time.monotonic()
             try:
                 ask(key)
                 ended.put(None)
@@ -221,8 +221,6 @@ def ask_all(
                     raise TimeoutError(f"no reply within {judge.timeout:g} s, 3 times") from None
 
     with open_alone(path) as file:  # two processes would both pay
-        for key in tasks:
-            waiting.put(key)
         # Daemons: the process can end while an endpoint does not answer.
         threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
         for thread in threads:
@@ -237,7 +235,8 @@ def ask_all(
                 f"{path}: run the command again to continue"
             ) from error
         finally:
-            stop.set()  # no further calls
+            with lock:
+                stop.set()  # no further calls
             while not all(overdue()):
                 time.sleep(0.05)
     return records

@@ -67,7 +67,8 @@ def run_command(main: Callable[[], None], shows: bool = False) -> None:
             raise InputError(f"the output cannot be written: {sys.stdout.fault}")
     except KeyboardInterrupt:
         print("\nended by SIGINT", file=sys.stderr)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         os._exit(128 + signal.SIGINT)  # not waiting for threads that wait for a reply
     except (Exception, dcp.CheckpointException) as error:  # which is a BaseException
         expected = isinstance(error, InputError | FloatingPointError)

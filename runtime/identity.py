@@ -50,6 +50,7 @@ def code_digest(*modules: ModuleType) -> str:
 
 @functools.cache
 def resolve(folder: str) -> Path:
+    """A folder without symbolic links; looked up once, since a process has thousands of modules."""
     return Path(folder).resolve()
 
 
