@@ -121,7 +121,7 @@ def train(config: Config) -> None:
         for step in range(start.step, last + 1):  # so many steps have been taken
             if stop:
                 raise Stopped(stop)
-            if heldout and due(step):
+            if due(step):
                 log.write({"step": step} | evaluate(model, loss_function, heldout, device, signals))
             if step == last:
                 break
@@ -154,7 +154,7 @@ def train(config: Config) -> None:
             done = step + 1
             saves = config.save_every and (done == last or done % config.save_every == 0)
             # Also before a checkpoint or an evaluation: a resumed run begins a new line there.
-            ends = stop or saves or done == last or (heldout and due(done))
+            ends = stop or saves or done == last or due(done)
             logs = ends or done % config.log_every == 0
             line = {"step": done, "epoch": done / (len(data.rows) // config.batch_size)}
             line |= mean_over_ranks(meter.rows) if logs else {}  # waits for the optimizer, too
@@ -210,8 +210,10 @@ def load_data_sets(
 
 
 def evaluation_is_due(config: Config, start: Start, last: int, step: int) -> bool:
-    """Whether the held-out pairs are evaluated after `step` of the `last` steps. Changed curves
-    begin with an evaluation, and one that metrics.jsonl has is not made again."""
+    """Whether held-out pairs, if there are any, are evaluated after `step` of the `last` steps.
+    Changed curves begin with an evaluation, and one that metrics.jsonl has is not made again."""
+    if not config.eval_data:
+        return False
     if step == start.step and (start.changed or start.evaluated):
         return start.changed
     return step == last or step % (config.eval_every or last) == 0
