@@ -26,14 +26,13 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from data import pack, spread_rows, truncate
 from eval.report import at_least
 from model import LOGITS_BYTES, PackedModel, blocks, build_model, shard, varlen_attention
 from runtime.command_line import run_command
-from runtime.errors import InputError
-from runtime.weights import resolve_model
+from runtime.weights import load_config, resolve_model
 from train import Config, parse_args
 
 # Mean tokens of prompt, chosen and rejected, and the standard deviations of the logarithms of the
@@ -298,11 +297,7 @@ def main() -> None:
     parser.add_argument("--row", action="store_true", help="print one line of docs/plan.md's table")
     args, train_flags = parser.parse_known_args()
     recipe = parse_args([args.recipe, *train_flags])
-    try:
-        folder = resolve_model(recipe.model)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no config can be loaded from {recipe.model}: {error}") from error
+    config = load_config(resolve_model(recipe.model))
     result = plan(recipe, config, args.gpus, GPUS[args.gpu], args.lengths, args.pairs)
     print(row(result) if args.row else report(result, GPUS[args.gpu]))
 
