@@ -11,6 +11,7 @@ import hashlib
 import heapq
 import itertools
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from jinja2 import TemplateError
 
 from runtime.errors import InputError
 from runtime.identity import code_digest
-from runtime.rows import DROPPED, is_json, load_rows, map_rows, parse_rows, split_sources
+from runtime.rows import DROPPED, Dropped, is_json, load_rows, map_rows, parse_rows, split_sources
 from runtime.weights import tokenizer_digests
 
 # Put before a chat template, it makes today 26 July 2024, which is Llama-3.1's own default: the
@@ -31,6 +32,16 @@ from runtime.weights import tokenizer_digests
 DATE = "{% macro strftime_now(f) %}{{ f | replace('%d', '26') | replace('%m', '07')"
 DATE += " | replace('%b', 'Jul') | replace('%B', 'July') | replace('%y', '24')"
 DATE += " | replace('%Y', '2024') }}{% endmacro +%}"
+# What opens a block of thinking, and what closes it; and the variables with which chat templates
+# begin an answer without one.
+THINKING = {"<think>": "</think>", "<thinking>": "</thinking>", "<seed:think>": "</seed:think>"}
+THINKING |= {"[THINK]": "[/THINK]", "<|START_THINKING|>": "<|END_THINKING|>"}
+THINKING |= {"<|channel>thought": "<channel|>"}
+THINKING |= {"Here are my reasoning steps:": "[BEGIN FINAL RESPONSE]"}  # of Apriel
+NO_THOUGHT = re.compile(
+    "|".join(rf"\s*({re.escape(a)})?\s*{re.escape(b)}\s*" for a, b in THINKING.items())
+)
+NO_THINKING = {"enable_thinking": False, "thinking": False}
 
 
 # ---- Prompt and answers → token ids --------------------------------------------------------------
@@ -69,9 +80,16 @@ def prompt_text(tokenizer, prompt: list | str, header: bool = True) -> str:
     header (or, without `header`, before it).
 
     Without a chat template, text stays as it is and messages become a dialogue in HH's form.
+    Raises InputError if the template does not show the system message.
     """
     if tokenizer.chat_template:
-        return render(tokenizer, as_messages(prompt), add_generation_prompt=header)
+        messages = as_messages(prompt)
+        text = render(tokenizer, messages, add_generation_prompt=header)
+        if messages[0]["role"] == "system" and messages[0]["content"].strip():
+            others = [messages[0] | {"content": ""}, *messages[1:]]
+            if text == render(tokenizer, others, add_generation_prompt=header):
+                raise InputError("the chat template does not show the system message")
+        return text
     if isinstance(prompt, str):
         return prompt
     if prompt[0].get("tools"):
@@ -83,42 +101,57 @@ def prompt_text(tokenizer, prompt: list | str, header: bool = True) -> str:
     return "".join(turns) + "\n\nAssistant:"
 
 
-def end_of_turn(tokenizer) -> tuple[int, str]:
+def end_of_turn(tokenizer) -> tuple[int, str, str]:
     """(id of the token that ends an assistant's turn, the text that the chat template writes after
-    the answer).
+    the answer, and the text before it, for render_row).
 
-    The token is the first special token after the answer; the tokenizer's EOS if there is none, or
-    no template. Raises InputError if there is no such token at all, or if the template fails on a
-    question and an answer, or leaves out the answer.
+    The token is the first after the answer at which the model's generation stops, or else the
+    first special one. Where the template writes none, as GLM's, it is the one with which the next
+    question begins, if generation stops at it; otherwise the tokenizer's EOS. Raises InputError if
+    there is no such token at all, or if the template fails on a question and an answer, or leaves
+    out the answer.
     """
-    tail = ""
+    lead = tail = following = ""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": "question"}]
-        messages += [{"role": "assistant", "content": "ANSWER"}]
         try:
-            text = render(tokenizer, messages)
+            start = render(tokenizer, messages, add_generation_prompt=True)
+            dialogue = [*messages, {"role": "assistant", "content": "ANSWER"}]
+            text = render(tokenizer, dialogue)
+            following = render(tokenizer, [*dialogue, *messages]).rpartition("ANSWER")[2]
         except Exception as error:
             raise InputError(f"the chat template fails on a short dialogue: {error}") from error
         if "ANSWER" not in text:
             raise InputError(f"the chat template leaves out the answer; it renders {text!r}")
-        tail = text.rpartition("ANSWER")[2]
-    special = special_ids(tokenizer)
-    ids = [i for i in tokenizer(tail, add_special_tokens=False).input_ids if i in special]
-    if not ids and tokenizer.eos_token_id is None:
+        before, _, tail = text.rpartition("ANSWER")
+        lead = before.removeprefix(start)
+        if lead == before:  # it does not begin with the prompt: what its tokens have in common
+            ids = [tokenizer(part, add_special_tokens=False).input_ids for part in (before, start)]
+            same = [one == other for one, other in zip(*ids)] + [False]
+            lead = tokenizer.decode(ids[0][same.index(False) :])
+        for closing in THINKING.values():
+            lead = lead.rpartition(closing)[2].lstrip() if closing in lead else lead
+    special, stops = special_ids(tokenizer), getattr(tokenizer, "stop_ids", [])
+    ids = tokenizer(tail, add_special_tokens=False).input_ids
+    ends = [i for i in ids if i in stops] or [i for i in ids if i in special]
+    if not ends:
+        ids = tokenizer(following, add_special_tokens=False).input_ids
+        ends = [i for i in ids[:1] if i in stops]
+    if not ends and tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has neither an EOS token nor a template that ends turns")
-    return (ids[0] if ids else tokenizer.eos_token_id), tail
+    return (ends[0] if ends else tokenizer.eos_token_id), tail, lead
 
 
-def special_ids(tokenizer) -> set[int]:
+def special_ids(tokenizer) -> list[int]:
     """The ids of the tokenizer's special tokens."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | {*tokenizer.all_special_ids}
+    return sorted(added | {*tokenizer.all_special_ids})
 
 
 def end_tokens(tokenizer) -> list[int]:
     """The special tokens that end an answer: the end of a turn, and those at which the model's
     generation stops (see load_tokenizer)."""
-    others = special_ids(tokenizer) & {*getattr(tokenizer, "stop_ids", [])}
+    others = {*special_ids(tokenizer)} & {*getattr(tokenizer, "stop_ids", [])}
     return sorted({end_of_turn(tokenizer)[0], *others})
 
 
@@ -134,52 +167,135 @@ def tokenize_text(tokenizer, text: str) -> list[int]:
     return ids
 
 
+def render_row(
+    tokenizer, prompt: list | str, answers: list[str], tail: str = "", lead: str = ""
+) -> tuple[str, list[str]]:
+    """The text of the prompt and, for each answer, what follows it up to the end of the turn. An
+    answer without any text gives "". tail, lead: see end_of_turn.
+
+    The prompt is the one of inference. Where the template writes an empty thinking block before
+    every answer, it is the one of inference without thinking, which has this block: it is not
+    scored. An answer is what the template writes after the prompt. Some templates render a
+    conversation otherwise than the prompt and what the model then writes: they leave out earlier
+    thinking, or show a system message only before the last question. Then the answer itself follows
+    the prompt, as it does at inference.
+
+    Raises InputError if the template leaves out a part of an answer, or if the prompt opens a
+    thinking block that an answer does not close.
+    """
+    start = prompt_text(tokenizer, prompt)
+    if not tokenizer.chat_template:
+        return start, answers if isinstance(prompt, str) else [" " + answer for answer in answers]
+    if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
+        answers = [answer.strip() for answer in answers]  # as as_messages does with earlier turns
+    messages, texts = as_messages(prompt), {}
+    for answer in filter(str.strip, answers):
+        texts[answer] = render(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    before = start  # with which a text begins
+    if texts and "thinking" in tokenizer.chat_template:
+        off = render(tokenizer, messages, add_generation_prompt=True, **NO_THINKING)
+        written = NO_THOUGHT.match(next(iter(texts.values())).removeprefix(start))
+        block = written[0] if written else ""
+        while not off.endswith(block):
+            block = block[:-1]
+        closed = any(closing in block for closing in THINKING.values())
+        if closed and all(text.startswith(start + block) for text in texts.values()):
+            start, before = off, start + block
+    opening = next((mark for mark in THINKING if start.rstrip().endswith(mark)), None)
+    closed = [pair for pair in THINKING.items() if start.rstrip().endswith(pair[1])]
+
+    def body(answer: str) -> str:
+        if answer not in texts:
+            return ""
+        text, whole = texts[answer], squeeze(answer) in squeeze(texts[answer])
+        follows = text.startswith(before) and text.endswith(tail) and (whole or not opening)
+        if follows:
+            written = text[len(before) : len(text) - len(tail)]
+            own = NO_THOUGHT.sub("", written, count=1)
+            if NO_THOUGHT.match(written) and own.startswith((*THINKING,)):
+                written, follows = own, False  # without the block before the answer's own
+        else:
+            written = lead + (answer if answer in text else answer.strip())
+        if opening and not follows:
+            written = answer.strip().removeprefix(opening)
+            written = written.lstrip("\n") if start.endswith("\n") else written
+        if opening and THINKING[opening] not in written:
+            raise InputError(
+                f"the prompt ends with {opening}, and the answer {answer!r} does not close it with "
+                f"{THINKING[opening]}: to train without thinking, set the template's variable for "
+                "it (for example, --template_args enable_thinking=false)"
+            )
+        seen = written if whole else answer
+        if closed and any(mark in seen for pair in closed for mark in pair):
+            raise InputError(
+                f"the prompt ends without thinking, but the answer {answer!r} thinks: set the "
+                "template's variable for it (for example, --template_args enable_thinking=true)"
+            )
+        if not whole and not opening:
+            raise InputError(f"the chat template leaves out a part of the answer {answer!r}")
+        return written
+
+    return start, [*map(body, answers)]
+
+
+def squeeze(text: str) -> str:
+    """The text without white space."""
+    return "".join(text.split())
+
+
 def tokenize_row(
-    tokenizer, prompt: list | str, answers: list[str], end: tuple[int, str], stops: list[int]
+    tokenizer, prompt: list | str, answers: list[str], end: tuple[int, str, str], stops: list[int]
 ) -> list:
     """Token ids of the prompt and of every response: 1 + K lists. prompt, answers: see parse_row;
-    end: see end_of_turn; stops: see end_tokens. Raises InputError if the chat template obscures
-    where the answer begins.
+    end: see end_of_turn; stops: see end_tokens. Raises InputError as render_row.
 
-    A response is what the chat template writes after the prompt, up to and including one
-    end-of-turn token. Its ids are those that follow the prompt's in the whole text; where the
-    tokenizer would merge the prompt's last characters with the answer's first ones, those that
-    follow a line break, so that the prompt keeps its ids. An answer without any text gives [].
+    A response is what follows the prompt (see render_row), up to and including one end-of-turn
+    token. Its ids are those that follow the prompt's in the whole text; where the tokenizer would
+    merge the prompt's last characters with the answer's first ones, those that follow a line
+    break, so that the prompt keeps its ids. An answer without any text gives [].
     """
-    end_id, tail = end
-    end_text = tokenizer.convert_ids_to_tokens(end_id)
+    end_id, tail, lead = end
     stop_texts = tokenizer.convert_ids_to_tokens(stops)
-    start = prompt_text(tokenizer, prompt)
+    answers = [without_end(answer, stop_texts) for answer in answers]
+    start, bodies = render_row(tokenizer, prompt, answers, tail, lead)
     prompt_ids, line_break_ids = (tokenize_text(tokenizer, text) for text in (start, "\n"))
+    # What the template writes before the end of the turn.
+    before_end = tail.partition(tokenizer.convert_ids_to_tokens(end_id))[0]
 
-    def tokenize_answer(answer: str) -> list[int]:
-        while ended := [text for text in stop_texts if answer.rstrip().endswith(text)]:
-            answer = answer.rstrip().removesuffix(ended[0])  # the data wrote it already
-        body = answer if isinstance(prompt, str) else " " + answer
-        if tokenizer.chat_template and answer.strip():
-            if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
-                answer = answer.strip()  # as as_messages does with the dialogue's earlier turns
-            messages = [*as_messages(prompt), {"role": "assistant", "content": answer}]
-            text = render(tokenizer, messages)
-            if not text.startswith(start) or not text.endswith(tail):
-                raise InputError(
-                    "the chat template does not render this conversation as the prompt followed by "
-                    "the answer, so the answer's tokens cannot be told from the prompt's: give one "
-                    "that does with --chat_template FILE"
-                )
-            if "".join(answer.split()) not in "".join(text.split()):  # such as its reasoning
-                raise InputError(f"the chat template leaves out a part of the answer {answer!r}")
-            body = text[len(start) : len(text) - len(tail)]
+    def tokenize_body(body: str) -> list[int]:
         if not body.strip():
             return []
-        body += tail.partition(end_text)[0]  # what the template writes before the end of the turn
+        body += before_end
         for before, before_ids in ((start, prompt_ids), ("\n", line_break_ids)):
             ids = tokenize_text(tokenizer, before + body)
             if ids[: len(before_ids)] == before_ids:
                 return [*ids[len(before_ids) :], end_id]
         return [*tokenizer(body, add_special_tokens=False).input_ids, end_id]
 
-    return [prompt_ids, *map(tokenize_answer, answers)]
+    return [prompt_ids, *map(tokenize_body, bodies)]
+
+
+@functools.lru_cache(maxsize=1)
+def control_tokens(tokenizer) -> re.Pattern:
+    """Finds what the tokenizer takes for a control token, as `<s>` in HTML."""
+    return re.compile(
+        "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(special_ids(tokenizer))))
+    )
+
+
+def has_control_tokens(tokenizer, prompt: list | str, answers: list[str], stops: list[int]) -> bool:
+    """Whether a text contains a control token. It becomes one, as it does at inference."""
+    stop_texts = tokenizer.convert_ids_to_tokens(stops)
+    texts = [message["content"] for message in as_messages(prompt)]
+    texts += [without_end(answer, stop_texts) for answer in answers]
+    return any(map(control_tokens(tokenizer).search, texts))
+
+
+def without_end(answer: str, stop_texts: list[str]) -> str:
+    """An answer without the ends of turn that the data wrote after it already."""
+    while ended := [text for text in stop_texts if answer.rstrip().endswith(text)]:
+        answer = answer.rstrip().removesuffix(ended[0])
+    return answer
 
 
 def truncate(ids: list[list], max_length: int, max_prompt_length: int) -> list[list]:
@@ -191,12 +307,48 @@ def truncate(ids: list[list], max_length: int, max_prompt_length: int) -> list[l
     [[2, 3, 4], [5, 6], [8]]
     """
     prompt, *responses = ids
-    longest = max(map(len, responses))
-    if len(prompt) + longest > max_length:
+    if row_length(ids) > max_length:
         prompt = prompt[-max_prompt_length:]
-    if len(prompt) + longest > max_length:
+    if row_length([prompt, *responses]) > max_length:
         responses = [response[: max_length - max_prompt_length] for response in responses]
     return [prompt, *responses]
+
+
+def fit(tokenize, prompt: list | str, max_length: int, max_prompt_length: int) -> list[list]:
+    """What is left of a row that exceeds max_length: the prompt loses its oldest turns, and never
+    its BOS or system message; if that is not enough, responses are cut to what the prompt leaves
+    them. If one of them loses its end-of-turn token, all do: an end that is scored in the others
+    alone would teach when to stop by what was cut. tokenize: prompt → its and the responses' token
+    ids. Raises Dropped if the last question alone has more than max_prompt_length tokens."""
+    while shorter := without_oldest_turn(prompt):
+        prompt = shorter
+        ids = tokenize(prompt)
+        if row_length(ids) <= max_length:
+            return ids
+    start, *responses = tokenize(prompt)
+    if len(start) > max_prompt_length:
+        raise Dropped("too long")
+    room = max_length - len(start)
+    return [start, *(response[: min(room, len(response) - 1)] for response in responses)]
+
+
+def row_length(ids: list[list]) -> int:
+    """Tokens of a prompt and its longest response."""
+    return len(ids[0]) + max(map(len, ids[1:]))
+
+
+def without_oldest_turn(prompt: list | str) -> list | str | None:
+    """The prompt without its first question and what answers it; None if it has one only."""
+    if isinstance(prompt, str):
+        start = prompt.find("\n\nHuman:", 1) if prompt.startswith("\n\nHuman:") else -1
+        return prompt[start:] if start > 0 else None
+    questions = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+    if len(questions) < 2:
+        return None
+    system = [message for message in prompt[:1] if message["role"] == "system"]
+    first, *rest = [*system, *prompt[questions[1] :]]
+    tools = {name: value for name, value in prompt[0].items() if name == "tools"}
+    return [first | tools, *rest]
 
 
 def prepare_rows(
@@ -214,29 +366,49 @@ def prepare_rows(
 def prepare_row(
     place: str, numbers: list[float], prompt, answers, tokenizer, end, stops, limits
 ) -> dict:
-    """What parse_rows gives of a row → its token ids and status. end, stops: see tokenize_row;
-    limits: max_length and max_prompt_length."""
-    ids, status = [[]], "refused by template"
+    """What parse_rows gives of a row → its token ids, status, and `facts`, each 0 or 1: whether a
+    text contains a control token, whether the prompt ends with a closed thinking block, and whether
+    truncation has taken the prompt's beginning, its BOS, and the end of each response. end, stops:
+    see tokenize_row; limits: truncation, max_length and max_prompt_length of Config."""
+    ids, status, facts = [[]], "refused by template", []
+    truncation, max_length, max_prompt_length = limits
+
+    def tokenize(prompt) -> list:
+        return tokenize_row(tokenizer, prompt, answers, end, stops)
+
     try:
         if isinstance(answers, str):  # the reason why the row is dropped
-            status = answers
-        else:
-            whole = tokenize_row(tokenizer, prompt, answers, end, stops)
-            ids = truncate(whole, *limits)
-            status = "whole" if ids == whole else "truncated"
-            if not all(ids):
-                status = "empty"
-            elif any({*stops} & {*response[:-1]} for response in ids[1:]):
-                status = "end of turn inside"
-            elif len({*map(tuple, ids[1:])}) < len(answers):  # no preference between two of them
-                status = "identical"
+            raise Dropped(answers)
+        ids = whole = tokenize(prompt)
+        status = "whole"
+        if all(whole) and row_length(whole) > max_length:
+            status = "truncated"
+            if truncation == "drop":
+                raise Dropped("too long")
+            elif truncation == "paper":
+                ids = truncate(whole, max_length, max_prompt_length)
+            else:
+                ids = fit(tokenize, prompt, max_length, max_prompt_length)
+        if not all(ids):
+            raise Dropped("empty")
+        if any({*stops} & {*response[:-1]} for response in ids[1:]):
+            raise Dropped("end of turn inside")
+        if len({*map(tuple, ids[1:])}) < len(answers):  # no preference between two of them
+            raise Dropped("identical")
+        prompt_end, bos = tokenizer.decode(ids[0][-16:]), tokenizer.bos_token_id
+        facts = [has_control_tokens(tokenizer, prompt, answers, stops)]
+        facts += [any(closing in prompt_end for closing in THINKING.values())]
+        facts += [len(ids[0]) < len(whole[0]), whole[0][0] == bos != ids[0][0]]
+        facts += [response[-1] != end[0] for response in ids[1:]]
+    except Dropped as reason:
+        status = str(reason)
     except Exception as error:
         # In a few of HH's dialogues one side speaks twice; Gemma's and Mistral's templates want
         # the roles to alternate.
         if not (isinstance(error, TemplateError) and str(prompt).startswith("\n\nHuman:")):
             raise InputError(f"{place}: {error}") from None
     tokens = {"prompt": ids[0], "responses": ids[1:], "lengths": [len(part) for part in ids]}
-    return tokens | {"columns": numbers, "status": status}
+    return tokens | {"columns": numbers, "status": status, "facts": [*map(int, facts)]}
 
 
 # ---- Data sets -----------------------------------------------------------------------------------
@@ -338,9 +510,11 @@ def load_data(
     max_prompt_length: int,
     numbers: Iterable[str] = (),
     columns: str = "",
+    truncation: str = "fit",
 ) -> DataSet:
     """The tokenized rows of the comma-separated sources, in order. numbers: the columns of numbers
-    that a loss asks for; columns: see rename.
+    that a loss asks for; columns: see rename; truncation: what becomes of rows that exceed
+    max_length, "paper" (see truncate), "fit" (see fit) or "drop".
 
     Cached on disk. Any number of processes may call this: one tokenizes while the others wait at a
     file lock, not in a collective, whose timeout a large data set would exceed.
@@ -350,13 +524,15 @@ def load_data(
     if not 0 < max_prompt_length < max_length:
         problem = f"max_prompt_length ({max_prompt_length}) must be positive and below"
         raise InputError(f"{problem} max_length ({max_length})")
+    if truncation not in ("paper", "fit", "drop"):
+        raise InputError(f"truncation must be paper, fit or drop, not '{truncation}'")
     integers, text = datasets.List(datasets.Value("int32")), datasets.Value("string")
     features = {"prompt": integers, "responses": datasets.List(integers), "lengths": integers}
     features |= {"columns": datasets.List(datasets.Value("float64")), "source": text}
-    features |= {"row": datasets.Value("int64"), "status": text}
+    features |= {"row": datasets.Value("int64"), "status": text, "facts": integers}
     parsing = {"numbers": [*numbers], "columns": columns}
     tokenizing = {"end": end_of_turn(tokenizer), "stops": end_tokens(tokenizer)}
-    tokenizing |= {"limits": (max_length, max_prompt_length)}
+    tokenizing |= {"limits": (truncation, max_length, max_prompt_length)}
     # With the code: a fork that edits it never meets a stale cache.
     code = code_digest(sys.modules[__name__])
     what = (tokenizer_digests(tokenizer), parsing, tokenizing, code)
@@ -378,13 +554,25 @@ def load_data(
     )
     if len(kept) == 0:
         raise InputError(f"no pairs are left: {report}")
-    rows = rows.select(kept).remove_columns("status")
-    data = DataSet(rows, parsing["numbers"], report=report)
+    rows = rows.select(kept)
+    facts = flat_column(rows.select_columns("facts").with_format("arrow")[:], "facts")
+    data = DataSet(rows.remove_columns(["status", "facts"]), parsing["numbers"], report=report)
     lengths = rows.select_columns("lengths").with_format("arrow")[:]["lengths"].combine_chunks()
     counts = lengths.value_lengths().to_numpy() - 1
     if others := np.flatnonzero(counts != counts[0]).tolist():
         problem = f"{data.place(others[0])}: {counts[others[0]]} responses"
         raise InputError(f"{problem}, but {counts[0]} in the first row: K must be the same in all")
+    control, thought, cut, bos, *ends = facts.reshape(len(rows), -1).sum(axis=0)
+    if truncated:
+        data.report += f": {cut} prompts lost their beginning ({bos} of them BOS), and "
+        data.report += f"{', '.join(map(str, ends))} responses their end (best response first)"
+    if control:
+        data.report += f"; the texts of {control} contain control tokens, such as <s>"
+    if thought:
+        data.report += (
+            f"; {thought} prompts end with an empty thinking block, as at inference with "
+        )
+        data.report += "enable_thinking=false"
     return data
 
 

@@ -62,7 +62,8 @@ class Config:
     num_epochs: int = option(1, "passes over the training pairs")
     max_steps: int = option(0, "optimizer steps; 0: as many as num_epochs takes")
     max_length: int = option(2048, "tokens of prompt + response above which a pair is truncated")
-    max_prompt_length: int = option(1800, "tokens at the end of the prompt that truncation keeps")
+    max_prompt_length: int = option(1800, "most tokens of a prompt in such a pair")
+    truncation: str = option("fit", "fit: oldest turns, then both ends; paper: its rule; or drop")
     micro_batch_tokens: int = option(8192, "tokens in a forward, prompts once; sets the memory")
     seed: int = option(42, "decides the order of the pairs")
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPU")
@@ -189,6 +190,7 @@ def load_data_sets(
     the ranks."""
     numbers = [name for name in asked if name != "reference"]
     how = (tokenizer, config.max_length, config.max_prompt_length, numbers, config.columns)
+    how += (config.truncation,)
     data, heldout = load_data(config.train_data, *how), None
     say(f"training: {data.report}")
     data.schedule = Schedule(data.tokens, config, ranks)

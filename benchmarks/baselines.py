@@ -60,7 +60,8 @@ def prepare(config: Config):
         torch.cuda.set_device(DEVICE)
         torch.backends.cuda.enable_cudnn_sdp(False)  # as start_process, and for its reason
     tokenizer = load_tokenizer(resolve_model(config.model))
-    data = load_data(config.train_data, tokenizer, config.max_length, config.max_prompt_length)
+    limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    data = load_data(config.train_data, tokenizer, **limits, truncation=config.truncation)
     schedule = Schedule(data.tokens, config, ranks)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     steps = [[sum(shares, []) for shares in zip(*step)] for step in schedule]

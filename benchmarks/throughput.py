@@ -234,6 +234,7 @@ def run(data: str, model: str, batch_size: int, arms: list[str], args, folder: P
         source = make_pairs(data, folder, max(400, 4 * batch_size))
     source_model = make_model(model, folder)
     limits = {"max_length": args.max_length, "max_prompt_length": args.max_length // 2}
+    limits |= {"truncation": "paper"}
     flags = {"model": source_model, "train_data": source, "eval_data": "", **limits}
     # Unless an arm has another value, a rank has one micro-batch: one forward and one backward pass
     # are compared.

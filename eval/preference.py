@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--reference", default="", metavar="MODEL", help="for implicit rewards")
     parser.add_argument("--max_length", type=int, default=2048, help="as for train.py")
     parser.add_argument("--max_prompt_length", type=int, default=1800, help="as for train.py")
+    parser.add_argument("--truncation", default="fit", help="as for train.py")
     parser.add_argument("--micro_batch_tokens", type=int, default=8192, help="as for train.py")
     args = parser.parse_args()
 
@@ -136,6 +137,7 @@ def main() -> None:
             f"two models have the same name: {', '.join(names)}; results are kept by name"
         )
     limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+    limits |= {"truncation": args.truncation}
     # The pairs of all models are tokenized before the first model runs, so that errors come early.
     how = limits | {"columns": args.columns}
     inputs = [load_pairs(args.data, model, **how) for model in args.models]

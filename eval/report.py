@@ -120,7 +120,7 @@ CONDITIONS = {
     "alpaca_eval2": ("annotator", "judge_model", "judge_version", "reference_sha256", *DECODING),
     "mt_bench": ("judge", "judge_version", "reference", "repeats"),
     "win_rate": ("judge", "judge_version", "data_sha256", "num_prompts", *DECODING),
-    "preference": ("data", "max_length", "max_prompt_length"),
+    "preference": ("data", "max_length", "max_prompt_length", "truncation"),
 }
 
 

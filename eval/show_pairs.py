@@ -24,12 +24,14 @@ def main() -> None:
     parser.add_argument("--num_pairs", type=int, default=2, help="rows to print")
     parser.add_argument("--max_length", type=int, default=2048, help="as for train.py")
     parser.add_argument("--max_prompt_length", type=int, default=1800, help="as for train.py")
+    parser.add_argument("--truncation", default="fit", help="as for train.py")
     args = parser.parse_args()
 
     folder = resolve_model(args.model)
     tokenizer = load_tokenizer(folder, args.chat_template, args.template_args)
-    limits = args.max_length, args.max_prompt_length
-    data = load_data(args.data, tokenizer, *limits, columns=args.columns)
+    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+    limits |= {"truncation": args.truncation}
+    data = load_data(args.data, tokenizer, **limits, columns=args.columns)
     numbered = [f"response {number}" for number in range(1, data.responses + 1)]
     sides, whole = numbered, "together"
     if data.responses == 2:

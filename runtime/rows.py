@@ -23,7 +23,8 @@ from runtime.identity import ROOT
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 FILE_TYPES |= {".csv": "csv", ".tsv": "csv"}
-DROPPED = ("empty", "identical", "different prompts", "end of turn inside", "refused by template")
+DROPPED = ("empty", "identical", "different prompts", "end of turn inside", "too long")
+DROPPED += ("refused by template",)
 UNREAD = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # a message's other parts
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, which says from and value
 # Columns that other code trains on (TRL, LLaMA-Factory, ms-swift, axolotl), and this code does not.

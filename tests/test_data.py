@@ -460,6 +460,90 @@ def test_truncate(pair, max_length, max_prompt_length, expected):
     assert truncate(pair, max_length, max_prompt_length) == expected
 
 
+LONG = message("user", "what?") + message("assistant", "plus two") + message("user", "two?")
+FIRST, LAST = USER + "what·?" + END + HEADER + "·plus· two" + END, USER + "t·wo·?" + END + HEADER
+TALK = {"prompt": LONG, "chosen": "plus", "rejected": "what"}  # a prompt of 15 + 12 tokens
+RULES = message("system", "plus")
+RULED = "<|im_start|>·s·yst·em·\n·plus" + END  # 8 tokens
+TALK_HH = "\n\nHuman: what?\n\nAssistant: plus two\n\nHuman: two?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row, lengths, expected",
+    [
+        # The oldest turn goes, and no more than that.
+        (TALK, (28, 20), [LAST, "plus·<|im_end|>", "what·<|im_end|>"]),
+        (
+            TALK | {"prompt": RULES + LONG},
+            (36, 20),
+            [RULED + LAST, "plus·<|im_end|>", "what·<|im_end|>"],
+        ),
+        (TALK | {"prompt": TALK_HH}, (28, 20), [LAST, "plus·<|im_end|>", "what·<|im_end|>"]),
+        (
+            TALK | {"prompt": LONG + message("assistant", "plus") + message("user", "?")},
+            (28, 20),  # of three questions, two fit
+            [
+                LAST + "·plus" + END + USER + "?" + END + HEADER,
+                "plus·<|im_end|>",
+                "what·<|im_end|>",
+            ],
+        ),
+        # Then the longer response; and since it loses its end, so does the other.
+        (TALK | {"chosen": "plus two two two"}, (15, 13), [LAST, "plus· two· two", "what"]),
+        (TALK | {"rejected": "what is two two"}, (15, 13), [LAST, "plus", "what· is· two"]),
+        (TEXT | {"chosen": "plus two"}, (15, 13), [PROMPT, "plus· two", "what"]),
+        # A last question that is too long by itself.
+        (TEXT, (14, 12), "1 too long"),
+        (TALK | {"prompt": RULES + LONG}, (19, 12), "1 too long"),
+    ],
+)
+def test_fit_takes_no_more_than_it_must(write, row, lengths, expected):
+    source = write([row, TEXT | {"prompt": "?"}])
+    if isinstance(expected, list):
+        assert load(source, CHAT, *lengths)[0] == expected
+    else:
+        assert expected in load_data(source, CHAT, *lengths).report
+        assert len(load(source, CHAT, *lengths)) == 1
+
+
+def test_fit_keeps_bos_and_tools(write):
+    template = "<s>{{ tools or '' }}" + CHATML
+    row = {"prompt": LONG, "tools": [{"two": 2}], "chosen": "plus", "rejected": "what"}
+    prompt, *_ = load(write([row]), make_tokenizer(template), 40, 30)[0]
+    assert prompt.replace("·", "").startswith("<s>[{'two': 2}]<|im_start|>")
+    assert prompt.endswith(LAST) and "what" not in prompt
+    # Without a template, the dialogue of HH keeps its form, and the tokenizer writes BOS.
+    plain = make_tokenizer(None, adds_bos=True)
+    prompt, *rest = load(write([TALK | {"prompt": TALK_HH}]), plain, 25, 22)[0]
+    assert "".join(prompt.split("·")) == "<s>\n\nHuman: two?\n\nAssistant:"
+    assert rest == ["plus·</s>", "what·</s>"]
+
+
+def test_what_truncation_takes_is_counted(write):
+    rows = [
+        {"prompt": LONG, "chosen": "plus two two two two", "rejected": "what"},
+        {"prompt": LONG, "chosen": "plus", "rejected": "two"},
+        {"prompt": "?", "chosen": "plus", "rejected": "two"},
+        {"prompt": "?", "chosen": "<s> two", "rejected": "two<|im_end|>"},
+    ]
+    source = write(rows)
+    tokenizer = make_tokenizer("<s>" + CHATML)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    cases = {
+        "fit": "2 prompts lost their beginning (0 of them BOS), and 1, 1 responses their end",
+        "paper": "2 prompts lost their beginning (2 of them BOS), and 1, 0 responses their end",
+    }
+    for truncation, expected in cases.items():
+        found = load_data(source, tokenizer, 17, 13, truncation=truncation)
+        assert expected in found.report and "50.0% of the pairs truncated" in found.report
+        assert "; the texts of 1 contain control tokens" in found.report
+    found = load_data(source, tokenizer, 17, 13, truncation="drop")
+    assert "2 too long" in found.report and found.report.endswith("such as <s>")
+    assert len(found.rows) == 2 and "0.0% of the pairs truncated;" in found.report
+    with pytest.raises(InputError, match="truncation must be paper, fit or drop, not 'left'"):
+        load_data(source, tokenizer, 17, 13, truncation="left")
+
+
 @pytest.mark.parametrize("max_prompt_length", [-1, 0, 8, 9])
 def test_impossible_lengths_are_an_error(write, max_prompt_length):
     with pytest.raises(
@@ -486,15 +570,16 @@ def test_dropped_and_truncated_rows_are_counted(write):
     source = write(rows)
     found = load_data(source, CHAT, 15, 13)
     assert found.report.startswith(f"2 pairs from {source}: 6 of 8 rows dropped (")
-    assert found.report.endswith("), 50.0% of the pairs truncated")
+    lost = "0 prompts lost their beginning (0 of them BOS), and 1, 1 responses their end"
+    assert f"), 50.0% of the pairs truncated: {lost}" in found.report
     counts = {reason: int(n) for n, reason in re.findall(r"(\d+) ([a-z ]+)[,)]", found.report)}
     assert {reason: n for reason, n in counts.items() if n} == {
         "empty": 3,
         "identical": 2,
         "different prompts": 1,
     }
-    assert list(found.rows["row"]) == [0, 7] and found.lengths.tolist() == [[13, 2, 2]] * 2
-    assert load(source, CHAT, 15, 13)[1] == [PROMPT, "plus· two", "what·<|im_end|>"]
+    assert list(found.rows["row"]) == [0, 7] and found.lengths.tolist() == [[13, 2, 2], [13, 2, 1]]
+    assert load(source, CHAT, 15, 13)[1] == [PROMPT, "plus· two", "what"]
     with pytest.raises(InputError, match="no pairs are left: 0 pairs from .*: 3 of 3 rows dropped"):
         load(write(rows[1:4]))
 
