@@ -367,8 +367,8 @@ def prepare_row(
     place: str, numbers: list[float], prompt, answers, tokenizer, end, stops, limits
 ) -> dict:
     """What parse_rows gives of a row → its token ids, status, and `facts`, each 0 or 1: whether a
-    text contains a control token, whether the prompt ends with a closed thinking block, and whether
-    truncation has taken the prompt's beginning, its BOS, and the end of each response. end, stops:
+    text contains a control token, whether the prompt is the one without thinking although the
+    template's default is another, and whether truncation has taken the prompt's beginning, its BOS, and the end of each response. end, stops:
     see tokenize_row; limits: truncation, max_length and max_prompt_length of Config."""
     ids, status, facts = [[]], "refused by template", []
     truncation, max_length, max_prompt_length = limits
@@ -396,8 +396,9 @@ def prepare_row(
         if len({*map(tuple, ids[1:])}) < len(answers):  # no preference between two of them
             raise Dropped("identical")
         prompt_end, bos = tokenizer.decode(ids[0][-16:]), tokenizer.bos_token_id
+        closed = any(closing in prompt_end for closing in THINKING.values())
         facts = [has_control_tokens(tokenizer, prompt, answers, stops)]
-        facts += [any(closing in prompt_end for closing in THINKING.values())]
+        facts += [closed and whole[0] != tokenize_text(tokenizer, prompt_text(tokenizer, prompt))]
         facts += [len(ids[0]) < len(whole[0]), whole[0][0] == bos != ids[0][0]]
         facts += [response[-1] != end[0] for response in ids[1:]]
     except Dropped as reason:
@@ -569,10 +570,8 @@ def load_data(
     if control:
         data.report += f"; the texts of {control} contain control tokens, such as <s>"
     if thought:
-        data.report += (
-            f"; {thought} prompts end with an empty thinking block, as at inference with "
-        )
-        data.report += "enable_thinking=false"
+        data.report += f"; {thought} prompts end with an empty thinking block, as at inference with"
+        data.report += " enable_thinking=false: --template_args sets it for the exported model, too"
     return data
 
 

@@ -25,7 +25,7 @@ from runtime.errors import InputError
 from runtime.weights import set_variables
 
 CONTROL = re.compile(
-    r"<[|｜][^<>{}'\"\s]+[|｜]>|<\|[a-z_]+\|>|</?[a-z_]+>|<(?:start|end)_of_turn>|<seed:[a-z]+>"
+    r"<[|｜][^<>{}'\"\s]+[|｜]>|</?\|?[a-z_]+\|?>|<(?:start|end)_of_turn>|<seed:[a-z]+>"
     r"|\[/?(?:INST|SYSTEM_PROMPT|MODEL_SETTINGS)\]"
 )
 USER = {"role": "user", "content": "What is it?"}
@@ -438,6 +438,10 @@ def test_the_report_counts_prompts_that_end_with_an_empty_thinking_block(tmp_pat
         report = data.load_data(str(source), tokenizer_for(TEMPLATES[name]), 200, 100).report
         sentence = "; 1 prompts end with an empty thinking block, as at inference with "
         assert (sentence in report) == bool(count)
+    tokenizer = tokenizer_for(TEMPLATES["qwen3"])
+    tokenizer.chat_template = set_variables(tokenizer.chat_template, "enable_thinking=false")
+    source.write_text(json.dumps(rows[0]))
+    assert "thinking" not in data.load_data(str(source), tokenizer, 200, 100).report
 
 
 if __name__ == "__main__":
