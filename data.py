@@ -367,9 +367,10 @@ def prepare_row(
     place: str, numbers: list[float], prompt, answers, tokenizer, end, stops, limits
 ) -> dict:
     """What parse_rows gives of a row → its token ids, status, and `facts`, each 0 or 1: whether a
-    text contains a control token, whether the prompt is the one without thinking although the
-    template's default is another, and whether truncation has taken the prompt's beginning, its BOS, and the end of each response. end, stops:
-    see tokenize_row; limits: truncation, max_length and max_prompt_length of Config."""
+    text contains a control token; whether the prompt is the one without thinking, where the
+    template's default is another; whether truncation has taken the prompt's beginning, its BOS, and
+    the end of each response. end, stops: see tokenize_row; limits: truncation, max_length and
+    max_prompt_length of Config."""
     ids, status, facts = [[]], "refused by template", []
     truncation, max_length, max_prompt_length = limits
 

@@ -217,11 +217,19 @@ def context_length(config) -> int:
 
 
 @functools.lru_cache(maxsize=1)  # mt_bench.py calls `answer` several times with one model
-def load_engine(engine: str, folder: str, batch_size: int, seed: int, engine_args: str = ""):
+def load_engine(
+    engine: str,
+    folder: str,
+    batch_size: int,
+    seed: int,
+    engine_args: str = "",
+    template_args: str = "",
+):
     """A function (prompts, max_new_tokens=, seed=, **sampling) -> [(text, finished)], by
     "transformers" or "vllm"; sampling: the other arguments of generate_tokens but batch_size.
     Raises InputError if vLLM is not installed."""
-    tokenizer, more = load_tokenizer(folder), parse_engine_args(engine_args)
+    tokenizer = load_tokenizer(folder, template_args=template_args)
+    more = parse_engine_args(engine_args)
     if engine == "transformers":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -250,10 +258,12 @@ def answer(
     max_new_tokens: int = 256,
     batch_size: int = 8,
     seed: int = 0,
+    template_args: str = "",
     **sampling,
 ) -> list[tuple[str, bool]]:
     """Answer every prompt with the model in a folder or of a hub id, as `generate` does, and keep
-    the answers in `path`. sampling: further arguments of generate_tokens.
+    the answers in `path`. template_args: see set_variables; sampling: further arguments of
+    generate_tokens.
 
     The file holds one JSON object a line: the settings, then {"index", "output", "finished"}.
     Batches and their seeds depend on the prompts and settings alone, so an interrupted run that is
@@ -262,7 +272,8 @@ def answer(
     prompt that fills the model's context.
     """
     folder = resolve_model(name)
-    tokenizer, size = load_tokenizer(folder), VLLM_BATCH if engine == "vllm" else batch_size
+    tokenizer = load_tokenizer(folder, template_args=template_args)
+    size = VLLM_BATCH if engine == "vllm" else batch_size
     own = generation_config(folder, load_config(folder), end_of_turn(tokenizer)[0])
     sampling = {"temperature": 0.0, "top_p": 1.0} | sampling
     settings = {
@@ -286,7 +297,7 @@ def answer(
     limit = parse_engine_args(engine_args).get("max_model_len")
     context = min(context, limit) if isinstance(limit, int) else context
     order = longest_first(prompt_ids(tokenizer, prompts, context))
-    run = load_engine(engine, folder, batch_size, seed, engine_args)
+    run = load_engine(engine, folder, batch_size, seed, engine_args, template_args)
     progress = tqdm(
         desc=short_name(name),
         total=len(prompts),
@@ -387,7 +398,8 @@ def load_prompts(source: str, count: int = 0, columns: str = "") -> list:
 
 def engine_options(args) -> dict:
     """The arguments of `answer` that are flags of every command that generates."""
-    return {name: getattr(args, name) for name in ("engine", "engine_args", "batch_size", "seed")}
+    names = ("engine", "engine_args", "batch_size", "seed", "template_args")
+    return {name: getattr(args, name) for name in names}
 
 
 def sampling_options(args) -> dict:
@@ -465,7 +477,8 @@ def main() -> None:
     scorer = load_scorer(args.score, args.batch_size) if args.score else None
     prompts = load_prompts(args.data, args.num_prompts, args.columns)
     for name in args.models:  # before the first one is run
-        load_tokenizer(resolve_model(name)), load_config(resolve_model(name))
+        folder = resolve_model(name)
+        load_tokenizer(folder, template_args=args.template_args), load_config(folder)
     names = {short_name(name) for name in args.models}
     if args.output_dir and len(names) < len({*map(resolve_model, args.models)}):
         raise InputError("two of the models have the same short name, that of their answers' file")

@@ -70,6 +70,7 @@ SHARED_ARGUMENTS = {
         "help": "of the engine, as in tensor_parallel_size=8,max_model_len=8192 for vllm",
     },
     "--batch_size": {"type": at_least(1), "default": 8, "help": "prompts at once; vllm: not used"},
+    "--template_args": {"default": "", "metavar": "NAME=VALUE,...", "help": "as for train.py"},
     "--seed": {"type": at_least(0), "default": 0, "help": "of sampling"},
     "--columns": {"default": "", "metavar": "NAME=COLUMN,...", "help": "as for train.py"},
     "--generate_only": {"action": "store_true", "help": "stop before the judge"},
@@ -89,7 +90,7 @@ SHARED_ARGUMENTS = {
     "--wandb": {"choices": ["off", "online", "offline"], "default": "off", "help": "log scores"},
 }
 JUDGE = ("--judge_base_url", "--judge_timeout")
-GENERATION = ("--engine", "--engine_args", "--batch_size", "--seed")
+GENERATION = ("--engine", "--engine_args", "--batch_size", "--seed", "--template_args")
 LEADERBOARD = (
     "MMLU-Pro", "IFEval", "BBH", "GPQA", "MuSR", "MATH", "GSM8K", "ARC-Challenge", "TruthfulQA",
     "Winogrande",

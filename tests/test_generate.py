@@ -240,6 +240,23 @@ def test_answers_of_another_template_or_stop_are_not_mixed(model_folder, tmp_pat
         answer(str(folder), MANY, path, **SETTINGS)
 
 
+def test_template_args_reach_the_prompt_and_are_recorded(model_folder, tmp_path):
+    folder, path = tmp_path / "tiny", tmp_path / "answers.jsonl"
+    shutil.copytree(model_folder, folder)
+    block = "{% if thinking is defined and not thinking %}{{ 'plus plus' }}{% endif %}"
+    make_tokenizer(CHATML + block).save_pretrained(folder)
+    expected = []
+    for name, template in (("plain", CHATML), ("set", CHATML + "plus plus")):
+        shutil.copytree(folder, tmp_path / name)
+        make_tokenizer(template).save_pretrained(tmp_path / name)
+        expected.append(answer(str(tmp_path / name), MANY, **SETTINGS))
+    settings = SETTINGS | {"template_args": "thinking=false"}
+    assert answer(str(folder), MANY, **SETTINGS) == expected[0] != expected[1]
+    assert answer(str(folder), MANY, path, **settings) == expected[1]
+    with pytest.raises(InputError, match="chat template was"):
+        answer(str(folder), MANY, path, **SETTINGS)
+
+
 def test_a_prompt_that_fills_the_context(model_folder):
     limit = {"engine": "vllm", "engine_args": "max_model_len=20"}
     with pytest.raises(
