@@ -6,6 +6,7 @@ K = 2: chosen and rejected. `python -m eval.show_pairs SOURCE --model MODEL` pri
 trained on, token by token.
 """
 
+import contextlib
 import functools
 import hashlib
 import heapq
@@ -118,9 +119,10 @@ def end_of_turn(tokenizer) -> tuple[int, str, str]:
             start = render(tokenizer, messages, add_generation_prompt=True)
             dialogue = [*messages, {"role": "assistant", "content": "ANSWER"}]
             text = render(tokenizer, dialogue)
-            following = render(tokenizer, [*dialogue, *messages]).rpartition("ANSWER")[2]
         except Exception as error:
             raise InputError(f"the chat template fails on a short dialogue: {error}") from error
+        with contextlib.suppress(Exception):  # a template of single questions may refuse another
+            following = render(tokenizer, [*dialogue, *messages]).rpartition("ANSWER")[2]
         if "ANSWER" not in text:
             raise InputError(f"the chat template leaves out the answer; it renders {text!r}")
         before, _, tail = text.rpartition("ANSWER")

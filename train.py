@@ -28,7 +28,7 @@ from loss import LOSSES, sum_logps
 from model import PackedModel, compile_blocks, export, load_model
 from runtime import command_line, processes
 from runtime.checkpoints import Start, TrainerState, find_start
-from runtime.checks import check_forward, check_loss, check_trainable, digests
+from runtime.checks import check_forward, check_loss, check_trainable, commits, digests
 from runtime.command_line import choose_loss
 from runtime.errors import InputError
 from runtime.log import Logger
@@ -44,10 +44,10 @@ def option(default, help: str):
 
 @dataclass(frozen=True)
 class Config:
-    model: str = option("", "hub id or folder of the model to start from; 'demo' is the demo's")
+    model: str = option("", "folder or hub ID[@REVISION] to start from; 'demo' is the demo's model")
     chat_template: str = option("", "file of a chat template in place of the tokenizer's own")
     template_args: str = option("", "variables of the chat template, as in enable_thinking=false")
-    train_data: str = option("", "FILE, FOLDER or hub NAME[[:CONFIG]:SPLIT], comma-separated")
+    train_data: str = option("", "FILE, FOLDER or hub ID[@REVISION][[:CONFIG]:SPLIT], with commas")
     eval_data: str = option("", "the same for the held-out pairs; empty: no evaluation")
     columns: str = option(
         "", "other names, as in prompt=question,chosen=good; NAME= leaves one out"
@@ -97,7 +97,7 @@ def train(config: Config) -> None:
         dist.destroy_process_group()
         say(f"{config.output_dir} holds this run, finished. To train again: --resume never")
         return
-    log = Logger(config, start, made_of)
+    log = Logger(config, start, made_of | commits(config, source))
     torch.manual_seed(config.seed % 2**63)  # for the first values of what surgery() adds
     model = load_model(source, device, dtype, config.replicas, config.activation_checkpointing)
     optimizer = torch.optim.AdamW(

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,6 +73,21 @@ def locked(folder: Path) -> Iterator[bool]:
             say(f"{folder} is damaged or was not finished: it is made anew")
             shutil.rmtree(folder)
         yield intact
+
+
+def asked_once(what: tuple, ask: Callable[[], str]) -> str:
+    """What ask() returns. Of the ranks that torchrun starts on a node, one asks."""
+    launch = (os.getppid(), os.environ.get("TORCHELASTIC_RESTART_COUNT"))
+    key = hashlib.sha256(repr((what, launch)).encode()).hexdigest()
+    record = cache_folder("fetched") / key
+    with hold(record):
+        # Process ids are used again, but not within the hours of a start.
+        recent = record.exists() and time.time() - record.stat().st_mtime < 6 * 3600
+        if recent and "LOCAL_RANK" in os.environ:
+            return record.read_text()
+        answer = ask()
+        record.write_text(answer)
+        return answer
 
 
 def seal(folder: Path, file: Path | None = None) -> None:

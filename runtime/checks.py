@@ -13,7 +13,9 @@ from model import PackedModel, build_model, merge, packed_attention, surgery
 from runtime.errors import InputError
 from runtime.identity import code_digest
 from runtime.processes import max_over_ranks
+from runtime.rows import hub_commits
 from runtime.weights import (
+    hub_snapshot,
     load_config,
     model_fingerprint,
     stored_tensors,
@@ -50,6 +52,15 @@ def digests(
     found |= {"held-out tokens": heldout.fingerprint if heldout else ""}
     found |= {"model files": model_fingerprint(source), "code": code_digest()}
     return found | {"dtype in use": str(dtype).removeprefix("torch.")}
+
+
+def commits(config, source: str) -> dict[str, str]:
+    """The commits of the hub from which a run has its model, whose folder is `source`, and its
+    data, by name."""
+    snapshot = hub_snapshot(source)
+    found = {config.model: snapshot[1]} if snapshot else {}
+    found |= hub_commits(",".join(filter(None, [config.train_data, config.eval_data])))
+    return {f"commit of {name}": commit for name, commit in found.items() if commit}
 
 
 def check_loss(

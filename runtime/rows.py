@@ -1,6 +1,7 @@
 """Sources (files, folders, the hub) → rows → a prompt and its answers."""
 
 import csv
+import functools
 import glob
 import gzip
 import hashlib
@@ -17,7 +18,7 @@ import pyarrow as pa
 from datasets import packaged_modules
 from datasets.packaged_modules.json.json import Json
 
-from runtime.cache import CacheError, cache_folder, files_digest, locked, seal
+from runtime.cache import CacheError, asked_once, cache_folder, files_digest, locked, seal
 from runtime.errors import InputError
 from runtime.identity import ROOT
 
@@ -65,15 +66,16 @@ def split_sources(sources: str) -> list[str]:
 def load_rows(source: str) -> datasets.Dataset:
     """The rows of one source: a file (.jsonl .json .csv .tsv, also .gz, or .parquet), a folder
     written by datasets' `save_to_disk` or a clone of a data set of the hub (`folder` or
-    `folder:split`), or a hub id (`name`, `name:split`, `name:config:split`; default: train). A row
-    of JSON is parsed by itself, whatever the other rows are; cells of CSV are text.
+    `folder:split`), or a hub id (`name`, `name:split`, `name:config:split`; default: train;
+    `name@revision` for a commit, tag or branch). A row of JSON is parsed by itself, whatever the
+    other rows are; cells of CSV are text.
 
     Raises InputError, naming the source and, for JSON lines, the line, when it cannot be read.
     """
     if source.startswith("demo/") and not Path(source).exists():
         source = str(ROOT / source)  # the demo works in any directory
     path, *names = [source] if Path(source).exists() else source.split(":")
-    kind = FILE_TYPES.get(Path(path.lower().removesuffix(".gz")).suffix)
+    kind = file_type(path)
     try:
         if not source:
             raise InputError("a source is empty: give a file, a folder or a hub id")
@@ -100,16 +102,57 @@ def load_rows(source: str) -> datasets.Dataset:
     return rows
 
 
+def file_type(path: str) -> str | None:
+    """Of FILE_TYPES, by the file's name; None for another, and for what is no file's name."""
+    return FILE_TYPES.get(Path(path.lower().removesuffix(".gz")).suffix)
+
+
 def load_builder(name: str, names: list[str]) -> datasets.Dataset:
     """The rows of a data set of the hub, or of a clone of one; names: [config and] split."""
-    *config, split = names or ["train"]
-    builder = datasets.load_dataset_builder(name, *config)
-    if not isinstance(builder, Json):
-        return datasets.load_dataset(name, *config, split=split)
-    if split not in builder.config.data_files:
-        raise InputError(f"it has no split '{split}': {', '.join(builder.config.data_files)}")
-    files = datasets.DownloadManager().download_and_extract([*builder.config.data_files[split]])
-    return datasets.concatenate_datasets([load_json(file) for file in files])
+    find = find_builder if Path(name).is_dir() else hub_builder
+    found = find(name, *(names or ["train"]))
+    load = load_json if found["json"] else datasets.Dataset.from_file
+    rows = datasets.concatenate_datasets([load(file) for file in found["files"]])
+    if not found["json"]:
+        rows._fingerprint = found["fingerprint"]
+    return rows
+
+
+def find_builder(name: str, *names: str) -> dict:
+    """Where the rows of a data set of the hub are, or of a clone of one: its `files`, whether they
+    are `json` or Arrow, the `fingerprint` of the latter, and the `commit` of the hub, or "". names:
+    [config and] split. Raises InputError if there is no such split."""
+    *config, split = names
+    path, revision = (name, "") if Path(name).is_dir() else name.partition("@")[::2]
+    builder = datasets.load_dataset_builder(path, *config, revision=revision or None)
+    sources, fingerprint = builder.config.data_files, ""
+    if is_json := isinstance(builder, Json):
+        if split not in sources:
+            raise InputError(f"it has no split '{split}': {', '.join(sources)}")
+        files = datasets.DownloadManager().download_and_extract([*sources[split]])
+    else:
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=split)
+        files, fingerprint = [file["filename"] for file in rows.cache_files], rows._fingerprint
+    commit = re.search("@([0-9a-f]{40})/", str(sources))
+    found = {"json": is_json, "files": files, "fingerprint": fingerprint}
+    return found | {"commit": commit[1] if commit else ""}
+
+
+@functools.cache
+def hub_builder(name: str, *names: str) -> dict:
+    """find_builder, asked by one of the ranks of a node."""
+    return json.loads(asked_once((name, names), lambda: json.dumps(find_builder(name, *names))))
+
+
+def hub_commits(sources: str) -> dict[str, str]:
+    """By source, the commits of the hub's data sets among them."""
+    found = {}
+    for source in split_sources(sources):
+        name, *names = source.split(":")
+        if not (file_type(name) or Path(source).exists() or Path(name).exists()):
+            found[source] = hub_builder(name, *(names or ["train"]))["commit"]
+    return found
 
 
 def load_folder(path: str, split: str) -> datasets.Dataset:

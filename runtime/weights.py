@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from runtime.cache import cache_folder, files_digest, hold, locked, seal
+from runtime.cache import asked_once, cache_folder, files_digest, locked, seal
 from runtime.errors import InputError
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # of a model: no weights
@@ -34,10 +33,12 @@ FILE_BYTES = 2**30  # of an exported file, unless one tensor is larger
 
 
 def resolve_model(name: str) -> str:
-    """The folder of a model: for a hub id, the one into which its files but the weights are
-    fetched. Raises InputError as local_model, and if the hub does not give the files."""
+    """The folder of a model: for a hub id, or one at a commit, tag or branch as `id@revision`, the
+    one into which its files but the weights are fetched. Raises InputError as local_model, and if
+    the hub does not give the files."""
     name = local_model(name)
-    return name if Path(name).is_dir() else fetch(name, SMALL_FILES)
+    hub_id, _, revision = name.partition("@")
+    return name if Path(name).is_dir() else fetch(hub_id, SMALL_FILES, revision or None)
 
 
 def local_model(name: str) -> str:
@@ -48,9 +49,9 @@ def local_model(name: str) -> str:
         from demo.smollm2 import demo_model
 
         return demo_model()
-    path = Path(name)
-    local = name.count("/") != 1 or name[0] in "/.~" or path.parent.is_dir()  # no ORG/NAME of a hub
-    if "/" in name and local and not path.is_dir():
+    path, hub_id = Path(name), name.partition("@")[0]
+    local = hub_id.count("/") != 1 or name[0] in "/.~" or Path(hub_id).parent.is_dir()
+    if "/" in name and local and not path.is_dir():  # no ORG/NAME of the hub
         raise InputError(f"{name}: there is no such folder")
     if (path / "final").is_dir() and not (path / "config.json").exists():
         raise InputError(f"{name}: the model of this run is in {path / 'final'}")
@@ -61,23 +62,25 @@ def local_model(name: str) -> str:
 def fetch(name: str, patterns: tuple[str, ...], revision: str | None = None) -> str:
     """The folder of a hub id, with the files of these patterns. Of the ranks that torchrun starts
     on a node, one asks the hub. Raises InputError if it cannot."""
-    launch = (os.getppid(), os.environ.get("TORCHELASTIC_RESTART_COUNT"))
-    key = hashlib.sha256(repr((name, patterns, revision, *launch)).encode()).hexdigest()
-    record = cache_folder("fetched") / key
-    with hold(record):
-        # Process ids are used again, but not within the hours of a start.
-        recent = record.exists() and time.time() - record.stat().st_mtime < 6 * 3600
-        if recent and "LOCAL_RANK" in os.environ:
-            return record.read_text()
+
+    def ask() -> str:
+        # Mistral's "consolidated" files are a second copy of the same weights.
+        ignored = ["*/*", "consolidated*"]
+        options = {"allow_patterns": [*patterns], "ignore_patterns": ignored}
         try:
-            # Mistral's "consolidated" files are a second copy of the same weights.
-            ignored = ["*/*", "consolidated*"]
-            options = {"allow_patterns": [*patterns], "ignore_patterns": ignored}
-            folder = snapshot_download(name, revision=revision, **options)
+            return snapshot_download(name, revision=revision, **options)
         except Exception as error:  # not there, a licence not accepted, no network
             raise InputError(f"{name}: the model cannot be fetched: {error}") from error
-        record.write_text(folder)
-        return folder
+
+    return asked_once((name, patterns, revision), ask)
+
+
+def hub_snapshot(folder: str) -> tuple[str, str] | None:
+    """The hub id and the commit of a folder that fetch gave; None for any other folder."""
+    path = Path(folder)  # as huggingface_hub names it
+    if "/models--" in folder and path.parent.name == "snapshots":
+        return path.parents[1].name.removeprefix("models--").replace("--", "/"), path.name
+    return None
 
 
 def load_config(name: str):
@@ -151,9 +154,8 @@ def fetch_weights(name: str) -> str:
     format only. Raises InputError if there are none."""
     folder = Path(name)
     for kind in ("*.safetensors", "*.bin"):
-        if "/models--" in name and folder.parent.name == "snapshots":  # as huggingface_hub names it
-            hub_id = folder.parents[1].name.removeprefix("models--").replace("--", "/")
-            fetch(hub_id, (kind,), folder.name)
+        if snapshot := hub_snapshot(name):
+            fetch(snapshot[0], (kind,), snapshot[1])
         if any(folder.glob(kind)):
             return name
     raise InputError(f"{name}: no weights (.safetensors or .bin) are there")

@@ -218,11 +218,6 @@ TEMPLATES = [
         ["the chat template leaves out the answer", "Question"],
     ),
     ("one that is always the same", "Hello", ["the chat template leaves out the answer", "Hello"]),
-    (
-        "one that rewrites the prompt",
-        "{% if messages | length == 4 %}four{% endif %}" + CHATML,
-        ["rows.jsonl, row 1: the chat template does not render this conversation as the prompt"],
-    ),
     ("none, and no EOS token", None, ["neither an EOS token nor a template"]),
 ]
 
@@ -663,13 +658,16 @@ def test_a_bad_row_is_an_error_that_names_file_row_columns_and_formats(tmp_path,
     refused(lambda: load(path), said, f"{path}, row 2: ", *FORMATS)
 
 
-def test_a_template_that_ends_some_conversations_otherwise_is_an_error(tmp_path):
-    template = CHATML + "{% if messages | length == 4 %}four{% endif %}"
+@pytest.mark.parametrize("before", [True, False])
+def test_where_a_template_renders_an_answered_prompt_otherwise_the_answer_follows_it(
+    tmp_path, before
+):
+    other = "{% if messages | length == 4 %}four{% endif %}"
     rows = [{"chosen": [*t, PLUS], "rejected": [*t, WHAT]} for t in ([Q], TURNS)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = ["row 1: the chat template does not render this conversation as the prompt followed"]
-    refused(lambda: load(path, make_tokenizer(template)), said, str(path))
+    found = load(path, make_tokenizer(other + CHATML if before else CHATML + other))
+    assert list(found.rows) == list(load(path, make_tokenizer(CHATML)).rows)
 
 
 @table(DROPS)

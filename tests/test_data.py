@@ -208,26 +208,35 @@ def test_folders_and_their_splits(tmp_path, monkeypatch, name, expected):
 
 
 @pytest.mark.parametrize(
-    "source, names, split",
+    "source, names, revision, split",
     [
-        ("user/name", ("user/name",), "train"),
-        ("user/name:test", ("user/name",), "test"),
-        ("user/name:config:test", ("user/name", "config"), "test"),
+        ("user/name", ("user/name",), None, "train"),
+        ("user/name:test", ("user/name",), None, "test"),
+        ("user/name:config:test", ("user/name", "config"), None, "test"),
+        ("user/name@v1.0:config:test", ("user/name", "config"), "v1.0", "test"),
+        ("user/name@refs/pr/3", ("user/name",), "refs/pr/3", "train"),
     ],
 )
-def test_a_hub_id_has_a_config_and_a_split(monkeypatch, source, names, split):
-    asked = []
+def test_a_hub_id_has_a_revision_a_config_and_a_split(
+    monkeypatch, write, source, names, revision, split
+):
+    rows = datasets.load_dataset("json", data_files=write([TEXT]))["train"]
+    asked, commit = [], "0123456789abcdef0123456789abcdef01234567"
+    files = SimpleNamespace(data_files={"any": [f"hf://datasets/user/name@{commit}/a.csv"]})
 
-    def load_dataset(*args, **options):
-        asked.append((args, options))
-        return datasets.Dataset.from_list([TEXT])
+    def load_dataset_builder(*args, revision):
+        asked.extend([args, revision])
+        prepare = SimpleNamespace(download_and_prepare=lambda: asked.append("prepared"))
+        as_dataset = lambda split: asked.append(split) or rows  # noqa: E731
+        return SimpleNamespace(config=files, as_dataset=as_dataset, **vars(prepare))
 
-    def load_dataset_builder(*args):
-        asked.append(args)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    assert len(load_rows(source)) == 1 and asked == [names, (names, {"split": split})]
+    runtime.rows.hub_builder.cache_clear()
+    found = load_rows(source)
+    assert list(found) == [TEXT] and found._fingerprint == rows._fingerprint
+    assert asked == [names, revision, "prepared", split]
+    assert runtime.rows.hub_commits(f"{source},{write([TEXT])},demo/a.jsonl") == {source: commit}
+    assert len(asked) == 4
 
 
 def test_a_file_type_in_capitals(write):

@@ -11,6 +11,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import ROOT, as_flags, read_metrics, run, timeless
 
@@ -24,8 +25,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(model_folder, tmp_path):
-    """(its address, the requests so far as "METHOD path", the folder whose files it serves)."""
+    """(its address, the requests so far as "METHOD path", the folder whose files it serves as those
+    of someone/model). Those of someone/data are in its folder `data`."""
     served, asked = shutil.copytree(model_folder, tmp_path / "served"), []
+    (served / "data").mkdir()
+    (served / "data" / "README.md").write_text("# Pairs\n")
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -33,11 +37,14 @@ def hub(model_folder, tmp_path):
         def do_GET(self):
             path = self.path.partition("?")[0]
             asked.append(f"{self.command} {path}")
-            file = served / path.rpartition("/")[2]
+            kind = "data" if "someone/data" in path else "model"
+            folder = served / "data" if kind == "data" else served
+            file = folder / path.rpartition("/")[2]
             content, status = b"{}", 404
-            if path.startswith("/api/models/someone/model"):
-                files = [(path.name, path.stat().st_size) for path in sorted(served.iterdir())]
-                answer = {"id": "someone/model", "sha": COMMIT}
+            if path.startswith("/api/") and f"/someone/{kind}" in path:
+                paths = sorted(filter(Path.is_file, folder.iterdir()))
+                files = [(path.name, path.stat().st_size) for path in paths]
+                answer = {"id": f"someone/{kind}", "sha": COMMIT}
                 answer["siblings"] = [{"rfilename": name} for name, _ in files]
                 if "/tree/" in path:
                     answer = [
@@ -45,11 +52,13 @@ def hub(model_folder, tmp_path):
                         for name, size in files
                     ]
                 content, status = json.dumps(answer).encode(), 200
-            elif f"/resolve/{COMMIT}/" in path and file.is_file():
+            elif "/resolve/" in path and file.is_file():
                 content, status = file.read_bytes(), 200
             self.send_response(status)
             self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
             self.send_header("X-Repo-Commit", COMMIT)
+            if status == 404:
+                self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command == "GET":
@@ -70,10 +79,16 @@ def test_a_node_asks_the_hub_once(hub, base, tmp_path):
     """However many ranks it has, and the weights in one format only, although both are there."""
     address, asked, served = hub
     (served / "pytorch_model.bin").write_bytes(b"not to be fetched")
-    values, counts = base | {"model": "someone/model", "max_steps": 2}, []
+    for name in ("train", "test"):
+        file = base["train_data" if name == "train" else "eval_data"]
+        rows = datasets.load_dataset("json", data_files=file)
+        rows["train"].to_parquet(served / "data" / f"{name}.parquet")
+    values, counts = base | {"model": "someone/model@v1", "max_steps": 2}, []
+    values |= {"train_data": "someone/data@v1", "eval_data": "someone/data@v1:test"}
     for ranks in (1, 2):
         settings = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
-        settings |= {name: str(tmp_path / f"{name}{ranks}") for name in ("HF_HOME", "SIMPER_CACHE")}
+        folders = ("HF_HOME", "HF_DATASETS_CACHE", "SIMPER_CACHE")
+        settings |= {name: str(tmp_path / f"{name}{ranks}") for name in folders}
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launch += ["--nproc_per_node", str(ranks), "train.py"]
         command = [*launch, *as_flags(values, tmp_path / str(ranks))]
@@ -90,6 +105,10 @@ def test_a_node_asks_the_hub_once(hub, base, tmp_path):
     assert counts[0][weights] >= 1
     lines = timeless(run(base | {"max_steps": 2}, tmp_path / "of a folder"))
     assert timeless(read_metrics(tmp_path / "1")) == lines
+    for ranks in ("1", "2"):
+        head = (tmp_path / ranks / "config.yaml").read_text()
+        for name in ("someone/model@v1", "someone/data@v1", "someone/data@v1:test"):
+            assert f"# commit of {name}: {COMMIT}\n" in head
     config = (tmp_path / "1" / "final" / "config.json").read_text()
     assert str(tmp_path) not in config
 
