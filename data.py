@@ -25,7 +25,16 @@ from jinja2 import TemplateError
 
 from runtime.errors import InputError
 from runtime.identity import code_digest
-from runtime.rows import DROPPED, Dropped, is_json, load_rows, map_rows, parse_rows, split_sources
+from runtime.rows import (
+    DROPPED,
+    Dropped,
+    is_json,
+    load_rows,
+    map_rows,
+    parse_rows,
+    split_share,
+    split_sources,
+)
 from runtime.weights import tokenizer_digests
 
 # Put before a chat template, it makes today 26 July 2024, which is Llama-3.1's own default: the
@@ -515,10 +524,12 @@ def load_data(
     numbers: Iterable[str] = (),
     columns: str = "",
     truncation: str = "fit",
+    seed: int = 42,
 ) -> DataSet:
-    """The tokenized rows of the comma-separated sources, in order. numbers: the columns of numbers
-    that a loss asks for; columns: see rename; truncation: what becomes of rows that exceed
-    max_length, "paper" (see truncate), "fit" (see fit) or "drop".
+    """The tokenized rows of the comma-separated sources, in order; of `source:0.5`, the half that
+    the seed draws. numbers: the columns of numbers that a loss asks for; columns: see rename;
+    truncation: what becomes of rows that exceed max_length, "paper" (see truncate), "fit" (see fit)
+    or "drop".
 
     Cached on disk. Any number of processes may call this: one tokenizes while the others wait at a
     file lock, not in a collective, whose timeout a large data set would exceed.
@@ -541,12 +552,16 @@ def load_data(
     code = code_digest(sys.modules[__name__])
     what = (tokenizer_digests(tokenizer), parsing, tokenizing, code)
     parts = []
-    for source in split_sources(sources):
+    for source, share in map(split_share, split_sources(sources)):
         given = load_rows(source)
         how = tokenizing | {"tokenizer": tokenizer, "source": source}
         how["how"] = parsing | {"verbatim": is_json(given)}
         key = hashlib.sha256(repr((given._fingerprint, source, *what)).encode()).hexdigest()[:32]
-        parts.append(map_rows(given, prepare_rows, how, datasets.Features(features), key))
+        part = map_rows(given, prepare_rows, how, datasets.Features(features), key)
+        if share < 1:
+            drawn = np.random.default_rng(seed).permutation(len(part))[: round(share * len(part))]
+            part = part.select(np.sort(drawn))
+        parts.append(part)
     rows = datasets.concatenate_datasets(parts)
     status = np.array(rows["status"])
     kept = np.flatnonzero(np.isin(status, ["whole", "truncated"]))

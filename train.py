@@ -47,7 +47,9 @@ class Config:
     model: str = option("", "folder or hub ID[@REVISION] to start from; 'demo' is the demo's model")
     chat_template: str = option("", "file of a chat template in place of the tokenizer's own")
     template_args: str = option("", "variables of the chat template, as in enable_thinking=false")
-    train_data: str = option("", "FILE, FOLDER or hub ID[@REVISION][[:CONFIG]:SPLIT], with commas")
+    train_data: str = option(
+        "", "FILE, FOLDER, hub ID[@REVISION][[:CONFIG]:SPLIT]; with commas; of each [:SHARE]"
+    )
     eval_data: str = option("", "the same for the held-out pairs; empty: no evaluation")
     columns: str = option(
         "", "other names, as in prompt=question,chosen=good; NAME= leaves one out"
@@ -190,7 +192,7 @@ def load_data_sets(
     the ranks."""
     numbers = [name for name in asked if name != "reference"]
     how = (tokenizer, config.max_length, config.max_prompt_length, numbers, config.columns)
-    how += (config.truncation,)
+    how += (config.truncation, config.seed)
     data, heldout = load_data(config.train_data, *how), None
     say(f"training: {data.report}")
     data.schedule = Schedule(data.tokens, config, ranks)

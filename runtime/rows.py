@@ -54,13 +54,22 @@ def split_sources(sources: str) -> list[str]:
     found = []
     for source in map(str.strip, sources.strip(" ,").split(",")):
         source = os.path.expanduser(source)
-        if not glob.has_magic(source) or Path(source).exists():
+        pattern = split_share(source)[0]
+        if not glob.has_magic(pattern) or Path(pattern).exists():
             found.append(source)
-        elif files := sorted(glob.glob(source, recursive=True)):
-            found += files
+        elif files := sorted(glob.glob(pattern, recursive=True)):
+            found += [file + source.removeprefix(pattern) for file in files]
         else:
             raise InputError(f"{source}: no file matches (working directory: {os.getcwd()})")
     return found
+
+
+def split_share(source: str) -> tuple[str, float]:
+    """`source:0.5` → the source and the share of its rows; 1.0 for one without a share."""
+    name, _, share = source.rpartition(":")
+    if re.fullmatch(r"0?\.\d+", share) and not Path(source).exists():
+        return name, float(share)
+    return source, 1.0
 
 
 def load_rows(source: str) -> datasets.Dataset:
@@ -148,7 +157,7 @@ def hub_builder(name: str, *names: str) -> dict:
 def hub_commits(sources: str) -> dict[str, str]:
     """By source, the commits of the hub's data sets among them."""
     found = {}
-    for source in split_sources(sources):
+    for source, _ in map(split_share, split_sources(sources)):
         name, *names = source.split(":")
         if not (file_type(name) or Path(source).exists() or Path(name).exists()):
             found[source] = hub_builder(name, *(names or ["train"]))["commit"]

@@ -239,6 +239,24 @@ def test_a_hub_id_has_a_revision_a_config_and_a_split(
     assert len(asked) == 4
 
 
+def test_a_share_of_a_source_is_drawn_by_the_seed(write, tmp_path):
+    numbered = [TEXT | {"prompt": str(n)} for n in range(40)]
+    source, other = write(numbered), write([TEXT], "other.jsonl")
+
+    def drawn(sources, seed=42):
+        return [*load_data(sources, CHAT, 200, 100, seed=seed).rows["row"]]
+
+    half = drawn(f"{source}:0.5")
+    assert len(half) == 20 and half == sorted({*half}) != [*range(20)]
+    assert drawn(f"{source}:0.5") == half != drawn(f"{source}:0.5", seed=1)
+    assert drawn(f"{source}:.05,{other}")[2:] == [0]
+    report = load_data(f"{source}:0.25", CHAT, 200, 100).report
+    assert "10 pairs from" in report and "0 of 10 rows dropped" in report
+    assert len(drawn(f"{tmp_path}/*.jsonl:0.5")) == 20  # of the other, a half is none
+    with pytest.raises(InputError, match="no pairs are left"):
+        drawn(f"{source}:0.001")
+
+
 def test_a_file_type_in_capitals(write):
     assert list(load_rows(write([TEXT], "ROWS.JSONL"))) == [TEXT]
 
