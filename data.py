@@ -222,9 +222,9 @@ def render_row(
         follows = text.startswith(before) and text.endswith(tail) and (whole or not opening)
         if follows:
             written = text[len(before) : len(text) - len(tail)]
-            own = NO_THOUGHT.sub("", written, count=1)
-            if NO_THOUGHT.match(written) and own.startswith((*THINKING,)):
-                written, follows = own, False  # without the block before the answer's own
+            empty = NO_THOUGHT.match(written)
+            if empty and written[empty.end() :].startswith((*THINKING,)):
+                written, follows = written[empty.end() :], False  # the answer has its own block
         else:
             written = lead + (answer if answer in text else answer.strip())
         if opening and not follows:
