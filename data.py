@@ -203,7 +203,8 @@ def render_row(
     for answer in filter(str.strip, answers):
         texts[answer] = render(tokenizer, [*messages, {"role": "assistant", "content": answer}])
     before = start  # with which a text begins
-    if texts and "thinking" in tokenizer.chat_template:
+    thinks = any(answer.lstrip().startswith((*THINKING,)) for answer in texts)
+    if texts and not thinks and "thinking" in tokenizer.chat_template:
         off = render(tokenizer, messages, add_generation_prompt=True, **NO_THINKING)
         written = NO_THOUGHT.match(next(iter(texts.values())).removeprefix(start))
         block = written[0] if written else ""

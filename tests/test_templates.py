@@ -93,6 +93,12 @@ Reasoning: medium
 
 # Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>"""
 
+EFFORT = "Reasoning effort is set to xhigh. Please think carefully through the task, validate key "
+EFFORT += (
+    "assumptions, consider plausible alternatives, and prioritize correctness, consistency, and "
+)
+EFFORT += "clarity in the final answer."
+
 TEMPLATES = {
     "zephyr": chat(
         "<|user|>\n{{ c }}</s>\n",
@@ -122,7 +128,7 @@ TEMPLATES = {
         NOTHING,
         GEMMA["start"],
     ),
-    "gemma4": chat(
+    "gemma4_31b": chat(
         "<|turn>user\n{{ c | trim }}<turn|>\n",
         "<|turn>model\n{{ c | trim }}<turn|>\n",
         f"<|turn>model\n{{{{ '' if {THINKS} else '<|channel>thought\n<channel|>' }}}}",
@@ -175,6 +181,15 @@ TEMPLATES = {
         f"<|im_start|>assistant\n<think>{{{{ '\n\n</think>\n\n' if {OFF} else '\n' }}}}",
         IM["system"],
     ),
+    "qwen3_8": chat(  # does not look for a thought in an answer's text
+        IM["user"],
+        "<|im_start|>assistant\n{{ '<think>\n\n</think>\n\n' }}{{ c }}<|im_end|>\n",
+        f"<|im_start|>assistant\n<think>{{{{ '\n\n</think>\n\n' if {OFF} else '\n' }}}}",
+        NOTHING,
+        f"{{% set thinks = not ({OFF}) %}}{{% if thinks or messages[0].role == 'system' %}}"
+        "<|im_start|>system\n{{ EFFORT if thinks }}{% if messages[0].role == 'system' %}"
+        "{{ '\n\n' if thinks }}{{ messages[0].content }}{% endif %}<|im_end|>\n{% endif %}",
+    ).replace("EFFORT", repr(EFFORT)),
     "qwq": chat(
         IM["user"],
         f"<|im_start|>assistant\n{LAST}<|im_end|>\n",
@@ -341,13 +356,14 @@ EXPECTED = {
     "llama3_2": ("<|eot_id|>", *PLAIN),
     "gemma": ("<end_of_turn>", *PLAIN),
     "gemma3": ("<end_of_turn>", *PLAIN),
-    "gemma4": ("<turn|>", *PLAIN),  # after the closed block, which the rendered answer lacks
+    "gemma4_31b": ("<turn|>", *PLAIN),  # after the closed block, which the rendered answer lacks
     "phi3_5": ("<|end|>", *PLAIN),
     "phi4": ("<|im_end|>", *PLAIN),
     "mistral_nemo": ("</s>", *PLAIN),
     "qwen2_5": ("<|im_end|>", *PLAIN),
     "qwen3": ("<|im_end|>", *OFF_BY_ITSELF),
     "qwen3_5_think": ("<|im_end|>", *OFF_BY_ITSELF[:2], "Is it?\n</think>\n\n"),
+    "qwen3_8": ("<|im_end|>", *OFF_BY_ITSELF[:2], "Is it?\n</think>\n\n"),
     "qwq": ("<|im_end|>", {}, UNCLOSED, "Is it?\n</think>\n\n"),
     "deepseekv3": (SENTENCE, {}, UNCLOSED, "Is it?\n</think>\n\n"),
     "deepseek_v3.1": (SENTENCE, *PLAIN[:2], THINKS_ANYWAY),
