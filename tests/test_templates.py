@@ -295,19 +295,26 @@ def at_inference(tokenizer, prompt: list[dict], **variables) -> list[int]:
     return tokenizer.apply_chat_template(prompt, **options, **variables)
 
 
+ERRORS = {"does not close it": "the prompt thinks, the answer does not"}
+ERRORS |= {"ends without thinking": "the answer thinks, the prompt does not"}
+ERRORS |= {"leaves out a part": "left out", "System role": "no system messages"}
+
+
 def result(tokenizer, prompt: list[dict], answers: list[str]) -> str:
-    """One cell of the table: the prompt's end and what is scored, or the error."""
+    """One cell of the table: what is scored after the prompt of inference, or the error."""
     try:
         ids, (scored, _) = trained(tokenizer, prompt, answers)
     except Exception as error:
-        return f"refused: {str(error)[:60]}"
+        kinds = [kind for part, kind in ERRORS.items() if part in str(error)]
+        return f"error: {kinds[0] if kinds else 'the template fails'}"
+    scored = f"`{scored!r}`".replace("'", "").replace("|", "\\|")
     for name, variables in (("", {}), ("without thinking: ", data.NO_THINKING)):
         try:
             if ids == at_inference(tokenizer, prompt, **variables):
-                return f"{name}{scored!r}"
+                return name + scored
         except Exception:
             pass
-    return f"OTHER PROMPT {tokenizer.decode(ids)[-40:]!r}: {scored!r}"
+    return f"another prompt: {scored}"
 
 
 def differs(file: Path) -> None:
@@ -328,7 +335,7 @@ def differs(file: Path) -> None:
 
 
 def table(folder: Path) -> None:
-    print("| template | scored of “It is fine.” | with a system message | with <think> |")
+    print("| template | “It is fine.” | after a system message | with its thought |")
     print("|---|---|---|---|")
     for file in sorted(folder.glob("*.jinja")):
         tokenizer = tokenizer_for(file.read_text())
@@ -340,12 +347,12 @@ def table(folder: Path) -> None:
         ]
         if cells[1] == cells[0]:
             cells[1] = "same"
-        print(f"| {file.stem} | " + " | ".join(c.replace("|", "¦") for c in cells) + " |")
+        print(f"| {file.stem} | {' | '.join(cells)} |")
 
 
 # ---- Tests ---------------------------------------------------------------------------------------
 
-SAME, UNCLOSED, THINKS_ANYWAY = "same", "does not close it", "ends without thinking"
+UNCLOSED, THINKS_ANYWAY = "does not close it", "ends without thinking"
 # By hand: the variables with which inference has the prompt that is trained; what is scored of
 # CHOSEN; and of THOUGHT + CHOSEN: what comes before what is scored of CHOSEN, or the error.
 PLAIN = ({}, "It is fine.{}", THOUGHT)
