@@ -6,6 +6,7 @@ a MicroBatch to the log-prob of every response token.
 
 import copy
 import functools
+import math
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ class PackedModel(torch.nn.Module):
     def __init__(self, model, stock_attention: str = "sdpa"):
         super().__init__()
         self.model, self.stock_attention, self.dtype = model, stock_attention, torch.float32
+        self.logit_scale, self.logit_cap = logit_scale(model.config), logit_cap(model.config)
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Log-prob of every response token: (R,) float32, in the order of batch.targets."""
@@ -63,7 +65,8 @@ class PackedModel(torch.nn.Module):
     def token_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The head's log-probs of `targets`: (R, hidden size), (R,) int64 → (R,) float32."""
         head = self.model.get_output_embeddings()
-        return TokenLogps.apply(hidden, head.weight, getattr(head, "bias", None), targets)
+        shape = (self.logit_scale, self.logit_cap)
+        return TokenLogps.apply(hidden, head.weight, getattr(head, "bias", None), targets, *shape)
 
     def call(self, function, *args):
         """function(self, *args), in a sharded model with the parameters gathered, as in forward."""
@@ -201,38 +204,57 @@ def shard(model: PackedModel, device: str, dtype: torch.dtype, replicas: int = 1
     register_fsdp_forward_method(model, "call")
 
 
+def logit_scale(config) -> float:
+    """The factor of a model's logits, 1 of most models. Granite and MiniCPM3 divide by it,
+    HyperCLOVA X, Cohere and Falcon-H1 multiply."""
+    text = config.get_text_config()
+    names = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling")
+    factors = {name: getattr(text, name, None) or 1.0 for name in names}
+    if text.model_type != "hyperclovax":
+        factors["logits_scaling"] = 1 / factors["logits_scaling"]
+    return math.prod(factors.values())
+
+
+def logit_cap(config) -> float | None:
+    """c, if a model's logits are c · tanh(logits / c), as Gemma's; else None."""
+    return getattr(config.get_text_config(), "final_logit_softcapping", None)
+
+
 # ---- The head, in chunks: sealed; its docstring is enough ----------------------------------------
 
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T + bias)[targets], with logits in chunks of LOGITS_BYTES:
-    apply(hidden, weight, bias, targets).
+    """log softmax(shaped(hidden @ weight.T + bias))[targets], with logits in chunks of
+    LOGITS_BYTES: apply(hidden, weight, bias, targets, scale, cap).
 
-    hidden: (R, d); weight: (V, d); bias: (V,) or None; targets: (R,) int64.
+    hidden: (R, d); weight: (V, d); bias: (V,) or None; targets: (R,) int64; scale and cap:
+    shaped(x) is scale · x, or cap · tanh(scale · x / cap) if cap is not None.
     Returns (R,) float32 (float64 for float64).
 
     Forward and backward go through the rows in chunks, one float32 (rows, V) at a time. The
-    backward starts with the last chunk, whose exponentials the forward has kept, and computes the
-    others' again. The weight's gradient is summed in place, where autograd would hold a second
-    (V, d) one, and softmax is in float32 also where the model computes in bfloat16
+    backward starts with the last chunk, whose exponentials the forward has kept (without a cap),
+    and computes the others' again. The weight's gradient is summed in place, where autograd would
+    hold a second (V, d) one, and softmax is in float32 also where the model computes in bfloat16
     (F.linear_cross_entropy rounds its result).
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
-        count = -(-len(targets) * 4 * weight.shape[0] // LOGITS_BYTES[hidden.device.type])
+    def forward(ctx, hidden, weight, bias, targets, scale=1.0, cap=None):
+        ctx.shape = scale, cap
+        row_bytes = (8 if cap else 4) * weight.shape[0]  # the slope of a cap is a second buffer
+        count = -(-len(targets) * row_bytes // LOGITS_BYTES[hidden.device.type])
         size = -(-len(targets) // count)
         ctx.chunks = [slice(start, start + size) for start in range(0, len(targets), size)]
         target_logits, normalizers = [], []
         for rows in ctx.chunks:
             ctx.kept = None  # one chunk's buffer is freed before the next takes its own
-            logits = head_logits(hidden[rows], weight, bias)
+            logits = head_logits(hidden[rows], weight, bias, scale, cap)
             target_logits.append(logits.gather(1, targets[rows, None])[:, 0])
             largest = logits.amax(dim=1, keepdim=True)
             exponentials = logits.sub_(largest).exp_()  # torch.logsumexp would take a second buffer
             sums = exponentials.sum(dim=1, keepdim=True)
             normalizers.append((largest + sums.log())[:, 0])
-            ctx.kept = exponentials, sums
+            ctx.kept = None if cap else (exponentials, sums)
             del logits, exponentials
         normalizers = torch.cat(normalizers)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
@@ -241,6 +263,7 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
+        scale, cap = ctx.shape
         # Several chunks are summed in float32: bfloat16 would round the sum with each of them.
         sum_dtype = torch.float32 if len(ctx.chunks) > 1 else weight.dtype
         sum_dtype = torch.promote_types(weight.dtype, sum_dtype)
@@ -250,16 +273,20 @@ class TokenLogps(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sum_dtype)
         for rows in reversed(ctx.chunks):
+            slope = scale
             if ctx.kept:
                 softmax, sums = ctx.kept
                 softmax.div_(sums)
                 ctx.kept = None
             else:
-                softmax = head_logits(hidden[rows], weight, bias)
+                softmax = head_logits(hidden[rows], weight, bias, scale, cap)
+                if cap:  # the derivative of tanh is 1 − tanh²
+                    slope = (softmax / cap).square_().neg_().add_(1).mul_(scale)
                 softmax.sub_(normalizers[rows, None]).exp_()
             # The gradient of log p(target) with respect to the logits is onehot(target) − softmax.
             g = grad[rows, None]
-            grad_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g).to(weight.dtype)
+            grad_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g)
+            grad_logits = grad_logits.mul_(slope).to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None and sum_dtype == weight.dtype:
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
@@ -267,14 +294,20 @@ class TokenLogps(torch.autograd.Function):
                 grad_weight += grad_logits.T @ hidden[rows]
             if bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
-            del softmax, grad_logits  # before the next chunk's
-        return grad_hidden, grad_weight, grad_bias, None  # autograd casts them
+            del softmax, grad_logits, slope  # before the next chunk's
+        return grad_hidden, grad_weight, grad_bias, None, None, None  # autograd casts them
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias) -> torch.Tensor:
-    """(n, d) → (n, V), in float32 at least."""
+def head_logits(hidden, weight, bias, scale: float, cap: float | None) -> torch.Tensor:
+    """(n, d) → (n, V), in float32 at least. Arguments: of TokenLogps."""
     logits = F.linear(hidden, weight, bias)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return shape_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), scale, cap)
+
+
+def shape_logits(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+    """TokenLogps' shaped(logits), in place."""
+    logits = logits if scale == 1 else logits.mul_(scale)
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 # ---- Attention within rows: sealed, too ----------------------------------------------------------

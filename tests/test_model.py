@@ -354,6 +354,28 @@ def test_token_logps_in_chunks(bias, rows, monkeypatch):
     ).sum() > 15  # those of bfloat16 inputs are not rounded to bfloat16
 
 
+@pytest.mark.parametrize(
+    "scale, cap", [(0.5, None), (3.0, None), (1.0, 2.0), (0.7, 0.5), (1, 300.0)]
+)
+@pytest.mark.parametrize("rows", [3, 20])
+def test_logits_that_are_scaled_and_capped(scale, cap, rows, monkeypatch):
+    monkeypatch.setitem(model_module.LOGITS_BYTES, "cpu", 4 * 50 * rows)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (20, 50)]
+    inputs = [x.requires_grad_() for x in inputs]
+    targets = torch.randint(50, (20,), generator=generator)
+    logits = scale * (inputs[0] @ inputs[1].T)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = logits.log_softmax(dim=1)[torch.arange(20), targets]
+    gradients = torch.autograd.grad(expected.sum(), inputs)
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+        cast = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+        logps = TokenLogps.apply(*cast, None, targets, scale, cap)
+        torch.testing.assert_close(logps.double(), expected, rtol=tolerance, atol=tolerance)
+        for found, exact in zip(torch.autograd.grad(logps.sum(), cast), gradients):
+            assert (found - exact).abs().max() <= tolerance * exact.abs().max()
+
+
 @pytest.mark.parametrize("rows", [3, 20])
 def test_large_logits_do_not_overflow(rows, monkeypatch):
     """Of 800 and more: e^800 is beyond float64. In several chunks and in one."""
@@ -650,9 +672,6 @@ def test_deepseek_trains_packed_and_keeps_its_float32_biases(group, tmp_path):
 
 
 WRONG = {  # models that packing gets wrong, and why
-    "granite": TINY
-    | {"num_key_value_heads": 2, "logits_scaling": 1.05},  # divides its logits after the head
-    "cohere": TINY | {"num_key_value_heads": 2, "logit_scale": 0.5},  # multiplies them
     "mamba": {
         "vocab_size": 320,
         "hidden_size": 32,
@@ -667,22 +686,53 @@ WRONG = {  # models that packing gets wrong, and why
     },  # position bias instead of position ids
     "gemma2": TINY | GQA,  # soft-caps its attention scores
 }
-REASONS = dict.fromkeys(("granite", "cohere"), {"head"}) | {"gemma2": "softcap"}
-REASONS |= dict.fromkeys(("mamba", "bloom"), "do not use transformers' attention interface")
+REASONS = dict.fromkeys(("mamba", "bloom"), "do not use transformers' attention interface")
+REASONS |= {"gemma2": "softcap"}
 
 
 @pytest.mark.parametrize(
     "kind, dtype",
-    [(k, torch.float32) for k in WRONG] + [(k, torch.bfloat16) for k in ("granite", "bloom")],
+    [(kind, torch.float32) for kind in WRONG] + [("bloom", torch.bfloat16)],
 )
 def test_models_that_packing_gets_wrong_are_refused(kind, dtype, group, tmp_path):
     make_other(kind, WRONG[kind]).save_pretrained(tmp_path)
-    model, data, reason = load_model(str(tmp_path), CPU, dtype), make_data(*PAIRS), REASONS[kind]
-    if isinstance(reason, set):
-        assert refused_for(model, data) == reason
-    else:
-        with pytest.raises(InputError, match=f"cannot be trained packed.*{reason}"):
-            check_forward(model, data, None)
+    model = load_model(str(tmp_path), CPU, dtype)
+    with pytest.raises(InputError, match=f"cannot be trained packed.*{REASONS[kind]}"):
+        check_forward(model, make_data(*PAIRS), None)
+
+
+SHAPED = {  # models that scale or cap their logits
+    "granite": {"logits_scaling": 1.05},  # divides them after the head
+    "minicpm3": {"dim_model_base": 8},  # divides what enters the head by 32 / 8
+    "hyperclovax": {"logits_scaling": 0.3},  # multiplies
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {"logit_scale": 0.5, "sliding_window": 6},
+    "nanochat": {"final_logit_softcapping": 3.0},
+    "gemma3_text": GQA | {"final_logit_softcapping": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", SHAPED)
+def test_logits_are_scaled_and_capped_as_the_model_does(kind, group, tmp_path):
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    latent |= {"qk_rope_head_dim": 4, "num_key_value_heads": 4}
+    values = TINY | {"num_key_value_heads": 2} | (latent if kind == "minicpm3" else {})
+    reference = make_other(kind, values | SHAPED[kind])
+    reference.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = load_model(str(tmp_path), CPU, dtype)
+        check_forward(model, make_data(*PAIRS), None)
+    for actual, expected in zip(packed_results(model), plain_results(reference)):
+        assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["granite", "nanochat"])
+def test_a_scale_or_cap_that_is_not_known_is_refused(kind, dtype, group, tmp_path):
+    make_other(kind, TINY | {"num_key_value_heads": 2} | SHAPED[kind]).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), CPU, dtype)
+    model.logit_scale, model.logit_cap = 1.0, None
+    assert refused_for(model, make_data(*PAIRS)) == {"head"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
