@@ -6,13 +6,11 @@ K = 2: chosen and rejected. `python -m eval.show_pairs SOURCE --model MODEL` pri
 trained on, token by token.
 """
 
-import contextlib
 import functools
 import hashlib
 import heapq
 import itertools
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,135 +33,19 @@ from runtime.rows import (
     split_share,
     split_sources,
 )
+from runtime.templates import (
+    THINKING,
+    as_messages,
+    control_tokens,
+    end_of_turn,
+    end_tokens,
+    prompt_text,
+    render_row,
+    without_end,
+)
 from runtime.weights import tokenizer_digests
 
-# Put before a chat template, it makes today 26 July 2024, which is Llama-3.1's own default: the
-# real date would change the tokens from day to day. (+: the template's first line break stays.)
-DATE = "{% macro strftime_now(f) %}{{ f | replace('%d', '26') | replace('%m', '07')"
-DATE += " | replace('%b', 'Jul') | replace('%B', 'July') | replace('%y', '24')"
-DATE += " | replace('%Y', '2024') }}{% endmacro +%}"
-# What opens a block of thinking, and what closes it; and the variables with which chat templates
-# begin an answer without one.
-THINKING = {"<think>": "</think>", "<thinking>": "</thinking>", "<seed:think>": "</seed:think>"}
-THINKING |= {"[THINK]": "[/THINK]", "<|START_THINKING|>": "<|END_THINKING|>"}
-THINKING |= {"<|channel>thought": "<channel|>"}
-THINKING |= {"Here are my reasoning steps:": "[BEGIN FINAL RESPONSE]"}  # of Apriel
-NO_THOUGHT = re.compile(
-    "|".join(rf"\s*({re.escape(a)})?\s*{re.escape(b)}\s*" for a, b in THINKING.items())
-)
-NO_THINKING = {"enable_thinking": False, "thinking": False}
-
-
 # ---- Prompt and answers → token ids --------------------------------------------------------------
-
-
-def render(tokenizer, messages: list[dict], **options) -> str:
-    """The conversation by the chat template, with DATE for today and the tools that its first
-    message names. Raises InputError if the template does not show them."""
-    how = options | {"chat_template": DATE + tokenizer.get_chat_template(), "tokenize": False}
-    if not (tools := messages[0].get("tools") if messages else None):
-        return tokenizer.apply_chat_template(messages, **how)
-    messages = [{k: v for k, v in messages[0].items() if k != "tools"}, *messages[1:]]
-    text = tokenizer.apply_chat_template(messages, tools=tools, **how)
-    if text == tokenizer.apply_chat_template(messages, **how):
-        raise InputError("the template does not show its tools: --columns tools= leaves them out")
-    return text
-
-
-def as_messages(prompt: list | str) -> list[dict]:
-    """A prompt as messages: HH's dialogue text is split into its turns, any other text is one user
-    message."""
-    if not isinstance(prompt, str):
-        return prompt
-    if not prompt.startswith("\n\nHuman:"):
-        return [{"role": "user", "content": prompt}]
-    messages = []
-    for turn in prompt.rstrip().removesuffix("\n\nAssistant:").split("\n\nHuman:")[1:]:
-        user, *answers = turn.split("\n\nAssistant:")
-        messages.append({"role": "user", "content": user.strip()})
-        messages.extend({"role": "assistant", "content": answer.strip()} for answer in answers)
-    return messages
-
-
-def prompt_text(tokenizer, prompt: list | str, header: bool = True) -> str:
-    """The prompt as the model sees it at inference: the chat template, ending with the assistant's
-    header (or, without `header`, before it).
-
-    Without a chat template, text stays as it is and messages become a dialogue in HH's form.
-    Raises InputError if the template does not show the system message.
-    """
-    if tokenizer.chat_template:
-        messages = as_messages(prompt)
-        text = render(tokenizer, messages, add_generation_prompt=header)
-        if messages[0]["role"] == "system" and messages[0]["content"].strip():
-            others = [messages[0] | {"content": ""}, *messages[1:]]
-            if text == render(tokenizer, others, add_generation_prompt=header):
-                raise InputError("the chat template does not show the system message")
-        return text
-    if isinstance(prompt, str):
-        return prompt
-    if prompt[0].get("tools"):
-        raise InputError(
-            "without a template, tools are not shown: --columns tools= leaves them out"
-        )
-    names = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-    turns = [names[message["role"]] + message["content"] for message in prompt]
-    return "".join(turns) + "\n\nAssistant:"
-
-
-def end_of_turn(tokenizer) -> tuple[int, str, str]:
-    """(id of the token that ends an assistant's turn, the text that the chat template writes after
-    the answer, and the text before it, for render_row).
-
-    The token is the first after the answer at which the model's generation stops, or else the
-    first special one. Where the template writes none, as GLM's, it is the one with which the next
-    question begins, if generation stops at it; otherwise the tokenizer's EOS. Raises InputError if
-    there is no such token at all, or if the template fails on a question and an answer, or leaves
-    out the answer.
-    """
-    lead = tail = following = ""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": "question"}]
-        try:
-            start = render(tokenizer, messages, add_generation_prompt=True)
-            dialogue = [*messages, {"role": "assistant", "content": "ANSWER"}]
-            text = render(tokenizer, dialogue)
-        except Exception as error:
-            raise InputError(f"the chat template fails on a short dialogue: {error}") from error
-        with contextlib.suppress(Exception):  # a template of single questions may refuse another
-            following = render(tokenizer, [*dialogue, *messages]).rpartition("ANSWER")[2]
-        if "ANSWER" not in text:
-            raise InputError(f"the chat template leaves out the answer; it renders {text!r}")
-        before, _, tail = text.rpartition("ANSWER")
-        lead = before.removeprefix(start)
-        if lead == before:  # it does not begin with the prompt: what its tokens have in common
-            ids = [tokenizer(part, add_special_tokens=False).input_ids for part in (before, start)]
-            same = [one == other for one, other in zip(*ids)] + [False]
-            lead = tokenizer.decode(ids[0][same.index(False) :])
-        for closing in THINKING.values():
-            lead = lead.rpartition(closing)[2].lstrip() if closing in lead else lead
-    special, stops = special_ids(tokenizer), getattr(tokenizer, "stop_ids", [])
-    ids = tokenizer(tail, add_special_tokens=False).input_ids
-    ends = [i for i in ids if i in stops] or [i for i in ids if i in special]
-    if not ends:
-        ids = tokenizer(following, add_special_tokens=False).input_ids
-        ends = [i for i in ids[:1] if i in stops]
-    if not ends and tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has neither an EOS token nor a template that ends turns")
-    return (ends[0] if ends else tokenizer.eos_token_id), tail, lead
-
-
-def special_ids(tokenizer) -> list[int]:
-    """The ids of the tokenizer's special tokens."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted(added | {*tokenizer.all_special_ids})
-
-
-def end_tokens(tokenizer) -> list[int]:
-    """The special tokens that end an answer: the end of a turn, and those at which the model's
-    generation stops (see load_tokenizer)."""
-    others = {*special_ids(tokenizer)} & {*getattr(tokenizer, "stop_ids", [])}
-    return sorted({end_of_turn(tokenizer)[0], *others})
 
 
 def tokenize_text(tokenizer, text: str) -> list[int]:
@@ -178,121 +60,36 @@ def tokenize_text(tokenizer, text: str) -> list[int]:
     return ids
 
 
-def render_row(
-    tokenizer, prompt: list | str, answers: list[str], tail: str = "", lead: str = ""
-) -> tuple[str, list[str]]:
-    """The text of the prompt and, for each answer, what follows it up to the end of the turn. An
-    answer without any text gives "". tail, lead: see end_of_turn.
-
-    The prompt is the one of inference. Where the template writes an empty thinking block before
-    every answer, it is the one of inference without thinking, which has this block: it is not
-    scored. An answer is what the template writes after the prompt. Some templates render a
-    conversation otherwise than the prompt and what the model then writes: they leave out earlier
-    thinking, or show a system message only before the last question. Then the answer itself follows
-    the prompt, as it does at inference.
-
-    Raises InputError if the template leaves out a part of an answer, or if the prompt opens a
-    thinking block that an answer does not close.
-    """
-    start = prompt_text(tokenizer, prompt)
-    if not tokenizer.chat_template:
-        return start, answers if isinstance(prompt, str) else [" " + answer for answer in answers]
-    if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
-        answers = [answer.strip() for answer in answers]  # as as_messages does with earlier turns
-    messages, texts = as_messages(prompt), {}
-    for answer in filter(str.strip, answers):
-        texts[answer] = render(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-    before = start  # with which a text begins
-    thinks = any(answer.lstrip().startswith((*THINKING,)) for answer in texts)
-    if texts and not thinks and "thinking" in tokenizer.chat_template:
-        off = render(tokenizer, messages, add_generation_prompt=True, **NO_THINKING)
-        written = NO_THOUGHT.match(next(iter(texts.values())).removeprefix(start))
-        block = written[0] if written else ""
-        while not off.endswith(block):
-            block = block[:-1]
-        closed = any(closing in block for closing in THINKING.values())
-        if closed and all(text.startswith(start + block) for text in texts.values()):
-            start, before = off, start + block
-    opening = next((mark for mark in THINKING if start.rstrip().endswith(mark)), None)
-    closed = [pair for pair in THINKING.items() if start.rstrip().endswith(pair[1])]
-
-    def body(answer: str) -> str:
-        if answer not in texts:
-            return ""
-        text, whole = texts[answer], squeeze(answer) in squeeze(texts[answer])
-        follows = text.startswith(before) and text.endswith(tail) and (whole or not opening)
-        if follows:
-            written = text[len(before) : len(text) - len(tail)]
-            empty = NO_THOUGHT.match(written)
-            if empty and written[empty.end() :].startswith((*THINKING,)):
-                written, follows = written[empty.end() :], False  # the answer has its own block
-        else:
-            written = lead + (answer if answer in text else answer.strip())
-        if opening and not follows:
-            written = answer.strip().removeprefix(opening)
-            written = written.lstrip("\n") if start.endswith("\n") else written
-        if opening and THINKING[opening] not in written:
-            raise InputError(
-                f"the prompt ends with {opening}, and the answer {answer!r} does not close it with "
-                f"{THINKING[opening]}: to train without thinking, set the template's variable for "
-                "it (for example, --template_args enable_thinking=false)"
-            )
-        seen = written if whole else answer
-        if closed and any(mark in seen for pair in closed for mark in pair):
-            raise InputError(
-                f"the prompt ends without thinking, but the answer {answer!r} thinks: set the "
-                "template's variable for it (for example, --template_args enable_thinking=true)"
-            )
-        if not whole and not opening:
-            raise InputError(f"the chat template leaves out a part of the answer {answer!r}")
-        return written
-
-    return start, [*map(body, answers)]
-
-
-def squeeze(text: str) -> str:
-    """The text without white space."""
-    return "".join(text.split())
-
-
 def tokenize_row(
-    tokenizer, prompt: list | str, answers: list[str], end: tuple[int, str, str], stops: list[int]
+    tokenizer,
+    prompt: list | str,
+    answers: list[str],
+    end: tuple[int, str, str, str],
+    stops: list[int],
+    ended: bool = True,
 ) -> list:
     """Token ids of the prompt and of every response: 1 + K lists. prompt, answers: see parse_row;
     end: see end_of_turn; stops: see end_tokens. Raises InputError as render_row.
 
     A response is what follows the prompt (see render_row), up to and including one end-of-turn
-    token. Its ids are those that follow the prompt's in the whole text; where the tokenizer would
-    merge the prompt's last characters with the answer's first ones, those that follow a line
-    break, so that the prompt keeps its ids. An answer without any text gives [].
+    token, or, without `ended`, up to the answer's own last token. Its ids are those that follow the
+    prompt's in the whole text; where the tokenizer would merge the prompt's last characters with
+    the answer's first ones, those that follow a line break, so that the prompt keeps its ids. An
+    answer without any text gives [].
     """
-    end_id, tail, lead = end
-    stop_texts = tokenizer.convert_ids_to_tokens(stops)
-    answers = [without_end(answer, stop_texts) for answer in answers]
-    start, bodies = render_row(tokenizer, prompt, answers, tail, lead)
+    start, bodies = render_row(tokenizer, prompt, answers, end, stops)
     prompt_ids, line_break_ids = (tokenize_text(tokenizer, text) for text in (start, "\n"))
-    # What the template writes before the end of the turn.
-    before_end = tail.partition(tokenizer.convert_ids_to_tokens(end_id))[0]
+    end_ids = [end[0]] if ended else []
 
     def tokenize_body(body: str) -> list[int]:
-        if not body.strip():
-            return []
-        body += before_end
+        body += end[1] if ended else ""
         for before, before_ids in ((start, prompt_ids), ("\n", line_break_ids)):
             ids = tokenize_text(tokenizer, before + body)
             if ids[: len(before_ids)] == before_ids:
-                return [*ids[len(before_ids) :], end_id]
-        return [*tokenizer(body, add_special_tokens=False).input_ids, end_id]
+                return [*ids[len(before_ids) :], *end_ids]
+        return [*tokenizer(body, add_special_tokens=False).input_ids, *end_ids]
 
-    return [prompt_ids, *map(tokenize_body, bodies)]
-
-
-@functools.lru_cache(maxsize=1)
-def control_tokens(tokenizer) -> re.Pattern:
-    """Finds what the tokenizer takes for a control token, as `<s>` in HTML."""
-    return re.compile(
-        "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(special_ids(tokenizer))))
-    )
+    return [prompt_ids, *(tokenize_body(body) if body else [] for body in bodies)]
 
 
 def has_control_tokens(tokenizer, prompt: list | str, answers: list[str], stops: list[int]) -> bool:
@@ -301,13 +98,6 @@ def has_control_tokens(tokenizer, prompt: list | str, answers: list[str], stops:
     texts = [message["content"] for message in as_messages(prompt)]
     texts += [without_end(answer, stop_texts) for answer in answers]
     return any(map(control_tokens(tokenizer).search, texts))
-
-
-def without_end(answer: str, stop_texts: list[str]) -> str:
-    """An answer without the ends of turn that the data wrote after it already."""
-    while ended := [text for text in stop_texts if answer.rstrip().endswith(text)]:
-        answer = answer.rstrip().removesuffix(ended[0])
-    return answer
 
 
 def truncate(ids: list[list], max_length: int, max_prompt_length: int) -> list[list]:
@@ -329,19 +119,19 @@ def truncate(ids: list[list], max_length: int, max_prompt_length: int) -> list[l
 def fit(tokenize, prompt: list | str, max_length: int, max_prompt_length: int) -> list[list]:
     """What is left of a row that exceeds max_length: the prompt loses its oldest turns, and never
     its BOS or system message; if that is not enough, responses are cut to what the prompt leaves
-    them. If one of them loses its end-of-turn token, all do: an end that is scored in the others
-    alone would teach when to stop by what was cut. tokenize: prompt → its and the responses' token
-    ids. Raises Dropped if the last question alone has more than max_prompt_length tokens."""
+    them. If one of them loses its end, all do: an end that is scored in the others alone would
+    teach when to stop by what was cut. tokenize: (prompt, whether responses have their end) → the
+    prompt's and the responses' token ids. Raises Dropped if the last question alone has more than
+    max_prompt_length tokens."""
     while shorter := without_oldest_turn(prompt):
         prompt = shorter
-        ids = tokenize(prompt)
+        ids = tokenize(prompt, True)
         if row_length(ids) <= max_length:
             return ids
-    start, *responses = tokenize(prompt)
+    start, *responses = tokenize(prompt, False)
     if len(start) > max_prompt_length:
         raise Dropped("too long")
-    room = max_length - len(start)
-    return [start, *(response[: min(room, len(response) - 1)] for response in responses)]
+    return [start, *(response[: max_length - len(start)] for response in responses)]
 
 
 def row_length(ids: list[list]) -> int:
@@ -350,15 +140,18 @@ def row_length(ids: list[list]) -> int:
 
 
 def without_oldest_turn(prompt: list | str) -> list | str | None:
-    """The prompt without its first question and what answers it; None if it has one only."""
+    """The prompt without its first question and what answers it, or without what stands before the
+    first question; with all of its system messages. None if it is one question."""
     if isinstance(prompt, str):
         start = prompt.find("\n\nHuman:", 1) if prompt.startswith("\n\nHuman:") else -1
         return prompt[start:] if start > 0 else None
-    questions = [i for i, message in enumerate(prompt) if message["role"] == "user"]
-    if len(questions) < 2:
+    roles = [message["role"] for message in prompt]
+    oldest = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    later = next((i for i in range(oldest + 1, len(roles)) if roles[i] == "user"), None)
+    if later is None:
         return None
-    system = [message for message in prompt[:1] if message["role"] == "system"]
-    first, *rest = [*system, *prompt[questions[1] :]]
+    system = [message for message in prompt[:later] if message["role"] == "system"]
+    first, *rest = [*system, *prompt[later:]]
     tools = {name: value for name, value in prompt[0].items() if name == "tools"}
     return [first | tools, *rest]
 
@@ -386,8 +179,8 @@ def prepare_row(
     ids, status, facts = [[]], "refused by template", []
     truncation, max_length, max_prompt_length = limits
 
-    def tokenize(prompt) -> list:
-        return tokenize_row(tokenizer, prompt, answers, end, stops)
+    def tokenize(prompt: list | str, ended: bool = True) -> list:
+        return tokenize_row(tokenizer, prompt, answers, end, stops, ended)
 
     try:
         if isinstance(answers, str):  # the reason why the row is dropped

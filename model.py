@@ -18,8 +18,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data import MicroBatch, end_of_turn
+from data import MicroBatch
 from runtime.errors import InputError
+from runtime.templates import end_of_turn
 from runtime.weights import (
     check_surgery,
     first_values,

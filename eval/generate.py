@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from data import as_messages, end_of_turn, prompt_text, tokenize_text
+from data import tokenize_text
 from eval.report import (
     GENERATION,
     at_least,
@@ -47,6 +47,7 @@ from runtime.rows import (
     parse_row,
     rename,
 )
+from runtime.templates import as_messages, end_of_turn, prompt_text
 from runtime.weights import (
     generation_config,
     load_config,

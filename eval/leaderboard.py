@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from data import DATE
 from eval.generate import NO_VLLM, short_name
 from eval.report import at_least, make_parser, parse_engine_args, write_result
 from runtime.command_line import run_command
 from runtime.errors import InputError
+from runtime.templates import DATE
 from runtime.weights import load_tokenizer, model_fingerprint, resolve_model, tokenizer_digests
 
 # {benchmark: (the harness's task or group, shots, metrics whose mean is the score)}

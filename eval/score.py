@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from data import as_messages, render, tokenize_text
+from data import tokenize_text
 from runtime.errors import InputError
+from runtime.templates import as_messages, render
 from runtime.weights import load_config, load_tokenizer
 
 Scorer = Callable[[list[dict]], list[float]]

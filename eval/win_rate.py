@@ -17,7 +17,6 @@ import re
 import statistics
 from pathlib import Path
 
-from data import as_messages
 from eval.generate import answer, sampling_options, short_name
 from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
 from eval.report import (
@@ -32,6 +31,7 @@ from eval.report import (
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.rows import Dropped, is_json, load_rows, parse_row, rename
+from runtime.templates import as_messages
 
 JUDGE_TOKENS = 512
 # The criteria are those of the DPO paper (appendix C.2), the words are not.

@@ -515,6 +515,21 @@ TALK_HH = "\n\nHuman: what?\n\nAssistant: plus two\n\nHuman: two?\n\nAssistant:"
                 "what·<|im_end|>",
             ],
         ),
+        # All system messages stay, and what stands before the first question goes alone.
+        (
+            TALK | {"prompt": RULES + LONG[:1] + message("system", "two?") + LONG[1:]},
+            (44, 30),
+            [
+                RULED + "<|im_start|>·s·yst·em·\n·t·wo·?" + END + LAST,
+                "plus·<|im_end|>",
+                "what·<|im_end|>",
+            ],
+        ),
+        (
+            TALK | {"prompt": message("assistant", "plus two") + LONG},
+            (35, 30),
+            [FIRST + LAST, "plus·<|im_end|>", "what·<|im_end|>"],
+        ),
         # Then the longer response; and since it loses its end, so does the other.
         (TALK | {"chosen": "plus two two two"}, (15, 13), [LAST, "plus· two· two", "what"]),
         (TALK | {"rejected": "what is two two"}, (15, 13), [LAST, "plus", "what· is· two"]),

@@ -1506,9 +1506,9 @@ def test_the_harness_sees_the_tokens_of_training(tmp_path, template, adds_bos):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from data import end_of_turn, prompt_text
     from loss import sum_logps
     from model import PackedModel, build_model
+    from runtime.templates import end_of_turn, prompt_text
 
     tokenizer, plain = make_tokenizer(template, adds_bos), make_model("llama")
     rows = [{"prompt": "what is two?", "chosen": " two.", "rejected": " a small one"}]

@@ -16,6 +16,7 @@ import data
 from eval import generate as generate_module
 from eval.generate import answer, generate, generate_tokens, own_sampling, short_name
 from eval.report import parse_engine_args
+from runtime import templates
 from runtime.errors import InputError
 from runtime.log import open_alone
 
@@ -77,7 +78,7 @@ def test_answers_are_tokenized_as_they_were_generated(template, prompt):
     tokenizer = make_tokenizer(template)
     ids = tokenizer("two plus" if template else " two plus", add_special_tokens=False).input_ids
     text = generate_module.decode(tokenizer, prompt, ids)
-    end = data.end_of_turn(tokenizer)
+    end = templates.end_of_turn(tokenizer)
     _, trained = data.tokenize_row(tokenizer, prompt, [text], end, [end[0]])
     assert trained == [*ids, end[0]]
 

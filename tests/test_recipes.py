@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
-from data import end_of_turn, tokenize_row
+from data import tokenize_row
 from model import blocks, build_model, shard
+from runtime.templates import end_of_turn
 from runtime.weights import load_tokenizer
 from train import parse_args
 

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 import data
+from runtime import templates
 from runtime.errors import InputError
 from runtime.weights import set_variables
 
@@ -283,14 +284,14 @@ def tokenizer_for(template: str, stops: tuple[str, ...] = ()) -> PreTrainedToken
 
 def trained(tokenizer, prompt: list[dict], answers: list[str]) -> tuple[list[int], list[str]]:
     """What becomes of a row: the ids of its prompt, and the texts that are scored."""
-    end, stops = data.end_of_turn(tokenizer), data.end_tokens(tokenizer)
+    end, stops = templates.end_of_turn(tokenizer), data.end_tokens(tokenizer)
     prompt_ids, *responses = data.tokenize_row(tokenizer, prompt, answers, end, stops)
     return prompt_ids, [tokenizer.decode(ids) for ids in responses]
 
 
 def at_inference(tokenizer, prompt: list[dict], **variables) -> list[int]:
     """The ids of a prompt at inference, on the day that training assumes."""
-    template = data.DATE + tokenizer.chat_template
+    template = templates.DATE + tokenizer.chat_template
     options = {"add_generation_prompt": True, "chat_template": template, "return_dict": False}
     return tokenizer.apply_chat_template(prompt, **options, **variables)
 
@@ -308,7 +309,7 @@ def result(tokenizer, prompt: list[dict], answers: list[str]) -> str:
         kinds = [kind for part, kind in ERRORS.items() if part in str(error)]
         return f"error: {kinds[0] if kinds else 'the template fails'}"
     scored = f"`{scored!r}`".replace("'", "").replace("|", "\\|")
-    for name, variables in (("", {}), ("without thinking: ", data.NO_THINKING)):
+    for name, variables in (("", {}), ("without thinking: ", templates.NO_THINKING)):
         try:
             if ids == at_inference(tokenizer, prompt, **variables):
                 return name + scored
@@ -320,14 +321,14 @@ def result(tokenizer, prompt: list[dict], answers: list[str]) -> str:
 def differs(file: Path) -> None:
     """Say so if what TEMPLATES has of this name does not render as the file does."""
     for conversation in CONVERSATIONS:
-        for variables in ({}, data.NO_THINKING, {"enable_thinking": True, "thinking": True}):
+        for variables in ({}, templates.NO_THINKING, {"enable_thinking": True, "thinking": True}):
             if file.stem in TEMPLATES:
                 texts = []
                 for template in (file.read_text(), TEMPLATES[file.stem]):
                     asks = conversation[-1]["role"] == "user"
                     how = {"add_generation_prompt": asks} | variables
                     try:
-                        texts.append(data.render(tokenizer_for(template), conversation, **how))
+                        texts.append(templates.render(tokenizer_for(template), conversation, **how))
                     except Exception as error:
                         texts.append(str(error))
                 if texts[0] != texts[1]:
@@ -356,7 +357,7 @@ UNCLOSED, THINKS_ANYWAY = "does not close it", "ends without thinking"
 # By hand: the variables with which inference has the prompt that is trained; what is scored of
 # CHOSEN; and of THOUGHT + CHOSEN: what comes before what is scored of CHOSEN, or the error.
 PLAIN = ({}, "It is fine.{}", THOUGHT)
-OFF_BY_ITSELF = (data.NO_THINKING, "It is fine.{}", THOUGHT)
+OFF_BY_ITSELF = (templates.NO_THINKING, "It is fine.{}", THOUGHT)
 EXPECTED = {
     "zephyr": ("</s>", *PLAIN),
     "llama3": ("<|eot_id|>", *PLAIN),
@@ -375,7 +376,7 @@ EXPECTED = {
     "deepseekv3": (SENTENCE, {}, UNCLOSED, "Is it?\n</think>\n\n"),
     "deepseek_v3.1": (SENTENCE, *PLAIN[:2], THINKS_ANYWAY),
     "deepseek_v3.2": (SENTENCE, *PLAIN[:2], THINKS_ANYWAY),
-    "glm4moe": ("<|user|>", data.NO_THINKING, "\nIt is fine.{}", "\n<think>Is it?</think>"),
+    "glm4moe": ("<|user|>", templates.NO_THINKING, "\nIt is fine.{}", "\n<think>Is it?</think>"),
     "glm4.7_flash": ("<|user|>", {}, UNCLOSED, "Is it?</think>"),
     "nemotron_3_nano": ("<|im_end|>", {}, UNCLOSED, "Is it?\n</think>\n\n"),
     "command_r7b": (
@@ -427,11 +428,63 @@ def test_an_answer_with_its_thought_is_scored_as_a_whole(name):
         assert "</think>\n\nNo idea" in texts[1]
 
 
+EMPTY, QUOTE = "<think>\n\n</think>\n\n", "It is <think>x</think> fine."
+WRITTEN_BEFORE = "<|START_RESPONSE|>It is fine.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+
+
+@pytest.mark.parametrize(
+    "name, question, answers, expected",
+    [
+        # What the template drops of an answer is missed, also if the prompt has the same words.
+        ("qwen3", f"Say {QUOTE}", [QUOTE, "b"], "leaves out a part of the answer"),
+        ("qwen3", "?", [f"assistant\n{EMPTY}a", "b"], "leaves out a part of the answer"),
+        # To mention a mark is not to think.
+        ("qwen3", "?", ["Use the <think> tag.", "b"], ["Use the <think> tag.{}", "b{}"]),
+        ("deepseek_v3.1", "?", ["Use the <think> tag.", "b"], ["Use the <think> tag.{}", "b{}"]),
+        # Empty blocks in the data are the prompt's, whatever their white space is.
+        ("qwen3", "?", [f"{EMPTY}a", "<think></think>b"], ["a{}", "b{}"]),
+        ("qwen3_8", "?", [f"{EMPTY}a", "<think></think>b"], ["a{}", "b{}"]),
+        ("deepseek_v3.2", "?", [f"{EMPTY}a", "<think></think>b"], ["a{}", "b{}"]),
+        ("gemma4_31b", "?", ["<|channel>thought\n<channel|>a", "b"], ["a{}", "b{}"]),
+        ("zephyr", "?", [f"{EMPTY}a", f"{EMPTY}b"], [EMPTY + "a{}", EMPTY + "b{}"]),
+        # But not where another answer thinks.
+        ("qwen3", "?", [f"{EMPTY}a", f"{THOUGHT}b"], [EMPTY + "a{}", THOUGHT + "b{}"]),
+        ("qwen3", "?", ["<think>\na", f"{THOUGHT}b"], "begins to think, and does not end it"),
+        ("deepseekv3", "?", [QUOTE, f"{THOUGHT}b"], "opens another"),
+        # Nothing that the template writes is there twice.
+        ("command_r7b", "?", [WRITTEN_BEFORE, CHOSEN], [WRITTEN_BEFORE] * 2),
+        ("phi3_5", "?", ["a<|end|>\n</s>", "b<|end|>"], ["a{}", "b{}"]),
+    ],
+)
+def test_an_answer_is_neither_cut_nor_doubled(name, question, answers, expected):
+    end = EXPECTED[name][0]
+    tokenizer = tokenizer_for(TEMPLATES[name], (end,))
+    prompt = [{"role": "user", "content": question}]
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            trained(tokenizer, prompt, answers)
+    else:
+        ids, texts = trained(tokenizer, prompt, answers)
+        assert texts == [text.format(end) for text in expected]
+        off = at_inference(tokenizer, prompt, **templates.NO_THINKING)
+        assert ids in (at_inference(tokenizer, prompt), off)
+
+
+def test_a_response_that_is_cut_leaves_the_other_no_piece_of_the_end(tmp_path):
+    tokenizer = tokenizer_for(TEMPLATES["command_r7b"], ("<|END_OF_TURN_TOKEN|>",))
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"prompt": "?", "chosen": "a", "rejected": "x" * 300}))
+    (row,) = data.load_data(str(source), tokenizer, 100, 50).rows
+    chosen, rejected = map(tokenizer.decode, row["responses"])
+    assert chosen == "<|START_RESPONSE|>a"
+    assert rejected == "<|START_RESPONSE|>" + "x" * (99 - len(row["prompt"]))
+
+
 @pytest.mark.parametrize("name", ["nemotron_3_nano", "glm4.7_flash", "qwen3", "qwen3_5_think"])
 def test_template_args_switch_thinking_off(name):
     end = EXPECTED[name][0]
     tokenizer = tokenizer_for(TEMPLATES[name], (end,))
-    off = at_inference(tokenizer, [USER], **data.NO_THINKING)
+    off = at_inference(tokenizer, [USER], **templates.NO_THINKING)
     tokenizer.chat_template = set_variables(tokenizer.chat_template, "enable_thinking=false")
     ids, texts = trained(tokenizer, [USER], [CHOSEN, REJECTED])
     assert ids == at_inference(tokenizer, [USER]) == off
