@@ -294,10 +294,10 @@ def without_end(answer: str, ends: list[str], before_end: str = "") -> str:
 def without_header(tokenizer, answer: str, start: str, lead: str) -> str:
     """An answer without what the data wrote before it already: the lead of end_of_turn, or the
     control token with which the prompt ends."""
-    control, bare = control_tokens(tokenizer), answer.lstrip()
-    if control.search(lead) and bare.startswith(lead.strip()):
+    bare, control = answer.lstrip(), control_tokens(tokenizer)
+    if lead and bare.startswith(lead.strip()) and control.search(lead):
         return bare.removeprefix(lead.strip())
-    found = [*control.finditer(start)]
-    if found and found[-1].end() == len(start.rstrip()) and bare.startswith(found[-1][0]):
-        return bare.removeprefix(found[-1][0])
+    first = control.match(bare)
+    if first and start.rstrip().endswith(first[0]):
+        return bare.removeprefix(first[0])
     return answer
