@@ -9,7 +9,7 @@ responses to a prompt, the first is the best.
 
 import numpy as np
 
-from data import load_data
+from data import load_data, overlaps
 from eval.report import make_parser
 from runtime.command_line import run_command
 from runtime.weights import load_tokenizer, resolve_model
@@ -44,7 +44,8 @@ def main() -> None:
             print(f"  {name} ({len(ids)} tokens, {role}): {tokens}")
     names = ("prompt", *sides, whole)
     width = max(map(len, names)) + 2
-    print(f"{data.report}\n{'tokens':<{width}}{'mean':>8}{'median':>8}{'95 %':>8}{'max':>8}")
+    print(f"{data.report}\n{overlaps(data, None)}")
+    print(f"{'tokens':<{width}}{'mean':>8}{'median':>8}{'95 %':>8}{'max':>8}")
     for name, column in zip(names, (*data.lengths.T, data.tokens)):
         numbers = (column.mean(), np.median(column), np.percentile(column, 95), column.max())
         print(f"{name:<{width}}" + "".join(f"{number:>8.0f}" for number in numbers))

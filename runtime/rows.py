@@ -15,22 +15,26 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as parquet
 from datasets import packaged_modules
 from datasets.packaged_modules.json.json import Json
 
 from runtime.cache import CacheError, asked_once, cache_folder, files_digest, locked, seal
 from runtime.errors import InputError
 from runtime.identity import ROOT
+from runtime.templates import as_messages
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 FILE_TYPES |= {".csv": "csv", ".tsv": "csv"}
 DROPPED = ("empty", "identical", "different prompts", "end of turn inside", "too long")
 DROPPED += ("refused by template",)
-UNREAD = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # a message's other parts
+# A message's other parts.
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, which says from and value
 # Columns that other code trains on (TRL, LLaMA-Factory, ms-swift, axolotl), and this code does not.
 FOREIGN = ("images", "image", "videos", "video", "audios", "audio", "history", "documents")
-FOREIGN += ("chat_template_kwargs",)
+FOREIGN += ("chat_template_kwargs", "functions", "chat_history", "conversation_history")
+FOREIGN += ("instruction", "input", "context")  # of Alpaca, unless the prompt has their texts
 # A list of messages in a cell: as JSON, or as Python or numpy print it.
 WRITTEN_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]""")
 FORMATS = """Accepted rows (other columns are ignored):
@@ -65,11 +69,16 @@ def split_sources(sources: str) -> list[str]:
 
 
 def split_share(source: str) -> tuple[str, float]:
-    """`source:0.5` → the source and the share of its rows; 1.0 for one without a share."""
+    """`source:0.5` → the source and the share of its rows; 1.0 for one without a share. Raises
+    InputError for one that is not above 0 and at most 1."""
     name, _, share = source.rpartition(":")
-    if re.fullmatch(r"0?\.\d+", share) and not Path(source).exists():
-        return name, float(share)
-    return source, 1.0
+    number = re.fullmatch(r"(-?\d*\.\d+|-?\d+)(%?)", share)
+    # A data set of the hub may have a split of such a name.
+    if not number or Path(source).exists() or not ("." in share or file_type(name)):
+        return source, 1.0
+    if number[2] or not 0 < float(share) <= 1:
+        raise InputError(f"{source}: a share is above 0 and at most 1, not {share}")
+    return name, float(share)
 
 
 def load_rows(source: str) -> datasets.Dataset:
@@ -120,10 +129,11 @@ def load_builder(name: str, names: list[str]) -> datasets.Dataset:
     """The rows of a data set of the hub, or of a clone of one; names: [config and] split."""
     find = find_builder if Path(name).is_dir() else hub_builder
     found = find(name, *(names or ["train"]))
-    load = load_json if found["json"] else datasets.Dataset.from_file
-    rows = datasets.concatenate_datasets([load(file) for file in found["files"]])
-    if not found["json"]:
-        rows._fingerprint = found["fingerprint"]
+    if found["json"]:
+        parts = [load_texts(file, json_texts, parse_json) for file in found["files"]]
+        return datasets.concatenate_datasets(parts)
+    rows = datasets.concatenate_datasets([*map(datasets.Dataset.from_file, found["files"])])
+    rows._fingerprint = found["fingerprint"]
     return rows
 
 
@@ -185,24 +195,21 @@ def load_file(path: str, kind: str | None) -> datasets.Dataset:
         raise InputError(f"no such file (working directory: {os.getcwd()})")
     if kind is None or path.lower().endswith(".parquet.gz"):
         raise InputError("its type is not .jsonl, .json, .csv, .tsv (also .gz) or .parquet")
+    with open_unpacked(path) as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise InputError("is Git LFS's pointer to the file: fetch it with git lfs pull")
     if kind == "json":
-        return load_json(path)
-    options = {}
-    if kind == "csv":  # "4" and "None" are answers, too
+        return load_texts(path, json_texts, parse_json)
+    if kind == "csv":
         separator = "\t" if ".tsv" in Path(path.lower()).suffixes else ","
-        with open_unpacked(path) as file:
-            header = decode(file.readline(), 1).removeprefix("\ufeff")
-            columns = len(next(csv.reader([header], delimiter=separator), []))
-            filled = [bool(decode(line, number).strip()) for number, line in enumerate(file, 2)]
-        if not columns or not any(filled):
-            raise InputError("has no rows")
-        options = {"converters": dict.fromkeys(range(columns), str), "keep_default_na": False}
-        options |= {"sep": separator}
+        return load_texts(path, functools.partial(csv_texts, separator=separator), parse_cells)
+    if parquet.read_metadata(path).num_rows == 0:
+        raise InputError("has no rows")
     # datasets knows a file by path and time, which a copy can leave unchanged: each content has a
     # cache of its own.
     digest = content_digest(path)
     folder = cache_folder("rows") / digest[:32]
-    options |= {"data_files": glob.escape(path), "cache_dir": str(folder)}
+    options = {"data_files": glob.escape(path), "cache_dir": str(folder)}
     with locked(folder) as intact:
         rows = datasets.load_dataset(kind, split="train", **options)
         if not intact:
@@ -211,10 +218,10 @@ def load_file(path: str, kind: str | None) -> datasets.Dataset:
     return rows
 
 
-def load_json(path: str) -> datasets.Dataset:
-    """The rows of a file of JSON lines, or of one JSON array. In the cache, each is the text that
-    it has in the file: to hold them as columns, datasets would make their types alike, and change
-    what they say."""
+def load_texts(path: str, read: Callable, parse: Callable) -> datasets.Dataset:
+    """The rows of a file of JSON or CSV. In the cache, each is a JSON text: to hold them as
+    columns, datasets would make their types alike, and change what they say. read: file → texts;
+    parse: parse_json or parse_cells."""
     digest = content_digest(path)
     folder, schema = cache_folder("json") / digest[:32], pa.schema({"json": pa.large_binary()})
     with locked(folder) as intact:
@@ -226,7 +233,7 @@ def load_json(path: str) -> datasets.Dataset:
                     pa.OSFile(str(folder / "rows.arrow"), "wb") as sink,
                     pa.ipc.new_stream(sink, schema) as writer,
                 ):
-                    texts = json_texts(file)
+                    texts = read(file)
                     while batch := [*itertools.islice(texts, 10_000)]:
                         writer.write_batch(
                             pa.record_batch([pa.array(batch, schema[0].type)], schema)
@@ -235,7 +242,7 @@ def load_json(path: str) -> datasets.Dataset:
                 shutil.rmtree(folder)
                 raise
             seal(folder)
-    rows = datasets.Dataset.from_file(str(folder / "rows.arrow")).with_transform(parse_json)
+    rows = datasets.Dataset.from_file(str(folder / "rows.arrow")).with_transform(parse)
     rows._fingerprint = digest
     return rows
 
@@ -311,6 +318,8 @@ def json_texts(file) -> Iterator[bytes]:
         match = next_item.match(text, place)
         number += text.count("\n", place, match.end())
         if text[match.end() : match.end() + 1] == "]" and not match[1]:
+            if text[match.end() + 1 :].strip(space):
+                raise InputError(f"line {number} is not valid JSON (it goes on after the list)")
             break
         if bool(match[1]) != (row > 0):
             raise InputError(f"line {number} is not valid JSON (objects, and a comma between two)")
@@ -319,9 +328,32 @@ def json_texts(file) -> Iterator[bytes]:
         number += text.count("\n", match.end(), place)
 
 
+def csv_texts(file, separator: str) -> Iterator[bytes]:
+    """Of every row of CSV, its cells as JSON. Raises InputError, naming the line, for one that does
+    not have a cell for each column of the header, or whose quotes are wrong."""
+    csv.field_size_limit(2**31 - 1)
+    lines = (decode(line, number) for number, line in enumerate(file, 1))
+    lines = itertools.chain([next(lines, "").removeprefix("\ufeff")], lines)
+    reader, header, begin = csv.reader(lines, delimiter=separator, strict=True), None, 1
+    try:
+        for cells in reader:
+            if header is None:
+                header = cells
+                if twice := [name for name in header if header.count(name) > 1]:
+                    raise InputError(f"line 1: the column '{twice[0]}' is there twice")
+            elif len(cells) > 1 or "".join(cells).strip():
+                if len(cells) != len(header):
+                    problem = f"line {begin}: {len(cells)} cells, but {len(header)} columns"
+                    raise InputError(f"{problem}; quote cells that contain {separator!r}")
+                yield json.dumps(dict(zip(header, cells)), ensure_ascii=False).encode()
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"line {begin}: {error}") from None
+
+
 def is_json(rows: datasets.Dataset) -> bool:
-    """Whether the rows are those of load_json."""
-    return rows.format["type"] == "custom"
+    """Whether the rows are those of JSON, in which a text is what it says."""
+    return rows.format["format_kwargs"].get("transform") is parse_json
 
 
 class Missing:
@@ -329,10 +361,15 @@ class Missing:
 
 
 def parse_json(batch: dict[str, list[bytes]]) -> dict[str, list]:
-    """Rows of load_json → their values by key."""
+    """Rows of load_texts → their values by key."""
     rows = [*map(json.loads, batch["json"])]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name, Missing) for row in rows] for name in names}
+
+
+def parse_cells(batch: dict[str, list[bytes]]) -> dict[str, list]:
+    """parse_json, of the cells of a table."""
+    return parse_json(batch)
 
 
 def map_rows(
@@ -398,17 +435,19 @@ def rename(row: dict, columns: str) -> dict:
     """The row with other names of its columns: `columns` is "prompt=question,history=", the wanted
     names and those that the row has; a column without a new name is left out. Raises InputError for
     one that is not there."""
-    renamed = dict(row)
+    renamed, given = dict(row), {}
     for part in filter(None, columns.replace(" ", "").split(",")):
         name, equals, own = part.partition("=")
         if not equals:
             raise InputError(f"--columns: '{part}' is not of the form NAME=COLUMN")
         if own and own not in row:
             raise InputError(f"there is no column '{own}', but {', '.join(row)}")
+        if name in given:
+            raise InputError(f"--columns: '{name}' is there twice")
         renamed.pop(own, None)
         renamed.pop(name, None)
-        renamed |= {name: row[own]} if own else {}
-    return renamed
+        given[name] = row[own] if own else Missing
+    return renamed | {name: value for name, value in given.items() if value is not Missing}
 
 
 def read_number(row: dict, column: str) -> float:
@@ -439,14 +478,18 @@ def parse_row(row: dict, verbatim: bool = False) -> tuple[list | str, list[str]]
     of the formats, and for columns that would be left out in silence.
     """
     prompt, answers = parse_format(row, verbatim)
+    if not as_messages(prompt)[-1]["content"].strip():
+        raise Dropped("empty")
     return complete_prompt(row, prompt), answers
 
 
 def complete_prompt(row: dict, prompt: list | str) -> list | str:
     """The prompt of a row with what its other columns say of it: see parse_row. Raises InputError
     for what cannot be said."""
-    for name in FOREIGN:
-        if row.get(name):
+    shown = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+    for name in FOREIGN + ("messages", "conversations") * isinstance(prompt, str):
+        value = row.get(name)
+        if value and not (isinstance(value, str) and value.strip() in shown):
             raise InputError(f"its column '{name}' is not used: --columns {name}= leaves it out")
     system, tools = row.get("system") or row.get("system_prompt"), row.get("tools")
     if messages := as_conversation(system):
@@ -509,7 +552,12 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
     if not answers or any(blank[1:]) or blank[0] and known:
         raise Dropped("empty")
     kinds = {column: type(value).__name__ for column, value in row.items()}
-    raise InputError(f"in none of the accepted formats; its columns are {kinds}.\n{FORMATS}")
+    problem = f"in none of the accepted formats; its columns are {kinds}"
+    for name, value in row.items():
+        for place, message in enumerate(value if isinstance(value, list) else []):
+            if isinstance(message, dict) and not as_message(message):
+                raise InputError(f"{problem}, and {name}[{place}] is {message!r:.200}.\n{FORMATS}")
+    raise InputError(f"{problem}.\n{FORMATS}")
 
 
 def split_conversations(answers: list[list[dict]]) -> tuple[list[dict], list]:
@@ -546,17 +594,20 @@ def as_conversation(value) -> list[dict] | None:
 
 def as_message(value) -> dict | None:
     """A message with a known role and text, or parts that are text, and nothing in keys that are
-    UNREAD → its role and content; None for anything else."""
+    UNREAD → its role and content; None for anything else. Raises Dropped if its content is null."""
     if not isinstance(value, dict) or any(value.get(key) for key in UNREAD):
         return None
     role, content = value.get("role"), value.get("content")
     if role is None and content is None:
         role, content = ROLES.get(value.get("from"), value.get("from")), value.get("value")
+    known = role in ("system", "user", "assistant")
+    if known and content is None and {"content", "value"} & {*value}:
+        raise Dropped("empty")
     if isinstance(content, list):
         parts = [
             p.get("text") if isinstance(p, dict) and p.get("type") == "text" else p for p in content
         ]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
-    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+    if not known or not isinstance(content, str):
         return None
     return {"role": role, "content": content}

@@ -62,7 +62,16 @@ ROWS = [
     ("an unknown role", {"chosen": [message("human", "?"), PLUS], "rejected": [Q, WHAT]}, []),
     ("a role that is a number", {"chosen": [message(1, "?"), PLUS], "rejected": [Q, WHAT]}, []),
     ("a null role", {"chosen": [message(None, "?"), PLUS], "rejected": [Q, WHAT]}, []),
-    ("a null content", {"chosen": [message("user", None), PLUS], "rejected": [Q, WHAT]}, []),
+    (
+        "a role that is not known",
+        {"chosen": [Q, message("bot", "?")], "rejected": [Q, WHAT]},
+        ["chosen[1] is {'role': 'bot'"],
+    ),
+    (
+        "a call of a function, by its older name",
+        {"prompt": "?", "chosen": [PLUS | {"function_call": {"name": "f"}}], "rejected": [WHAT]},
+        ["chosen[0] is {'role': 'assistant'"],
+    ),
     ("no role", {"chosen": [{"content": "?"}, PLUS], "rejected": [Q, WHAT]}, []),
     ("other keys", {"chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "b"}]}, []),
     (

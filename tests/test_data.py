@@ -1025,6 +1025,7 @@ def test_the_command_line_shows_tokens_and_statistics_or_one_line_of_error(write
         "  chosen (2 tokens, scored): plus|<|im_end|>",
         "  rejected (2 tokens, scored): what|<|im_end|>",
         load_data(source, CHAT, 2048, 1800).report,
+        "0 rows are repeated, 0 pairs are also there the other way round",
         "tokens        mean  median    95 %     max",
         "prompt          13      13      13      13",
         "chosen           3       3       4       4",

@@ -145,7 +145,66 @@ def test_cells_are_text(tmp_path, suffix, separator):
     path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
     prompt = chatml("2+2?")
     assert load(path) == [[prompt, "04", "None"], [prompt, "4.0", "nan"]]
-    assert list(load_rows(str(path))["score"]) == ["1", ""]
+    assert [row["score"] for row in load_rows(str(path))] == ["1", ""]
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        (["q,a, and c,b"], "line 2: 4 cells, but 3 columns; quote cells that contain ','"),
+        (["q,a,b", "q,a,b,"], "line 3: 4 cells, but 3 columns"),
+        (["q,a,b", "", '"q\n?",a,b', "q,a"], "line 6: 2 cells, but 3 columns"),
+        (["q,a,b", 'q,"a \\"b\\", c",d'], "line 3: ',' expected after '\"'"),
+        (['q,"a,b'], "line 2: unexpected end of data"),
+        (["q,a\rb,c"], "line 2: new-line character seen in unquoted field"),
+    ],
+)
+def test_cells_that_are_not_where_they_should_be_are_an_error(tmp_path, lines, said):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("\n".join(["prompt,chosen,rejected", *lines]).encode())
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert f"{path}: cannot be read: {said}" in str(error.value)
+
+
+def test_a_table_may_have_quotes_blank_lines_and_long_cells(tmp_path):
+    path, long = tmp_path / "rows.csv", "a" * 200_000
+    text = f'\ufeffprompt,chosen,rejected\r\n"q ""x"", y\nz",{long},b\r\n\r\n   \r\nq,c,d'
+    path.write_bytes(text.encode())
+    rows = [*load_rows(str(path))]
+    assert rows == [
+        {"prompt": 'q "x", y\nz', "chosen": long, "rejected": "b"},
+        {"prompt": "q", "chosen": "c", "rejected": "d"},
+    ]
+    path.write_text("prompt,chosen,rejected,chosen\nq,a,b,c\n")
+    with pytest.raises(InputError, match="line 1: the column 'chosen' is there twice"):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize("after", ['[{"prompt": "q"}]', '{"prompt": "q"}', "}", "x"])
+def test_nothing_after_a_list_is_left_unread(tmp_path, after):
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{json.dumps(TEXT)}]\n{after}\n")
+    with pytest.raises(InputError, match="is not valid JSON .it goes on after the list"):
+        load_rows(str(path))
+
+
+def test_files_that_hold_no_rows_are_named(tmp_path):
+    pointer, empty = tmp_path / "rows.jsonl", tmp_path / "rows.parquet"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+    with pytest.raises(InputError, match="Git LFS's pointer"):
+        load_rows(str(pointer))
+    datasets.Dataset.from_dict({"prompt": [], "chosen": []}).to_parquet(str(empty))
+    with pytest.raises(InputError, match="has no rows"):
+        load_rows(str(empty))
+
+
+@pytest.mark.parametrize("share", ["1.5", "0", "0.0", "-0.5", "50%"])
+def test_a_share_that_is_none_is_an_error(tmp_path, share):
+    path = write(tmp_path / "rows.jsonl", [TEXT] * 4)
+    with pytest.raises(InputError, match=f"a share is above 0 and at most 1, not {share}"):
+        load_data(f"{path}:{share}", CHAT, 200, 100)
+    assert len(load_data(f"{path}:1.0", CHAT, 200, 100).rows) == 4
 
 
 @pytest.mark.parametrize("text", [json.dumps(TALK["chosen"]), repr(TALK["chosen"])])
@@ -212,6 +271,20 @@ NULLS = [TEXT | {"chosen": None}, TEXT | {"prompt": None}, TEXT | {"rejected": "
 NULLS += [TALK | {"chosen": []}, TEXT | {"chosen": None, "rejected": None}]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        TEXT | {"prompt": [{"role": "user", "content": " "}]},
+        TEXT | {"prompt": [{"role": "user", "content": None}]},
+        TALK | {"chosen": [*ASK, {"role": "assistant", "content": None}]},
+        {side: f"\n\nHuman: \n\nAssistant: {side}" for side in ("chosen", "rejected")},
+    ],
+)
+def test_an_empty_or_null_content_is_an_empty_row(tmp_path, row):
+    path = str(write(tmp_path / "rows.jsonl", [TEXT, row]))
+    assert "1 of 2 rows dropped (1 empty" in load_data(path, CHAT, 200, 100).report
+
+
 def test_nulls_are_dropped_and_counted(tmp_path):
     for suffix in (".jsonl", ".parquet"):
         rows, path = [*NULLS[:3], NULLS[4], TEXT], str(tmp_path / f"rows{suffix}")
@@ -228,6 +301,37 @@ def test_nulls_are_dropped_and_counted(tmp_path):
 
 
 # ---- Columns -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"input": "bonjour"},
+        {"context": "Anna did it."},
+        {"functions": [{"name": "f"}]},
+        {"chat_history": ASK},
+        {"messages": [*ASK, {"role": "assistant", "content": "Hi"}, *ASK]},
+    ],
+)
+def test_what_other_code_would_put_into_the_prompt_is_an_error(tmp_path, more):
+    (name,) = more
+    path = str(write(tmp_path / "rows.jsonl", [TEXT | more]))
+    with pytest.raises(InputError, match=f"column '{name}' is not used: --columns {name}= leaves"):
+        load(path)
+    for harmless in ({name: None}, {name: ""}, {name: TEXT["prompt"]} if name == "input" else {}):
+        assert load(write(tmp_path / "rows.jsonl", [TEXT | harmless])) == load(
+            write(tmp_path / "text.jsonl", [TEXT])
+        )
+
+
+def test_columns_can_be_exchanged(tmp_path):
+    path = str(write(tmp_path / "rows.jsonl", [TEXT]))
+    swapped = load_data(path, CHAT, 200, 100, columns="chosen=rejected,rejected=chosen")
+    (row,), (other,) = load_data(path, CHAT, 200, 100).rows, swapped.rows
+    assert row["responses"] == other["responses"][::-1] and row["prompt"] == other["prompt"]
+    with pytest.raises(InputError, match="--columns: 'chosen' is there twice"):
+        load_data(path, CHAT, 200, 100, columns="chosen=rejected,chosen=prompt")
+
 
 FRENCH = "SYSTEM Answer in French."
 SYSTEMS = {
