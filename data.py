@@ -233,6 +233,8 @@ class DataSet:
     reference: (rows, K) float32, summed log-probs of the responses under the starting model, for a
         loss that asks for them; else None
     report: a sentence on what was dropped and truncated
+    separate: whether the model computes every response in a row of its own, with its prompt, padded
+        to the longest (PackedModel.separate_logps)
     """
 
     rows: datasets.Dataset
@@ -240,6 +242,7 @@ class DataSet:
     schedule: Sequence[list[list[list[int]]]] = ()
     reference: torch.Tensor | None = None
     report: str = ""
+    separate: bool = False
 
     def __setattr__(self, name: str, value) -> None:
         if name == "rows":  # what has been derived from others is theirs
@@ -258,6 +261,23 @@ class DataSet:
     def tokens(self) -> np.ndarray:
         """(rows,) int64: tokens of every row, its prompt counted once."""
         return self.lengths.sum(axis=1)
+
+    def cost(self, indices) -> int:
+        """Tokens that a forward of the rows at `indices` computes: each prompt once, or, if
+        `separate`, K times and with padding."""
+        costs = self.costs[indices]
+        return int(len(costs) * costs.max() if self.separate else costs.sum())
+
+    @property
+    def costs(self) -> np.ndarray:
+        """(rows,) int64: cost of every row alone."""
+        prompts, responses = self.lengths[:, 0], self.lengths[:, 1:]
+        longest = self.responses * (prompts + responses.max(axis=1))
+        return longest if self.separate else self.tokens
+
+    def spread(self, indices: Sequence[int], ranks: int, micro_batch_tokens: int) -> list:
+        """spread_rows of these rows, by what they cost."""
+        return spread_rows(indices, self.costs, ranks, micro_batch_tokens, self.separate)
 
     @property
     def responses(self) -> int:
@@ -449,13 +469,13 @@ def step_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]
 
 class Schedule(Sequence):
     """A DataSet's schedule of the training that config describes. A step is made when it is asked
-    for: there may be any number of them. tokens: (rows,) of a DataSet.
+    for: there may be any number of them. tokens: (rows,), DataSet.costs; padded: DataSet.separate.
 
     Raises InputError, before training, if a step cannot be spread over the ranks.
     """
 
-    def __init__(self, tokens: np.ndarray, config, ranks: int):
-        self.tokens, self.config, self.ranks = tokens, config, ranks
+    def __init__(self, tokens: np.ndarray, config, ranks: int, padded: bool = False):
+        self.tokens, self.config, self.ranks, self.padded = tokens, config, ranks, padded
         count, size, longest = len(tokens), config.batch_size, tokens.max()
         if count < size:
             raise InputError(f"{count} pairs do not fill one batch: lower batch_size={size}")
@@ -477,18 +497,24 @@ class Schedule(Sequence):
             raise IndexError(step)
         size, seed = self.config.batch_size, self.config.seed
         indices = step_indices(len(self.tokens), size, seed, step)
-        return spread_rows(indices, self.tokens, self.ranks, self.config.micro_batch_tokens)
+        budget = self.config.micro_batch_tokens
+        return spread_rows(indices, self.tokens, self.ranks, budget, self.padded)
 
 
 def spread_rows(
-    indices: Sequence[int], tokens: Sequence[int], ranks: int, micro_batch_tokens: int
+    indices: Sequence[int],
+    tokens: Sequence[int],
+    ranks: int,
+    micro_batch_tokens: int,
+    padded: bool = False,
 ) -> list[list[list[int]]]:
     """Spread rows over micro-batches × ranks: result[m][r] are the indices of the rows in rank
     r's micro-batch m. No micro-batch is empty or holds more than micro_batch_tokens, they are few,
     and their costs are balanced (longest row first, each to the micro-batch with the fewest
     tokens).
 
-    indices: of the rows to spread; tokens: of every row, by index, its prompt once.
+    indices: of the rows to spread; tokens: of every row, by index, its prompt once; padded: whether
+    every row of a micro-batch takes as many as its longest.
     Raises InputError if the rows cannot be spread so.
 
     >>> spread_rows([7, 0, 3], {0: 3, 3: 4, 7: 5}, ranks=2, micro_batch_tokens=8)
@@ -508,11 +534,14 @@ def spread_rows(
     while count <= most:
         bins = [*range(count * ranks)]  # a heap of load · 2³² + number
         chosen = []  # the number of each row's bin
+        longest = {}  # of each bin: its first row, since the longest come first
         for size in sizes:
-            if (bins[0] >> 32) + size > micro_batch_tokens:
+            number = bins[0] & 0xFFFFFFFF
+            cost = longest.setdefault(number, size) if padded else size
+            if (bins[0] >> 32) + cost > micro_batch_tokens:
                 break
-            chosen.append(bins[0] & 0xFFFFFFFF)
-            heapq.heapreplace(bins, bins[0] + (size << 32))
+            chosen.append(number)
+            heapq.heapreplace(bins, bins[0] + (cost << 32))
         else:
             members = {number: [] for number in range(count * ranks)}
             for number, (_, i) in zip(chosen, longest_first):

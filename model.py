@@ -46,15 +46,20 @@ class PackedModel(torch.nn.Module):
     model: a transformers model with the attention implementation "packed", registered below.
     stock_attention: the attention implementation that the model would have used on its own.
     dtype: in which it computes.
+    packed: whether it packs, or computes by separate_logps.
+    own_logits: whether separate_logps takes the model's own logits, of which all exist at a time.
     """
 
     def __init__(self, model, stock_attention: str = "sdpa"):
         super().__init__()
         self.model, self.stock_attention, self.dtype = model, stock_attention, torch.float32
         self.logit_scale, self.logit_cap = logit_scale(model.config), logit_cap(model.config)
+        self.packed, self.own_logits = True, False
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Log-prob of every response token: (R,) float32, in the order of batch.targets."""
+        if not self.packed:
+            return self.separate_logps(batch)
         hidden = self.model.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -62,6 +67,27 @@ class PackedModel(torch.nn.Module):
             use_cache=False,
         ).last_hidden_state[0]  # (T, hidden size)
         return self.token_logps(hidden[batch.predictors], batch.targets)
+
+    def separate_logps(self, batch: MicroBatch) -> torch.Tensor:
+        """The same by the model's own forward, for models that cannot be packed: each response is a
+        row with its prompt, padded on the right, where a causal model does not look. One forward
+        for all rows, since FSDP wants as many on every rank."""
+        sizes, lengths = batch.key_starts.diff()[:, None], batch.lengths.flatten()[:, None]
+        rows = batch.input_ids[batch.keys].split(sizes.flatten().tolist())
+        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (N K, L)
+        predicted = torch.arange(rows.shape[1], device=rows.device) + 1  # by each place
+        scored = (predicted >= sizes - lengths) & (predicted < sizes)
+        if self.own_logits:
+            logits = self.model(input_ids=rows, use_cache=False).logits[scored].float()
+            return logits.log_softmax(dim=-1).gather(1, batch.targets[:, None])[:, 0]
+        hidden = self.model.base_model(input_ids=rows, use_cache=False).last_hidden_state
+        return self.token_logps(hidden[scored], batch.targets)
+
+    def set_attention(self, name: str | None = None) -> None:
+        """Compute with another attention implementation of transformers, or, by default, again with
+        the one of forward."""
+        own = "packed" if self.packed else self.stock_attention
+        self.model.set_attn_implementation(name or own)
 
     def token_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The head's log-probs of `targets`: (R, hidden size), (R,) int64 → (R,) float32."""
@@ -154,7 +180,7 @@ def export(model: PackedModel, name: str, tokenizer, folder: Path) -> None:
 
 def build_model(config) -> PackedModel:
     """The architecture of a transformers config, float32, on the current default device, without
-    dropout and jitter. Raises InputError if the model cannot run packed."""
+    dropout and jitter. Raises InputError if transformers cannot build it."""
     config = copy.deepcopy(config)
     for name, value in config.to_dict().items():
         # Phi-MoE's jitter is a part of its routing, also at inference: check_forward refuses it.
@@ -165,12 +191,15 @@ def build_model(config) -> PackedModel:
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
-        stock_attention = model.config._attn_implementation
-        model.set_attn_implementation("packed")
+        packed = PackedModel(model, model.config._attn_implementation)
     except Exception as error:  # each kind of unfit model has an exception of its own
-        reason = f"a {config.model_type} model cannot be trained packed: {error!r}"
-        raise InputError(reason) from error
-    return PackedModel(model, stock_attention)
+        raise InputError(f"a {config.model_type} model cannot be trained: {error!r}") from error
+    try:
+        packed.set_attention()
+    except Exception:  # of a model with an attention of its own
+        packed.packed = False
+        packed.set_attention()
+    return packed
 
 
 def blocks(model: PackedModel) -> list[torch.nn.Module]:

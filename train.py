@@ -23,12 +23,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from data import DataSet, MicroBatch, Schedule, load_data, overlaps, spread_rows
+from data import DataSet, MicroBatch, Schedule, load_data, overlaps
 from loss import LOSSES, sum_logps
 from model import PackedModel, compile_blocks, export, load_model
 from runtime import command_line, processes
 from runtime.checkpoints import Start, TrainerState, find_start
-from runtime.checks import check_forward, check_loss, check_trainable, commits, digests
+from runtime.checks import check_loss, check_trainable, choose_forward, commits, digests
 from runtime.command_line import choose_loss
 from runtime.errors import InputError
 from runtime.log import Logger
@@ -106,7 +106,9 @@ def train(config: Config) -> None:
         model.optimized().values(), lr=config.learning_rate, weight_decay=0.0, fused=True
     )
     check_trainable(model, optimizer, source)
-    check_forward(model, data, heldout)
+    choose_forward(model, data, heldout)
+    if data.separate:  # its micro-batches are others
+        make_schedules(config, data, heldout, ranks)
     if config.compile:
         compile_blocks(model)
     rehearse(model, data, device)
@@ -195,22 +197,29 @@ def load_data_sets(
     how += (config.truncation, config.seed)
     data, heldout = load_data(config.train_data, *how), None
     say(f"training: {data.report}")
-    data.schedule = Schedule(data.tokens, config, ranks)
-    steps, left_out = len(data.schedule), len(data.rows) % config.batch_size
-    say(f"{steps} steps; {left_out} pairs per epoch fill no batch and are left out")
     if config.eval_data:
         heldout = load_data(config.eval_data, *how)
         say(f"held out: {heldout.report}")
-        try:
-            everything = range(len(heldout.rows)), heldout.tokens
-            heldout.schedule = [spread_rows(*everything, ranks, config.micro_batch_tokens)]
-        except InputError as error:
-            raise InputError(f"eval_data: {error}") from None
+    make_schedules(config, data, heldout, ranks)
+    steps, left_out = len(data.schedule), len(data.rows) % config.batch_size
+    say(f"{steps} steps; {left_out} pairs per epoch fill no batch and are left out")
     say(overlaps(data, heldout))
     check_loss(loss_function, asked, data, heldout)
     if steps == 1 and share_of_peak(0, 1, config.warmup_ratio) == 0:  # it warms up
         raise InputError("the learning rate of the only step is 0: set warmup_ratio=0")
     return data, heldout
+
+
+def make_schedules(config: Config, data: DataSet, heldout: DataSet | None, ranks: int) -> None:
+    """Spread the rows of every step of training, and all held-out ones. Raises InputError if they
+    cannot be spread over the ranks."""
+    data.schedule = Schedule(data.costs, config, ranks, data.separate)
+    if heldout:
+        everything = range(len(heldout.rows))
+        try:
+            heldout.schedule = [heldout.spread(everything, ranks, config.micro_batch_tokens)]
+        except InputError as error:
+            raise InputError(f"eval_data: {error}") from None
 
 
 def evaluation_is_due(config: Config, start: Start, last: int, step: int) -> bool:

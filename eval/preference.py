@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import DataSet, load_data, spread_rows
+from data import DataSet, load_data
 from eval.generate import short_name
 from eval.plots import new_figure
 from eval.report import file_sha256, make_parser, print_scores, write_result
 from model import load_model
-from runtime.checks import check_forward
+from runtime.checks import choose_forward
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.processes import choose_dtype
@@ -51,8 +51,8 @@ def pair_logps(name: str, data: DataSet, micro_batch_tokens: int) -> np.ndarray:
     rejected. In bfloat16 on GPUs, in float32 on CPU. Needs a process group of one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(resolve_model(name), device, choose_dtype("auto", device))
-    check_forward(model, data, None)
-    micro_batches = spread_rows(range(len(data.rows)), data.tokens, 1, micro_batch_tokens)
+    choose_forward(model, data, None)
+    micro_batches = data.spread(range(len(data.rows)), 1, micro_batch_tokens)
     return response_logps(model, data, micro_batches).cpu().numpy()
 
 

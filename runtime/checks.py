@@ -12,7 +12,7 @@ from data import DataSet, MicroBatch, pack
 from model import PackedModel, build_model, merge, packed_attention, shape_logits, surgery
 from runtime.errors import InputError
 from runtime.identity import code_digest
-from runtime.processes import max_over_ranks
+from runtime.processes import max_over_ranks, say
 from runtime.rows import hub_commits
 from runtime.weights import (
     hub_snapshot,
@@ -139,6 +139,33 @@ def check_trainable(model: PackedModel, optimizer, name: str) -> None:
         raise InputError(f"{problem}: freeze it in surgery(), in model.py")
 
 
+def choose_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) -> None:
+    """Leave the model packed if check_forward accepts that. Otherwise let it and the data sets
+    compute responses separately, and say so. Collective. Raises InputError if check_forward does
+    not accept that either."""
+    device, problem = next(model.parameters()).device, None
+    if model.packed:
+        try:
+            check_forward(model, data, heldout)
+        except InputError as error:
+            problem = error
+        (failed,) = max_over_ranks(device, problem is not None)
+        if not failed:
+            return
+    model.packed = False
+    model.set_attention()
+    try:
+        check_forward(model, data, heldout)
+    except InputError as error:
+        raise InputError(f"{problem} {error}" if problem else str(error)) from None
+    for rows in filter(None, (data, heldout)):
+        rows.separate = True
+    work = f"{data.costs.sum() / data.tokens.sum():.1f} times the tokens"
+    work += ", and all logits exist at a time" * model.own_logits
+    reason = str(problem or "Its attention is not transformers' interface.").partition(" Found,")[0]
+    say(f"{reason}\nEvery response is computed with its prompt, in a padded row: {work}.")
+
+
 @torch.no_grad()
 def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) -> None:
     """Compare the packed forward with the model's own on random tokens: two short prompts, and one
@@ -153,8 +180,12 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
     - the head is a linear layer of the last hidden states, and the model's logits are its output,
       scaled and capped as TokenLogps does;
     - attention and its gradients equal one masked attention in float32.
+
+    Of a model that computes responses separately, the last is not asked; and if its head is another
+    one, it is set to use its own logits.
     """
     name, device = type(model.model).__name__, next(model.parameters()).device
+    how = "packed" if model.packed else "with padded rows"
     vocab_size, count = model.model.get_input_embeddings().weight.shape[0], data.responses
     longest, random = max(data.longest, heldout.longest if heldout else 0), np.random.default_rng(0)
 
@@ -174,7 +205,11 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
         "head": 1e-5 if exact else 0.01,
         "attention": 0.1,
     }
+    ids = torch.tensor(rows[0][0], device=device)
     try:
+        if not model.packed:
+            (other,) = max_over_ranks(device, not has_plain_head(model, ids, limits["head"]))
+            model.own_logits = bool(other)
         logps = [model(pack(given).to(device)) for given in (rows, rows, others, leaky)]
         packed, again, moved, leaked = logps
         plain = model.call(plain_logps, rows, model.stock_attention)
@@ -182,8 +217,9 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
         found = {"repeated": (packed - again).abs().max() / effect}
         found["leaking"] = (packed - leaked)[first:].abs().max() / effect
         found |= {"relative": difference / effect, "absolute": difference}
-        found["head"] = model.call(head_difference, torch.tensor(rows[0][0], device=device))
-        found["attention"] = attention_difference(model, pack([rows[0], long]).to(device))
+        if model.packed:
+            found["head"] = model.call(head_difference, ids)
+            found["attention"] = attention_difference(model, pack([rows[0], long]).to(device))
         found = {key: value.nan_to_num(torch.inf).item() for key, value in found.items()}
         limits["leaking"] += 3 * found["repeated"]  # kernels of experts are not always bit-stable
         (above,) = max_over_ranks(device, found["absolute"] > limits["absolute"])
@@ -192,30 +228,43 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise InputError(f"{name} cannot be trained packed: {error!r}") from error
+        raise InputError(f"{name} cannot be trained {how}: {error!r}") from error
     model.reshard()
-    if not all(found[key] <= limits[key] for key in limits):
-        figures = ", ".join(f"{key} {found[key]:.1e} ({limits[key]:.1e})" for key in limits)
+    if not all(found[key] <= limits[key] for key in found):
+        figures = ", ".join(f"{key} {found[key]:.1e} ({limits[key]:.1e})" for key in found)
         raise InputError(
-            f"{name} cannot be trained packed: its packed forward is not its own. Found, and in "
-            f"brackets accepted: {figures}. Recurrent models and models with a random forward are "
-            "not supported."
+            f"{name} cannot be trained {how}: its log-probs are not those of one sequence at a "
+            f"time. Found, and in brackets accepted: {figures}."
         )
+
+
+def has_plain_head(model: PackedModel, ids: torch.Tensor, limit: float) -> bool:
+    """Whether head_difference is at most `limit`."""
+    try:
+        return model.call(head_difference, ids).item() <= limit
+    except InputError:
+        return False
 
 
 def plain_logps(model: PackedModel, rows: list[list[list[int]]], attention: str) -> torch.Tensor:
     """Log-probs of the rows' response tokens by the model's own forward with this attention, one
     sequence at a time, nothing packed: (R,) float32, in the order of a MicroBatch's targets."""
     device, hidden, targets = next(model.parameters()).device, [], []
-    model.model.set_attn_implementation(attention)
+    model.set_attention(attention)
     for prompt, *responses in rows:
         for response in responses:
             ids = torch.tensor([prompt + response], device=device)
-            states = model.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            if model.own_logits:
+                states = model.model(input_ids=ids, use_cache=False).logits[0]
+            else:
+                states = model.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
             hidden.append(states[len(prompt) - 1 : -1])
             targets.append(ids[0, len(prompt) :])
-    model.model.set_attn_implementation("packed")
-    return model.token_logps(torch.cat(hidden), torch.cat(targets))
+    model.set_attention()
+    hidden, targets = torch.cat(hidden), torch.cat(targets)
+    if model.own_logits:
+        return hidden.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+    return model.token_logps(hidden, targets)
 
 
 def own_difference(model: PackedModel, rows: list[list[list[int]]]) -> float:
@@ -237,10 +286,10 @@ def head_difference(model: PackedModel, ids: torch.Tensor) -> torch.Tensor:
         raise InputError(f"its head, a {type(head).__name__}, has a forward of its own")
     watch = lambda module, args, output: seen.update(input=args[0], output=output)  # noqa: E731
     hook = head.register_forward_hook(watch)
-    model.model.set_attn_implementation(model.stock_attention)
+    model.set_attention(model.stock_attention)
     hidden = model.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
     logits = model.model(input_ids=ids[None], use_cache=False).logits.float()
-    model.model.set_attn_implementation("packed")
+    model.set_attention()
     hook.remove()
     scale, errors = model.logit_scale, []
     for before, after in ((1.0, scale), (scale, 1.0)):
@@ -261,9 +310,9 @@ def attention_difference(model: PackedModel, batch: MicroBatch) -> torch.Tensor:
         return packed_attention(module, q, k, v, None, scaling, sliding_window, **kwargs)
 
     AttentionInterface.register("checked", checked)
-    model.model.set_attn_implementation("checked")
+    model.set_attention("checked")
     model(batch)
-    model.model.set_attn_implementation("packed")
+    model.set_attention()
     if not errors:
         raise InputError("its layers do not use transformers' attention interface")
     return torch.stack(errors).max()

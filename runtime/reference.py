@@ -7,7 +7,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, safe_open, save_file
 from tqdm import tqdm
 
-from data import DataSet, spread_rows
+from data import DataSet
 from loss import sum_logps
 
 
@@ -45,7 +45,7 @@ def add_reference(
     for name, rows in {"train_data": data, "eval_data": heldout}.items():
         if rows and name not in sums:
             indices, budget = range(len(rows.rows)), config.micro_batch_tokens
-            micro_batches = spread_rows(indices, rows.tokens, ranks, budget)
+            micro_batches = rows.spread(indices, ranks, budget)
             sums[name] = response_logps(model, rows, micro_batches).cpu()
         if rows:
             rows.reference = sums[name].float()

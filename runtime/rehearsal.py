@@ -15,8 +15,10 @@ def rehearse(model, data, device: torch.device) -> None:
     steps = range(min(len(data.schedule), 20_000))  # seconds' work; a longer run has many alike
     micro_batches = [shares for step in steps for shares in data.schedule[step]]
 
-    def largest(tokens) -> int:
-        costs = [max(tokens[share].sum() for share in shares) for shares in micro_batches]
+    responses = data.lengths[:, 1:].sum(axis=1)
+
+    def largest(cost) -> int:
+        costs = [max(map(cost, shares)) for shares in micro_batches]
         return costs.index(max(costs))
 
     weights = [*model.optimized().values()]
@@ -26,11 +28,11 @@ def rehearse(model, data, device: torch.device) -> None:
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
     try:
-        for number in {largest(data.tokens), largest(data.lengths[:, 1:].sum(axis=1))}:
+        for number in {largest(data.cost), largest(lambda share: responses[share].sum())}:
             shares = micro_batches[number]
             model(data.pack(shares[dist.get_rank()]).to(device)).sum().backward()
     except RuntimeError as error:
-        explain(error, max(data.tokens[share].sum() for share in shares), data.tokens.max())
+        explain(error, max(map(data.cost, shares)), data.costs.max())
         raise
     del moments
     model.zero_grad()

@@ -17,13 +17,17 @@ import pytest
 import torch
 import transformers
 from conftest import (
+    GQA,
     ROOT,
+    TINY,
     gradients,
+    interrupt,
     make_model,
     make_tokenizer,
     plain_logps,
     relative_difference,
     run,
+    run_ranks,
     timeless,
 )
 from safetensors.torch import load_file
@@ -142,7 +146,7 @@ def test_flags_reach_the_model(base, tmp_path, monkeypatch):
 
 
 def test_nonfinite_gradient_stops_before_the_optimizer_moves(base, tmp_path, monkeypatch):
-    rows, check_forward = step_indices(26, 8, seed=42, step=0), train.check_forward
+    rows, check_forward = step_indices(26, 8, seed=42, step=0), train.choose_forward
 
     def check_and_break(model, *data_sets):
         check_forward(model, *data_sets)
@@ -150,7 +154,7 @@ def test_nonfinite_gradient_stops_before_the_optimizer_moves(base, tmp_path, mon
             embedding = model.model.get_input_embeddings().weight
             embedding[make_tokenizer()("|").input_ids] = float("nan")
 
-    monkeypatch.setattr(train, "check_forward", check_and_break)
+    monkeypatch.setattr(train, "choose_forward", check_and_break)
     lines = [json.loads(line) for line in Path(base["train_data"]).read_text().splitlines()]
     lines[rows[3]]["rejected"] = "a|b"
     source = tmp_path / "train.jsonl"
@@ -348,12 +352,12 @@ def padded_logps(model, rows: dict[str, list]) -> tuple[torch.Tensor, torch.Tens
 
 
 def plain_trajectory(
-    values: dict, name: str, steps: int, micro_batch: int = 4
+    values: dict, name: str, steps: int, micro_batch: int = 4, model=None
 ) -> tuple[list[float], dict]:
     """Losses of every step, and the last weights, of the step that the authors' code takes, in
     float64: chosen and rejected padded into one batch, log_softmax, gather, AdamW, cosine schedule
     with warm-up, clipping, accumulation."""
-    model, pairs = make_model("llama").double(), load(values).rows
+    model, pairs = (model or make_model("llama")).double(), load(values).rows
     start = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=values["learning_rate"], betas=(0.9, 0.999), weight_decay=0.0
@@ -394,6 +398,39 @@ def test_twenty_steps_equal_the_plain_implementation(base, tmp_path, name, argum
     start = make_model("llama").state_dict()
     moved = relative_difference({k: start[k] for k in trained}, trained)
     assert relative_difference(trained, {k: weights[k].float() for k in trained}) < 1e-3 * moved
+
+
+def test_a_model_that_cannot_be_packed(base, tmp_path):
+    """Gemma 2 caps its attention's scores. Twenty steps equal the plain implementation, in few
+    micro-batches and in many, on two ranks, and across a resume."""
+    config = transformers.AutoConfig.for_model("gemma2", **TINY | GQA)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.15)
+    folder = tmp_path / "gemma2"
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    values = base | {"model": str(folder), "max_steps": 20, "save_every": 1, "keep_checkpoints": 0}
+    values |= {"eval_data": base["eval_data"], "eval_every": 10}
+    one = run(values | {"micro_batch_tokens": 2000}, tmp_path / "one")
+    split = run(values | {"micro_batch_tokens": 200}, tmp_path / "split")
+    interrupt(tmp_path / "one", tmp_path / "resumed")
+    resumed = run(values | {"micro_batch_tokens": 2000}, tmp_path / "resumed")
+    ranks = run_ranks(values | {"micro_batch_tokens": 300}, tmp_path / "ranks")
+    losses, weights = plain_trajectory(values, "simper", 20, model=model.eval())
+    trained = load_file(tmp_path / "one" / "final" / "model.safetensors")
+    expected = {name: weights[name].float() for name in trained}
+    assert relative_difference(trained, expected) < 1e-5
+    for lines in (one, split, ranks, resumed):
+        trained_lines = [line for line in lines if "learning_rate" in line]
+        assert [line["loss"] for line in trained_lines] == pytest.approx(losses, abs=1e-5)
+        for line, other in zip(lines, one, strict=True):
+            assert timeless([line])[0] == pytest.approx(timeless([other])[0], rel=1e-4, abs=1e-6)
+    for other in ("split", "ranks"):
+        found, first = gradients(tmp_path / other), gradients(tmp_path / "one")
+        assert relative_difference(found, first) < 1e-6
 
 
 def test_a_tiny_model_learns_its_pairs(base, tmp_path):

@@ -31,7 +31,7 @@ from data import DataSet, pack
 from loss import simper_loss
 from model import PackedModel, TokenLogps, build_model, compile_blocks, export, load_model
 from runtime import checks, weights
-from runtime.checks import check_forward, masked_attention
+from runtime.checks import check_forward, choose_forward, masked_attention
 from runtime.errors import InputError
 
 CPU = torch.device("cpu")
@@ -699,6 +699,54 @@ def test_models_that_packing_gets_wrong_are_refused(kind, dtype, group, tmp_path
     model = load_model(str(tmp_path), CPU, dtype)
     with pytest.raises(InputError, match=f"cannot be trained packed.*{REASONS[kind]}"):
         check_forward(model, make_data(*PAIRS), None)
+
+
+SEPARATE = {  # models that cannot be packed, and whether the head is another than a linear layer
+    "gemma2": (TINY | GQA, False),
+    "bloom": (WRONG["bloom"], False),
+    "mamba": (WRONG["mamba"], False),
+    "falcon_h1": (TINY | {"num_key_value_heads": 2}, False),
+    "gpt_oss": (
+        TINY
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+        | {"head_dim": 8, "sliding_window": 6}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+        False,
+    ),
+    "recurrent_gemma": (TINY, True),
+}
+
+
+@pytest.mark.parametrize("kind", SEPARATE)
+def test_what_cannot_be_packed_runs_in_padded_rows(kind, group, tmp_path, capsys):
+    values, other_head = SEPARATE[kind]
+    reference = make_other(kind, values)
+    reference.save_pretrained(tmp_path)
+    model, heldout = load_model(str(tmp_path), CPU, torch.float32), make_data(*PAIRS)
+    data = make_data(*PAIRS)
+    choose_forward(model, data, heldout)
+    assert not model.packed and model.own_logits == other_head
+    assert data.separate and heldout.separate
+    said = capsys.readouterr().out
+    assert "Every response is computed with its prompt, in a padded row: 1.7 times the" in said
+    assert ("all logits exist at a time" in said) == other_head
+    for actual, expected in zip(packed_results(model), plain_results(reference)):
+        assert_near(actual, expected)
+
+
+def test_what_can_be_packed_stays_packed(group, model_folder, capsys):
+    model, data = load_model(str(model_folder), CPU, torch.float32), make_data(*PAIRS)
+    choose_forward(model, data, None)
+    assert model.packed and not data.separate and not capsys.readouterr().out
+
+
+def test_a_model_that_is_right_in_neither_way_is_refused(group, model_folder, monkeypatch):
+    model, data = load_model(str(model_folder), CPU, torch.float32), make_data(*PAIRS)
+    noise = lambda module, inputs, out: out + 0.05 * torch.randn_like(out)  # noqa: E731
+    model.model.model.norm.register_forward_hook(noise)
+    with pytest.raises(InputError, match="cannot be trained packed: .* with padded rows: "):
+        choose_forward(model, data, None)
+    assert not data.separate
 
 
 SHAPED = {  # models that scale or cap their logits

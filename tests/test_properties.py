@@ -229,6 +229,24 @@ def test_any_row_is_truncated_by_the_stated_rule(p, sizes, limits):
 
 @examples(200)
 @given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    ranks=st.integers(1, 3),
+    budget=st.integers(50, 200),
+)
+def test_no_padded_micro_batch_is_larger_than_its_budget(sizes, ranks, budget):
+    try:
+        micro_batches = spread_rows(range(len(sizes)), sizes, ranks, budget, padded=True)
+    except InputError:
+        assert len(sizes) < ranks or len(sizes) % ranks or max(sizes) > budget
+        return
+    shares = [share for shares in micro_batches for share in shares]
+    assert sorted(i for share in shares for i in share) == [*range(len(sizes))]
+    assert all(len(shares) == ranks for shares in micro_batches)
+    assert all(share and len(share) * max(sizes[i] for i in share) <= budget for share in shares)
+
+
+@examples(200)
+@given(
     sides=st.lists(
         st.tuples(*[st.lists(st.floats(-30, 0, width=32), min_size=1, max_size=40)] * 2),
         min_size=1,
