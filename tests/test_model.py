@@ -799,6 +799,38 @@ def test_a_leak_is_seen_at_any_scale_of_the_log_probs(scale, dtype, group, tmp_p
     assert found >= {"leaking"} and ("absolute" in found) == (scale == 1)
 
 
+def test_a_small_leak_is_a_leak(group, model_folder, monkeypatch):
+    """It moves log-probs by less than a thousandth of what a prompt does."""
+    model, data = load_model(str(model_folder), CPU, torch.float32), make_data(*PAIRS)
+
+    def leaks(module, query, key, value, mask, **options):
+        right, _ = model_module.packed_attention(module, query, key, value, mask, **options)
+        wrong, _ = sees_the_chosen_response_alone(module, query, key, value, mask, **options)
+        return right + 3e-4 * (wrong - right), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "packed", leaks)
+    assert refused_for(model, data) == {"leaking"}
+
+
+def test_a_head_with_a_forward_of_its_own_is_not_passed_by(group, tmp_path):
+    """Its output is the model's logits; but training would take its weight."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    reference = make_reference("llama")
+    reference.save_pretrained(tmp_path)
+    model, data = load_model(str(tmp_path), CPU, torch.float32), make_data(*PAIRS)
+    reference.lm_head.__class__ = model.model.lm_head.__class__ = Doubled
+    with pytest.raises(InputError, match="its head, a Doubled, has a forward of its own"):
+        check_forward(model, data, None)
+    choose_forward(model, data, None)
+    assert not model.packed and model.own_logits
+    for actual, expected in zip(packed_results(model), plain_results(reference)):
+        assert_near(actual, expected)
+
+
 def sees_the_chosen_response_alone(module, query, key, value, mask, **options):
     options["window"] = options.pop("sliding_window", None)
     return sees_the_chosen_response(module, query, key, value, mask, **options)
