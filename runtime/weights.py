@@ -25,6 +25,9 @@ from runtime.cache import asked_once, cache_folder, files_digest, locked, seal
 from runtime.errors import InputError
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # of a model: no weights
+# Of a tokenizer, and of a processor of images or sound.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*")
+TOKENIZER_FILES += ("merges.txt", "*.model", "*.tiktoken", "chat_template*", "*processor*.json")
 FINAL_DIGESTS = "final.json"  # beside final/: the digests of its files
 FILE_BYTES = 2**30  # of an exported file, unless one tensor is larger
 
@@ -346,17 +349,60 @@ def write_model(model, name: str, tokenizer, folder: Path, dtype: torch.dtype, e
         if files.is_sharded:
             index = {"metadata": files.metadata, "weight_map": weight_map}
             (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        config = load_config(name)
-        config.architectures, config.dtype = [type(model).__name__], dtype
-        config.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        write_config(model, name, scratch, dtype)
+        write_tokenizer(tokenizer, name, scratch)
         # As text: transformers refuses to save some of the generation configs that it loads.
-        generation = json.dumps(generation_config(name, config, end), indent=2)
+        generation = json.dumps(generation_config(name, load_config(name), end), indent=2)
         (scratch / "generation_config.json").write_text(generation)
         seal(scratch, folder.parent / FINAL_DIGESTS)
         os.sync()  # a run that has final/, be it empty after a power cut, is never continued
         os.rename(scratch, folder)
     dist.barrier()
+
+
+def write_config(model, name: str, folder: Path, dtype: torch.dtype) -> None:
+    """The config.json that came with the model, for its dtype: another version of transformers
+    would write other keys, which older ones and other tools do not know. A new one where it came
+    with none, as with GGUF. No reference to code."""
+    source, written = Path(name) / "config.json", str(dtype).removeprefix("torch.")
+    if not source.exists():
+        config = load_config(name)
+        config.architectures, config.dtype = [type(model).__name__], dtype
+        config.save_pretrained(folder)
+        return
+    config = json.loads(source.read_text())
+    config.pop("auto_map", None)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    keys = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
+    for part, key in keys or [(config, "torch_dtype")]:  # the older name, which all versions read
+        part[key] = written
+    if type(model).__name__ not in config.get("architectures") or []:
+        config["architectures"] = [type(model).__name__]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_tokenizer(tokenizer, name: str, folder: Path) -> None:
+    """The files of tokenizer and processor that came with the model, with the tokenizer's chat
+    template where they have theirs; new ones where it came with none."""
+    source = Path(name)
+    if not (source / "tokenizer_config.json").exists():
+        tokenizer.save_pretrained(folder)
+        return
+    for file in sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern)}):
+        shutil.copyfile(file, folder / file.name)
+    path, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = json.loads(path.read_text())
+    kept = {key: value for key, value in config.items() if key != "auto_map"}
+    template = tokenizer.chat_template
+    if template != load_tokenizer(name).chat_template:  # by flags: in one place only
+        kept.pop("chat_template", None)
+        (folder / "chat_template.json").unlink(missing_ok=True)
+        if jinja.exists() or "chat_template" not in config:
+            jinja.write_text(template)
+        else:
+            kept["chat_template"] = template
+    if kept != config:
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
 def generation_config(name: str, config, end: int) -> dict:

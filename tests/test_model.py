@@ -952,17 +952,65 @@ def test_an_interrupted_export_leaves_no_folder(model_folder, group, tmp_path, m
     class Interrupted(Exception):
         pass
 
-    def save_pretrained(*args, **kwargs):
+    def interrupted(*args):
         raise Interrupted
 
     model, tokenizer = load_model(str(model_folder), CPU, torch.float32), make_tokenizer()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(type(tokenizer), "save_pretrained", save_pretrained)
+        patch.setattr(weights, "write_tokenizer", interrupted)
         export(model, str(model_folder), tokenizer, tmp_path / "final")
     assert not (tmp_path / "final").exists()
     # What was left is no obstacle.
     export(model, str(model_folder), tokenizer, tmp_path / "final")
     assert {path.name for path in tmp_path.iterdir()} == {"final", "final.json"}
+
+
+def test_the_files_of_the_base_are_exported_as_they_came(model_folder, group, tmp_path):
+    """Written by an older transformers: another version would write keys that it does not know."""
+    base, final = tmp_path / "base", tmp_path / "final"
+    shutil.copytree(model_folder, base)
+    older = {"torch_dtype": "float32", "auto_map": {"AutoModel": "code.Model"}, "rope_theta": 5e5}
+    older |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "of_another_tool": [1, None]}
+    config = json.loads((base / "config.json").read_text())
+    del config["dtype"], config["rope_parameters"]
+    (base / "config.json").write_text(json.dumps(config | older))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": "c.T"}}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "preprocessor_config.json").write_text('{ "size": 2 }')
+    (base / "trainer_state.json").write_text("{}")
+    model = load_model(str(base), CPU, torch.bfloat16)
+    export(model, str(base), weights.load_tokenizer(str(base)), final)
+    del older["auto_map"], settings["auto_map"]
+    exported = json.loads((final / "config.json").read_text())
+    assert exported == config | older | {"torch_dtype": "bfloat16"}
+    assert json.loads((final / "tokenizer_config.json").read_text()) == settings
+    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        assert (final / name).read_bytes() == (base / name).read_bytes()
+    assert not (final / "trainer_state.json").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(final)
+    assert loaded.config.rope_parameters["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_changed_template_is_exported_where_the_base_has_its_own(
+    place, model_folder, group, tmp_path
+):
+    base, final = tmp_path / "base", tmp_path / "final"
+    shutil.copytree(model_folder, base)
+    (base / "chat_template.jinja").unlink()
+    template = CHATML + "{# thinking #}"
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    if place == "chat_template.jinja":
+        (base / place).write_text(template)
+    else:
+        (base / place).write_text(json.dumps(settings | {"chat_template": template}))
+    tokenizer = weights.load_tokenizer(str(base), template_args="thinking=false")
+    export(load_model(str(base), CPU, torch.float32), str(base), tokenizer, final)
+    found = json.loads((final / "tokenizer_config.json").read_text()).get("chat_template")
+    assert (found is None) == (final / "chat_template.jinja").exists()
+    assert weights.load_tokenizer(str(final)).chat_template == tokenizer.chat_template
+    assert "{% set thinking = false +%}" in tokenizer.chat_template
 
 
 # ---- Two ranks, and memory, in new processes -----------------------------------------------------
