@@ -174,8 +174,9 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
     Collective. Raises InputError, with all figures, unless
 
     - log-probs are the same when they are computed again, and do not move when another response
-      changes, both relative to how they move with the prompts: that holds at any scale, and of a
-      model that is too uniform to tell, nothing is accepted;
+      changes, nor, if nothing is packed, with a later token, all relative to how they move with the
+      prompts: that holds at any scale, and of a model that is too uniform to tell, nothing is
+      accepted;
     - they equal those of the model's own forward, to the rounding that this forward itself has;
     - the head is a linear layer of the last hidden states, and the model's logits are its output,
       scaled and capped as TokenLogps does;
@@ -199,7 +200,7 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
     leaky = [[rows[0][0], tokens(first), *rows[0][2:]], *rows[1:]]
     long = [tokens(100), *(tokens(60 - 20 * (number % 2)) for number in range(count))]
     exact = model.dtype == torch.float32
-    limits = {"repeated": 1e-3, "leaking": 1e-4, "relative": 0.01 if exact else 0.3}
+    limits = {"repeated": 1e-3, "leaking": 1e-4, "ahead": 1e-4, "relative": 0.01 if exact else 0.3}
     limits |= {
         "absolute": 1e-3 if exact else 0.05,
         "head": 1e-5 if exact else 0.01,
@@ -217,11 +218,17 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
         found = {"repeated": (packed - again).abs().max() / effect}
         found["leaking"] = (packed - leaked)[first:].abs().max() / effect
         found |= {"relative": difference / effect, "absolute": difference}
+        if not model.packed:  # packed attention is causal, as the model's own may not be
+            other = [[p, *(r[:-1] + tokens(1) for r in responses)] for p, *responses in rows]
+            earlier = torch.ones(len(packed), dtype=torch.bool, device=device)
+            earlier[pack(rows).lengths.flatten().cumsum(0).to(device) - 1] = False
+            found["ahead"] = (packed - model(pack(other).to(device)))[earlier].abs().max() / effect
         if model.packed:
             found["head"] = model.call(head_difference, ids)
             found["attention"] = attention_difference(model, pack([rows[0], long]).to(device))
         found = {key: value.nan_to_num(torch.inf).item() for key, value in found.items()}
-        limits["leaking"] += 3 * found["repeated"]  # kernels of experts are not always bit-stable
+        for key in ("leaking", "ahead"):
+            limits[key] += 3 * found["repeated"]  # kernels of experts are not always bit-stable
         (above,) = max_over_ranks(device, found["absolute"] > limits["absolute"])
         if above:  # on one rank or more: what follows is collective
             limits["absolute"] = max(limits["absolute"], 5 * own_difference(model, rows))

@@ -10,13 +10,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as parquet
 from datasets import packaged_modules
+from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 
 from runtime.cache import CacheError, asked_once, cache_folder, files_digest, locked, seal
@@ -34,7 +35,9 @@ ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, which says from an
 # Columns that other code trains on (TRL, LLaMA-Factory, ms-swift, axolotl), and this code does not.
 FOREIGN = ("images", "image", "videos", "video", "audios", "audio", "history", "documents")
 FOREIGN += ("chat_template_kwargs", "functions", "chat_history", "conversation_history")
-FOREIGN += ("instruction", "input", "context")  # of Alpaca, unless the prompt has their texts
+# These, too, unless the prompt has their texts.
+FOREIGN += ("instruction", "instructions", "input", "query", "context", "passage", "document")
+FOREIGN += ("dialogue", "initial_reason_steps")
 # A list of messages in a cell: as JSON, or as Python or numpy print it.
 WRITTEN_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]""")
 FORMATS = """Accepted rows (other columns are ignored):
@@ -129,32 +132,38 @@ def load_builder(name: str, names: list[str]) -> datasets.Dataset:
     """The rows of a data set of the hub, or of a clone of one; names: [config and] split."""
     find = find_builder if Path(name).is_dir() else hub_builder
     found = find(name, *(names or ["train"]))
-    if found["json"]:
-        parts = [load_texts(file, json_texts, parse_json) for file in found["files"]]
-        return datasets.concatenate_datasets(parts)
+    if found["kind"] != "arrow":
+        how = (json_texts, parse_json)
+        if found["kind"] == "csv":
+            how = (functools.partial(csv_texts, separator=found["separator"]), parse_cells)
+        return datasets.concatenate_datasets([load_texts(file, *how) for file in found["files"]])
     rows = datasets.concatenate_datasets([*map(datasets.Dataset.from_file, found["files"])])
     rows._fingerprint = found["fingerprint"]
     return rows
 
 
 def find_builder(name: str, *names: str) -> dict:
-    """Where the rows of a data set of the hub are, or of a clone of one: its `files`, whether they
-    are `json` or Arrow, the `fingerprint` of the latter, and the `commit` of the hub, or "". names:
-    [config and] split. Raises InputError if there is no such split."""
+    """Where the rows of a data set of the hub are, or of a clone of one: its `files`, their `kind`
+    (json, csv or arrow), the `separator` of csv and the `fingerprint` of arrow, and the `commit` of
+    the hub, or "". names: [config and] split. Raises InputError if there is no such split."""
     *config, split = names
     path, revision = (name, "") if Path(name).is_dir() else name.partition("@")[::2]
+    if revision and Path(path).exists():
+        raise InputError(f"{path} is a folder, which has no revisions")
     builder = datasets.load_dataset_builder(path, *config, revision=revision or None)
-    sources, fingerprint = builder.config.data_files, ""
-    if is_json := isinstance(builder, Json):
+    sources, fingerprint, kind = builder.config.data_files, "", "arrow"
+    separator = getattr(builder.config, "sep", "")
+    if isinstance(builder, Json) or isinstance(builder, Csv) and not builder.config.names:
+        kind = "json" if isinstance(builder, Json) else "csv"
         if split not in sources:
-            raise InputError(f"it has no split '{split}': {', '.join(sources)}")
+            raise InputError(f"it has no split '{split}': {', '.join(map(str, sources))}")
         files = datasets.DownloadManager().download_and_extract([*sources[split]])
     else:
         builder.download_and_prepare()
         rows = builder.as_dataset(split=split)
         files, fingerprint = [file["filename"] for file in rows.cache_files], rows._fingerprint
     commit = re.search("@([0-9a-f]{40})/", str(sources))
-    found = {"json": is_json, "files": files, "fingerprint": fingerprint}
+    found = {"kind": kind, "separator": separator, "files": files, "fingerprint": fingerprint}
     return found | {"commit": commit[1] if commit else ""}
 
 
@@ -337,9 +346,11 @@ def csv_texts(file, separator: str) -> Iterator[bytes]:
     reader, header, begin = csv.reader(lines, delimiter=separator, strict=True), None, 1
     try:
         for cells in reader:
-            if header is None:
+            if header is None and not "".join(cells).strip():
+                pass
+            elif header is None:
                 header = cells
-                if twice := [name for name in header if header.count(name) > 1]:
+                if twice := [name for name in header if name.strip() and header.count(name) > 1]:
                     raise InputError(f"line 1: the column '{twice[0]}' is there twice")
             elif len(cells) > 1 or "".join(cells).strip():
                 if len(cells) != len(header):
@@ -447,6 +458,8 @@ def rename(row: dict, columns: str) -> dict:
         renamed.pop(own, None)
         renamed.pop(name, None)
         given[name] = row[own] if own else Missing
+    if "responses" in given:  # instead of what the row has
+        renamed = {name: v for name, v in renamed.items() if name not in ("chosen", "rejected")}
     return renamed | {name: value for name, value in given.items() if value is not Missing}
 
 
@@ -480,18 +493,23 @@ def parse_row(row: dict, verbatim: bool = False) -> tuple[list | str, list[str]]
     prompt, answers = parse_format(row, verbatim)
     if not as_messages(prompt)[-1]["content"].strip():
         raise Dropped("empty")
-    return complete_prompt(row, prompt), answers
+    return complete_prompt(row, prompt, answers), answers
 
 
-def complete_prompt(row: dict, prompt: list | str) -> list | str:
+def complete_prompt(row: dict, prompt: list | str, answers: Iterable[str] = ()) -> list | str:
     """The prompt of a row with what its other columns say of it: see parse_row. Raises InputError
-    for what cannot be said."""
-    shown = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+    for what cannot be said, and for columns whose texts are neither in it nor in the answers."""
+    shown = "\n".join([*(m["content"] for m in as_messages(prompt)), *answers])
     for name in FOREIGN + ("messages", "conversations") * isinstance(prompt, str):
         value = row.get(name)
-        if value and not (isinstance(value, str) and value.strip() in shown):
+        value = any(value) and value if isinstance(value, list) else value
+        texts = [m["content"] for m in as_conversation(value) or []] or [value]
+        if value and not all(isinstance(t, str) and t.strip() in shown for t in texts):
             raise InputError(f"its column '{name}' is not used: --columns {name}= leaves it out")
-    system, tools = row.get("system") or row.get("system_prompt"), row.get("tools")
+    systems = [row[name] for name in ("system", "system_prompt", "system_message") if row.get(name)]
+    system, tools = systems[0] if systems else None, row.get("tools")
+    if any(other != system for other in systems):
+        raise InputError("two of its columns have different system prompts")
     if messages := as_conversation(system):
         system = messages[0]["content"] if len(messages) == 1 else messages
     if system and not isinstance(system, str):
@@ -544,7 +562,12 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
             problem = "it has conversations that have been written as text"
             raise InputError(f"{problem}: write the file as JSON lines, or keep the last message")
         if answers[0].startswith("\n\nHuman:") and "\n\nAssistant:" in answers[0]:
-            return split_dialogues(answers)
+            context, answers = split_dialogues(answers)
+            given = prompt not in (None, Missing) and not blank[0]
+            if given and not (isinstance(prompt, str) and prompt.strip() in context):
+                problem = "its 'prompt' is not in its dialogues"
+                raise InputError(f"{problem}: --columns prompt= leaves it out")
+            return context, answers
         if isinstance(prompt, str) and not blank[0]:
             return prompt, answers
         if messages and messages[-1]["role"] != "assistant":

@@ -204,7 +204,7 @@ def without_thinking(
     """(the prompt, with what the texts begin up to the answer). start: the prompt of inference;
     texts: by answer, the conversation. They are the same but where the template writes an empty
     thinking block before every answer: then the prompt is that of inference without thinking."""
-    if "thinking" not in tokenizer.chat_template or any(begins_with(a, THINKING) for a in texts):
+    if "thinking" not in tokenizer.chat_template or any(map(has_thought, texts)):
         return start, start
     off = render(tokenizer, messages, add_generation_prompt=True, **NO_THINKING)
     block = NO_THOUGHT.match(next(iter(texts.values()), "").removeprefix(start))
@@ -226,8 +226,11 @@ def answer_text(answer: str, text: str, prompt: str, before: str, tail: str, lea
     if text.startswith(before) and text.endswith(tail):
         written = text[len(before) : len(text) - len(tail)]
         empty = NO_THOUGHT.match(written)
-        if empty and begins_with(written[empty.end() :], THINKING):
-            written = None  # the template has put an empty block before the answer's own
+        if empty and has_thought(answer):
+            # The template has put an empty block before the answer's own.
+            if not opening and not begins_with(answer, THINKING):
+                raise InputError(f"the answer {answer!r} ends a thinking block that nothing begins")
+            written = None
     thought = next((end for mark, end in closed.items() if thinks(answer, mark, end)), None)
     if thought and not (written and NO_THOUGHT.match(answer)):
         raise InputError(
@@ -240,7 +243,7 @@ def answer_text(answer: str, text: str, prompt: str, before: str, tail: str, lea
             raise InputError(f"the chat template leaves out a part of the answer {answer!r}")
         written = None
     if written is None and opening:
-        written = after.lstrip("\n") if prompt.endswith("\n") else after
+        written = after.removeprefix("\n") if prompt.endswith("\n") else after
     elif written is None:
         written = lead + (answer if answer in text else answer.strip())
     if opening and THINKING[opening] not in written:
@@ -260,6 +263,11 @@ def thinks(answer: str, mark: str, end: str) -> bool:
     return (
         answer.lstrip().startswith(mark) or end in answer and mark not in answer.partition(end)[0]
     )
+
+
+def has_thought(answer: str) -> bool:
+    """Whether it thinks, by any marks."""
+    return any(thinks(answer, mark, end) for mark, end in THINKING.items())
 
 
 def begins_with(text: str, marks) -> str | None:

@@ -41,6 +41,8 @@ def resolve_model(name: str) -> str:
     the hub does not give the files."""
     name = local_model(name)
     hub_id, _, revision = name.partition("@")
+    if Path(hub_id).is_dir() and revision and not Path(name).is_dir():
+        raise InputError(f"{name}: a folder has no revisions")
     return name if Path(name).is_dir() else fetch(hub_id, SMALL_FILES, revision or None)
 
 
@@ -354,7 +356,7 @@ def write_model(model, name: str, tokenizer, folder: Path, dtype: torch.dtype, e
         # As text: transformers refuses to save some of the generation configs that it loads.
         generation = json.dumps(generation_config(name, load_config(name), end), indent=2)
         (scratch / "generation_config.json").write_text(generation)
-        seal(scratch, folder.parent / FINAL_DIGESTS)
+        seal(scratch, folder.with_name(f"{folder.name}.json"))
         os.sync()  # a run that has final/, be it empty after a power cut, is never continued
         os.rename(scratch, folder)
     dist.barrier()

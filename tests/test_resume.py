@@ -26,6 +26,7 @@ from conftest import (
     read_checkpoint,
     read_metrics,
     run,
+    run_python,
     run_ranks,
     run_several,
     same_weights,
@@ -1031,3 +1032,31 @@ def test_the_code_is_the_same_in_every_process_and_after_a_run(three_steps):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     (as_script,) = re.findall("# code: (.+)", (three_steps["ranks"][0] / "config.yaml").read_text())
     assert done.stdout.strip() == identity.code_digest() == as_script
+
+
+# ---- A checkpoint as a model ---------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_exported_as_the_run_would(base, tmp_path):
+    values = base | {"max_steps": 3, "save_every": 1, "keep_checkpoints": 0, "eval_data": ""}
+    run_ranks(values | {"dtype": "bfloat16"}, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    command = ["-m", "eval.export", checkpoints / "step_3", "--output", tmp_path / "three"]
+    done = run_python(*command)
+    assert done.returncode == 0, done.stderr
+    final = {path.name: path.read_bytes() for path in (tmp_path / "run" / "final").iterdir()}
+    assert final == {path.name: path.read_bytes() for path in (tmp_path / "three").iterdir()}
+    assert (tmp_path / "three.json").exists()
+    # Not over another one, not from a damaged one, and not from what is none.
+    (file,) = [*(checkpoints / "step_2").glob("shard-00001-*")]
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    for checkpoint, output, problem in (
+        (checkpoints / "step_3", tmp_path / "three", "three is there already"),
+        (checkpoints / "step_2", tmp_path / "two", f"{file} is damaged"),
+        (tmp_path / "run" / "final", tmp_path / "two", "is no checkpoint"),
+    ):
+        done = run_python("-m", "eval.export", checkpoint, "--output", output)
+        assert done.returncode == 1 and problem in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "two").exists()

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from data import load_data, overlaps
 from runtime.errors import InputError
 from runtime.rows import load_rows
-from runtime.weights import load_tokenizer
+from runtime.weights import load_tokenizer, resolve_model
 
 CHAT = make_tokenizer()
 TEXT = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
@@ -309,7 +309,7 @@ def test_nulls_are_dropped_and_counted(tmp_path):
         {"input": "bonjour"},
         {"context": "Anna did it."},
         {"functions": [{"name": "f"}]},
-        {"chat_history": ASK},
+        {"chat_history": [{"role": "user", "content": "Before that?"}]},
         {"messages": [*ASK, {"role": "assistant", "content": "Hi"}, *ASK]},
     ],
 )
@@ -516,3 +516,60 @@ def test_overlaps_by_hand(tmp_path):
     said = "2 rows are repeated, 1 pairs are also there the other way round"
     assert overlaps(train, None) == said
     assert overlaps(train, heldout) == f"{said}; 1 of 2 held-out prompts are also in training"
+
+
+# ---- What a second reader found ------------------------------------------------------------------
+
+
+def test_a_prompt_beside_dialogues_that_do_not_have_it_is_an_error(tmp_path):
+    sides = {side: f"\n\nHuman: x\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    for prompt in ("You are a pirate.", "\n\nHuman: k\n\nAssistant:", ASK):
+        path = str(write(tmp_path / "rows.jsonl", [sides | {"prompt": prompt}]))
+        with pytest.raises(InputError, match="its 'prompt' is not in its dialogues"):
+            load(path)
+    for prompt in ("x", "\n\nHuman: x\n\nAssistant:", None):
+        assert load(write(tmp_path / "rows.jsonl", [sides | {"prompt": prompt}]))
+
+
+def test_responses_that_are_named_are_taken(tmp_path):
+    path = str(write(tmp_path / "rows.jsonl", [TEXT | {"gens": ["r1", "r2", "r3"]}]))
+    (row,) = load_data(path, CHAT, 200, 100, columns="responses=gens").rows
+    assert [CHAT.decode(ids) for ids in row["responses"]] == [f"r{n}<|im_end|>" for n in (1, 2, 3)]
+
+
+def test_a_folder_has_no_revisions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs").mkdir()
+    write(tmp_path / "pairs" / "train.jsonl", [TEXT])
+    assert load("pairs")
+    for name in ("pairs@main", "pairs@0123:train"):
+        with pytest.raises(InputError, match="pairs is a folder, which has no revisions"):
+            load(name)
+    with pytest.raises(InputError, match="a folder has no revisions"):
+        resolve_model(f"{tmp_path}/pairs@main")
+
+
+def test_cells_in_a_folder_are_text_too(tmp_path):
+    (tmp_path / "pairs").mkdir()
+    text = "prompt,chosen,rejected\nq,None,007\n"
+    (tmp_path / "pairs" / "train.csv").write_text(text)
+    (tmp_path / "pairs.csv").write_text(text)
+    assert load(tmp_path / "pairs") == load(tmp_path / "pairs.csv") != []
+    with pytest.raises(InputError, match="it has no split 'test': train"):
+        load(f"{tmp_path / 'pairs'}:test")
+
+
+def test_system_prompts_by_any_name(tmp_path):
+    for name in ("system", "system_prompt", "system_message"):
+        (row,) = load(write(tmp_path / "rows.jsonl", [TEXT | {name: "Be brief."}]))
+        assert "Be brief." in row[0]
+    both = TEXT | {"system": "Be brief.", "system_message": "Be long."}
+    with pytest.raises(InputError, match="two of its columns have different system prompts"):
+        load(write(tmp_path / "rows.jsonl", [both]))
+
+
+def test_a_column_that_repeats_the_row_is_no_error(tmp_path):
+    more = [{"role": "user", "content": TEXT["prompt"]}]
+    more += [{"role": "assistant", "content": TEXT["chosen"]}]
+    for name, value in (("messages", more), ("context", more[:1]), ("images", [None])):
+        assert load(write(tmp_path / "rows.jsonl", [TEXT | {name: value}]))

@@ -447,6 +447,20 @@ WRITTEN_BEFORE = "<|START_RESPONSE|>It is fine.<|END_RESPONSE|><|END_OF_TURN_TOK
         ("deepseek_v3.2", "?", [f"{EMPTY}a", "<think></think>b"], ["a{}", "b{}"]),
         ("gemma4_31b", "?", ["<|channel>thought\n<channel|>a", "b"], ["a{}", "b{}"]),
         ("zephyr", "?", [f"{EMPTY}a", f"{EMPTY}b"], [EMPTY + "a{}", EMPTY + "b{}"]),
+        # An answer may begin after the mark with which the prompt ends; otherwise it needs its own.
+        (
+            "qwen3_8",
+            "?",
+            ["x\n</think>\n\na", f"{THOUGHT}b"],
+            ["x\n</think>\n\na{}", "Is it?\n</think>\n\nb{}"],
+        ),
+        (
+            "qwen3_8",
+            "?",
+            [f"{EMPTY}a", f"{THOUGHT}b"],
+            ["\n</think>\n\na{}", "Is it?\n</think>\n\nb{}"],
+        ),
+        ("kimi_k2_thinking", "?", ["x\n</think>\n\na", "b"], "ends a thinking block that nothing"),
         # But not where another answer thinks.
         ("qwen3", "?", [f"{EMPTY}a", f"{THOUGHT}b"], [EMPTY + "a{}", THOUGHT + "b{}"]),
         ("qwen3", "?", ["<think>\na", f"{THOUGHT}b"], "begins to think, and does not end it"),

@@ -1,0 +1,68 @@
+"""A checkpoint as a model in Hugging Face format, also while its run goes on.
+
+    python -m eval.export runs/demo/checkpoints/step_60 --output runs/demo-60
+    python -m eval.generate --models demo runs/demo-60
+
+With `train.py --keep_checkpoints 0`, all checkpoints stay, and the best can be kept instead of the
+last. One process without FSDP, on the CPU, in whose memory the model is in float32; `surgery` and
+`merge` of model.py are those of the run.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from eval.report import make_parser
+from model import export, load_model
+from runtime.cache import file_digest
+from runtime.checkpoints import read_state
+from runtime.command_line import run_command
+from runtime.errors import InputError
+from runtime.weights import load_tokenizer, model_fingerprint, resolve_model
+
+
+def export_checkpoint(checkpoint: Path, output: Path) -> None:
+    """Write the model of a checkpoint to a new folder, as the run itself would as its final/.
+    Raises InputError if the checkpoint is damaged or of another model, or if the folder is there.
+    """
+    if output.exists():
+        raise InputError(f"{output} is there already")
+    try:
+        saved = read_state(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint} is no checkpoint: {error}") from None
+    for name, (_, digest) in saved["files"].items():
+        if file_digest(checkpoint / name) != digest:
+            raise InputError(f"{checkpoint / name} is damaged")
+    config = SimpleNamespace(**saved["config"])
+    source = resolve_model(config.model)
+    if model_fingerprint(source) != saved["made_of"]["model files"]:
+        raise InputError(f"{config.model} is not the model that the run began with: it has changed")
+    tokenizer = load_tokenizer(source, config.chat_template, config.template_args)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch.manual_seed(config.seed % 2**63)  # as train(): for what surgery() adds and freezes
+    model = load_model(source, torch.device("cpu"), torch.float32)
+    weights = model.optimized()
+    if others := sorted(weights.keys() ^ saved["optimizer"].keys()):
+        problem = f"{checkpoint} and {config.model} do not both have {others[0]} to optimize"
+        raise InputError(f"{problem}: another model, or another surgery() in model.py?")
+    dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    model.refresh()
+    model.dtype = getattr(torch, saved["made_of"]["dtype in use"])
+    export(model, source, tokenizer, output)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("checkpoint", help="a run's checkpoints/step_N")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder")
+    args = parser.parse_args()
+    export_checkpoint(Path(args.checkpoint), Path(args.output))
+    print(f"The model of {args.checkpoint} is in {args.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)
