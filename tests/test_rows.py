@@ -546,7 +546,7 @@ def test_a_folder_has_no_revisions(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="pairs is a folder, which has no revisions"):
             load(name)
     with pytest.raises(InputError, match="a folder has no revisions"):
-        resolve_model(f"{tmp_path}/pairs@main")
+        resolve_model("pairs@main")
 
 
 def test_cells_in_a_folder_are_text_too(tmp_path):
