@@ -192,13 +192,13 @@ def build_model(config) -> PackedModel:
             config, dtype=torch.float32, trust_remote_code=False
         )
         packed = PackedModel(model, model.config._attn_implementation)
+        try:
+            packed.set_attention()
+        except Exception:  # its attention is one of its own
+            packed.packed = False
+            packed.set_attention()
     except Exception as error:  # each kind of unfit model has an exception of its own
         raise InputError(f"a {config.model_type} model cannot be trained: {error!r}") from error
-    try:
-        packed.set_attention()
-    except Exception:  # of a model with an attention of its own
-        packed.packed = False
-        packed.set_attention()
     return packed
 
 
