@@ -705,7 +705,12 @@ SEPARATE = {  # models that cannot be packed, and whether the head is another th
     "gemma2": (TINY | GQA, False),
     "bloom": (WRONG["bloom"], False),
     "mamba": (WRONG["mamba"], False),
-    "falcon_h1": (TINY | {"num_key_value_heads": 2}, False),
+    "falcon_h1": (
+        TINY
+        | {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
+        | {"mamba_d_state": 8, "mamba_chunk_size": 16},
+        False,
+    ),
     "gpt_oss": (
         TINY
         | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
