@@ -356,9 +356,9 @@ def weights_with(name: str, change):
     return model_with(edit)
 
 
-def nan_at(row: int):
+def nan_at(row: int, value: float = math.nan):
     def change(tensor):
-        tensor[row, 0] = math.nan
+        tensor[row, 0] = value
         return tensor
 
     return change
@@ -557,6 +557,11 @@ MODELS_AND_CHECKPOINTS = [
         "a NaN among the weights",
         weights_with("model.layers.1.mlp.up_proj.weight", nan_at(0)),
         ["model.layers.1.mlp.up_proj.weight", "not finite"],
+    ),
+    (
+        "an infinity that few tokens meet",
+        weights_with("model.embed_tokens.weight", nan_at(319, math.inf)),
+        ["model.embed_tokens.weight", "not finite"],
     ),
     (
         "a NaN that few tokens meet",

@@ -464,6 +464,17 @@ def test_resume_of_another_run_is_refused(base, three_steps, tmp_path, change, m
         run(base | {"max_steps": 3} | change, output)
 
 
+def test_a_setting_that_a_checkpoint_does_not_have_is_another_one(base, three_steps, tmp_path):
+    """As one that the code has since then."""
+    output = without_end(three_steps, tmp_path / "run")
+    checkpoint = output / "checkpoints" / "step_3"
+    state = checkpoints.read_state(checkpoint)
+    del state["config"]["truncation"]
+    checkpoints.write_state(checkpoint, state)
+    with pytest.raises(InputError, match="another run: truncation was None, is fit"):
+        run(base | {"max_steps": 3}, output)
+
+
 def test_resume_with_another_model_or_template_says_so(base, three_steps, model_folder, tmp_path):
     output = without_end(three_steps, tmp_path / "run")
     shutil.copytree(model_folder, tmp_path / "model")
