@@ -32,6 +32,7 @@ from data import pack, spread_rows, truncate
 from eval.report import at_least
 from model import LOGITS_BYTES, PackedModel, blocks, build_model, shard, varlen_attention
 from runtime.command_line import run_command
+from runtime.errors import InputError
 from runtime.weights import load_config, resolve_model
 from train import Config, parse_args
 
@@ -161,6 +162,10 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
     try:
         with torch.device("meta"):
             model = build_model(config)
+        if not model.packed:
+            raise InputError(
+                f"a {config.model_type} model is not packed: it cannot be planned here"
+            )
         shard(model, "cpu", torch.bfloat16, recipe.replicas)
         local = sum(p.to_local().numel() for p in model.parameters())
     finally:

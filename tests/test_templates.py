@@ -144,6 +144,12 @@ TEMPLATES = {
         "<|assistant|>\n{% else %}{{ eos_token }}",
         "<|system|>\n{{ c }}<|end|>\n",
     ),
+    "apriel_1.5": chat(
+        "<|user|>\n{{ c }}\n<|end|>\n",
+        "<|assistant|>\n{{ c }}\n<|end|>\n",
+        "<|assistant|>\n",
+        "<|system|>\n{{ c }}\n<|end|>\n",
+    ),
     "phi4": chat(
         "<|im_start|>user<|im_sep|>{{ c }}<|im_end|>",
         "<|im_start|>assistant<|im_sep|>{{ c }}<|im_end|>",
@@ -366,6 +372,7 @@ EXPECTED = {
     "gemma3": ("<end_of_turn>", *PLAIN),
     "gemma4_31b": ("<turn|>", *PLAIN),  # after the closed block, which the rendered answer lacks
     "phi3_5": ("<|end|>", *PLAIN),
+    "apriel_1.5": ("<|end|>", {}, "It is fine.\n{}", THOUGHT),
     "phi4": ("<|im_end|>", *PLAIN),
     "mistral_nemo": ("</s>", *PLAIN),
     "qwen2_5": ("<|im_end|>", *PLAIN),
@@ -468,6 +475,9 @@ WRITTEN_BEFORE = "<|START_RESPONSE|>It is fine.<|END_RESPONSE|><|END_OF_TURN_TOK
         # Nothing that the template writes is there twice.
         ("command_r7b", "?", [WRITTEN_BEFORE, CHOSEN], [WRITTEN_BEFORE] * 2),
         ("phi3_5", "?", ["a<|end|>\n</s>", "b<|end|>"], ["a{}", "b{}"]),
+        ("apriel_1.5", "?", ["a\n<|end|>", "b"], ["a\n{}", "b\n{}"]),
+        # To a template that knows no thinking, its marks are text.
+        ("zephyr", "?", ["<think>a", "b"], ["<think>a{}", "b{}"]),
     ],
 )
 def test_an_answer_is_neither_cut_nor_doubled(name, question, answers, expected):
