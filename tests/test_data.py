@@ -579,6 +579,9 @@ def test_what_truncation_takes_is_counted(write):
         found = load_data(source, tokenizer, 17, 13, truncation=truncation)
         assert expected in found.report and "50.0% of the pairs truncated" in found.report
         assert "; the texts of 1 contain control tokens" in found.report
+    # Without BOS, none is lost.
+    report = load_data(source, make_tokenizer(CHATML), 16, 12, truncation="paper").report
+    assert "2 prompts lost their beginning (0 of them BOS)" in report
     found = load_data(source, tokenizer, 17, 13, truncation="drop")
     assert "2 too long" in found.report and found.report.endswith("such as <s>")
     assert len(found.rows) == 2 and "0.0% of the pairs truncated;" in found.report

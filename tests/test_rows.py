@@ -541,7 +541,9 @@ def test_a_folder_has_no_revisions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs").mkdir()
     write(tmp_path / "pairs" / "train.jsonl", [TEXT])
-    assert load("pairs")
+    assert len(load("pairs")) == 1
+    write(tmp_path / "pairs" / "train.jsonl", [TEXT, TEXT])
+    assert len(load("pairs")) == 2  # not what it was
     for name in ("pairs@main", "pairs@0123:train"):
         with pytest.raises(InputError, match="pairs is a folder, which has no revisions"):
             load(name)
