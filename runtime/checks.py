@@ -139,14 +139,20 @@ def check_trainable(model: PackedModel, optimizer, name: str) -> None:
         raise InputError(f"{problem}: freeze it in surgery(), in model.py")
 
 
+class AttentionError(InputError):
+    """packed_attention is wrong, of whatever model: an edit of it must not be passed by."""
+
+
 def choose_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) -> None:
     """Leave the model packed if check_forward accepts that. Otherwise let it and the data sets
     compute responses separately, and say so. Collective. Raises InputError if check_forward does
-    not accept that either."""
+    not accept that either, or if packed_attention itself is wrong."""
     device, problem = next(model.parameters()).device, None
     if model.packed:
         try:
             check_forward(model, data, heldout)
+        except AttentionError:
+            raise
         except InputError as error:
             problem = error
         (failed,) = max_over_ranks(device, problem is not None)
@@ -239,7 +245,8 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
     model.reshard()
     if not all(found[key] <= limits[key] for key in found):
         figures = ", ".join(f"{key} {found[key]:.1e} ({limits[key]:.1e})" for key in found)
-        raise InputError(
+        kind = AttentionError if found.get("attention", 0) > limits["attention"] else InputError
+        raise kind(
             f"{name} cannot be trained {how}: its log-probs are not those of one sequence at a "
             f"time. Found, and in brackets accepted: {figures}."
         )

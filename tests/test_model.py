@@ -273,6 +273,8 @@ def test_wrong_attention_is_refused(wrong, dtype, group, model_folder, monkeypat
     monkeypatch.setattr(checks, "packed_attention", wrong)
     assert attention_error(dtype) > 0.3
     assert refused_for(model, data) == {"attention"}
+    with pytest.raises(InputError, match="cannot be trained packed"):
+        choose_forward(model, data, None)  # an edited attention is not passed by
 
 
 # What a forward does depends on how long the sequence is, here from 20 or 32 tokens on.
