@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import MicroBatch
@@ -25,6 +25,8 @@ from runtime.weights import (
     check_surgery,
     first_values,
     load_config,
+    model_class,
+    other_parts,
     read_weights,
     stored_tensors,
     weights_folder,
@@ -86,8 +88,11 @@ class PackedModel(torch.nn.Module):
     def set_attention(self, name: str | None = None) -> None:
         """Compute with another attention implementation of transformers, or, by default, again with
         the one of forward."""
-        own = "packed" if self.packed else self.stock_attention
-        self.model.set_attn_implementation(name or own)
+        name = name or ("packed" if self.packed else self.stock_attention)
+        config, text = self.model.config, self.model.config.get_text_config()
+        parts = [key for key in config.sub_configs if getattr(config, key) is text]
+        # Parts for images or sound keep theirs: some have no other.
+        self.model.set_attn_implementation(dict.fromkeys(["", *parts], name))
 
     def token_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The head's log-probs of `targets`: (R, hidden size), (R,) int64 → (R,) float32."""
@@ -182,16 +187,18 @@ def build_model(config) -> PackedModel:
     """The architecture of a transformers config, float32, on the current default device, without
     dropout and jitter. Raises InputError if transformers cannot build it."""
     config = copy.deepcopy(config)
-    for name, value in config.to_dict().items():
-        # Phi-MoE's jitter is a part of its routing, also at inference: check_forward refuses it.
-        noise = "drop" in name or "jitter" in name and config.model_type != "phimoe"
-        if noise and isinstance(value, float):
-            setattr(config, name, 0.0)
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            # Phi-MoE routes by its jitter at inference, too: check_forward refuses it.
+            noise = "drop" in name or "jitter" in name and part.model_type != "phimoe"
+            if noise and isinstance(value, float):
+                setattr(part, name, 0.0)
     try:
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
-        packed = PackedModel(model, model.config._attn_implementation)
+        kind = model_class(config)
+        model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        packed = PackedModel(model, model.config.get_text_config()._attn_implementation)
+        for parameter in other_parts(model).values():
+            parameter.requires_grad_(False)
         try:
             packed.set_attention()
         except Exception:  # its attention is one of its own

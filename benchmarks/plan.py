@@ -33,7 +33,7 @@ from eval.report import at_least
 from model import LOGITS_BYTES, PackedModel, blocks, build_model, shard, varlen_attention
 from runtime.command_line import run_command
 from runtime.errors import InputError
-from runtime.weights import load_config, resolve_model
+from runtime.weights import load_config, other_parts, resolve_model
 from train import Config, parse_args
 
 # Mean tokens of prompt, chosen and rejected, and the standard deviations of the logarithms of the
@@ -162,10 +162,9 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
     try:
         with torch.device("meta"):
             model = build_model(config)
-        if not model.packed:
-            raise InputError(
-                f"a {config.model_type} model is not packed: it cannot be planned here"
-            )
+        if not model.packed or other_parts(model.model):
+            reason = "is not packed" if not model.packed else "has parts for images or sound"
+            raise InputError(f"a {config.model_type} model {reason}: it cannot be planned here")
         shard(model, "cpu", torch.bfloat16, recipe.replicas)
         local = sum(p.to_local().numel() for p in model.parameters())
     finally:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from data import tokenize_text
 from eval.report import (
@@ -53,6 +53,7 @@ from runtime.weights import (
     load_config,
     load_tokenizer,
     local_model,
+    model_class,
     model_fingerprint,
     resolve_model,
     tokenizer_digests,
@@ -234,7 +235,8 @@ def load_engine(
     if engine == "transformers":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **more)
+            kind = model_class(load_config(folder))
+            model = kind.from_pretrained(folder, trust_remote_code=False, **more)
         except (TypeError, AttributeError) as error:  # as of vLLM's arguments
             reason = f"--engine_args {engine_args}: transformers does not take them: {error}"
             raise InputError(reason) from error

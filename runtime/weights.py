@@ -16,9 +16,17 @@ import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from runtime.cache import asked_once, cache_folder, files_digest, locked, seal
@@ -95,6 +103,13 @@ def load_config(name: str):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # not there, cut off, a kind of model that it does not know
         raise InputError(f"{name}: its config.json cannot be used: {error}") from error
+
+
+def model_class(config):
+    """The class of transformers that loads a config's model whole: with its parts for images or
+    sound, if it has any."""
+    multimodal = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, chat_template: str = "", template_args: str = ""):
@@ -186,16 +201,22 @@ def weights_folder(name: str, needed: dict[str, torch.Tensor]) -> str:
     # Names and shapes can be those of a plain model: its 8-bit values would be taken as they are.
     if getattr(config, "quantization_config", None):
         raise InputError(f"{name}: its weights are quantized; give the model before quantization")
-    try:
-        stored = dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
-    except Exception:  # no safetensors, or broken ones: transformers will say how
-        stored = {}
+    stored = in_files(folder)
     twice = [key for key in needed if key in stored and len(stored[key].chunks) > 1]
     if twice:
         raise InputError(f"{folder}: more than one .safetensors file holds {twice[0]}: remove one")
     if all(key in stored and stored[key].size == value.shape for key, value in needed.items()):
         return folder
     return converted_folder(name)
+
+
+def in_files(folder: str) -> dict:
+    """What DCP knows of the tensors in a folder's safetensors, by name; of none, or of broken ones,
+    nothing."""
+    try:
+        return dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    except Exception:  # transformers will say what is wrong with them
+        return {}
 
 
 def converted_folder(name: str) -> str:
@@ -206,7 +227,7 @@ def converted_folder(name: str) -> str:
     with locked(converted) as intact:
         if not intact:
             try:
-                whole, info = AutoModelForCausalLM.from_pretrained(
+                whole, info = model_class(load_config(name)).from_pretrained(
                     name,
                     dtype=torch.float32,
                     output_loading_info=True,
@@ -232,6 +253,16 @@ def stored_tensors(model) -> dict[str, torch.Tensor]:
     names = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in names}
     return dict(model.named_parameters()) | buffers
+
+
+def other_parts(model) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a multimodal transformers model that text does not reach, by name: its
+    parts for images and sound."""
+    if type(model.config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return {}
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    text = {parameter for part in parts if part is not None for parameter in part.parameters()}
+    return {name: p for name, p in model.named_parameters() if p not in text}
 
 
 def check_surgery(model, needed: dict[str, torch.Tensor]) -> None:
@@ -292,7 +323,7 @@ def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
             f"a {model.config.model_type} model cannot be sharded: {error!r}"
         ) from error
     read = functools.partial(dcp.HuggingFaceStorageReader, folder)
-    stored = stored_tensors(model)
+    stored, parameters = stored_tensors(model), dict(model.named_parameters())
     for name, value in values.items():
         parameter = stored.pop(name)
         value = value.to(parameter.device)
@@ -302,11 +333,11 @@ def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
         parameter.copy_(value)
     dcp.load(stored, storage_reader=read())
     for name, tensor in stored.items():
-        if not tensor.sum().isfinite():
+        total = tensor.sum()
+        if total.isnan() or total.isinf() and name in parameters:  # a buffer may be a limit
             raise InputError(f"{folder}: {name} is not finite: its file is damaged")
-    in_files = read().read_metadata().state_dict_metadata
     known = model.state_dict().keys() - stored.keys() - values.keys()
-    for name in sorted(in_files.keys() & known):
+    for name in sorted(in_files(folder).keys() & known):
         parameter = model.get_parameter(name)  # tied to another one, and in the file, too
         other = torch.empty_like(parameter)
         dcp.load({name: other}, storage_reader=read())
@@ -319,37 +350,48 @@ def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
 
 def write_model(model, name: str, tokenizer, folder: Path, dtype: torch.dtype, end: int) -> None:
     """Write a transformers model, its tokenizer with chat template, and its generation config to
-    `folder` in Hugging Face format, with the parameters in `dtype`. `name` is where the model was
-    loaded from; `end` the token that ends a turn. Collective; the folder appears whole. Raises
-    FloatingPointError if a parameter is not finite.
+    `folder` in Hugging Face format, with the parameters in `dtype`; buffers and other_parts as in
+    the folder `name`, from which the model was loaded. `end` is the token that ends a turn.
+    Collective; the folder appears whole. Raises FloatingPointError if a parameter is not finite.
     """
     scratch = folder.with_name(folder.name + ".part")
     tensors, parameters = stored_tensors(model), dict(model.named_parameters())
-    dtypes = {key: dtype if key in parameters else t.dtype for key, t in tensors.items()}
+    text, source = parameters.keys() - other_parts(model).keys(), in_files(name)
+    dtypes = {key: dtype if key in text else tensor.dtype for key, tensor in tensors.items()}
+    ignored = not_loaded(model, source)
     with torch.device("meta"):
         shapes = {key: torch.empty(t.shape, dtype=dtypes[key]) for key, t in tensors.items()}
+        shapes |= {key: torch.empty(t.size, dtype=t.properties.dtype) for key, t in ignored.items()}
     files = split_torch_state_dict_into_shards(shapes, max_shard_size=FILE_BYTES)
     if dist.get_rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         os.umask(umask := os.umask(0))
-    weight_map = {}
+    weight_map, size = {}, 0
     for file, names in files.filename_to_tensors.items():
         whole = {}
         for key in names:  # one tensor at a time is whole, and one file in rank 0's memory
+            if key in ignored:
+                continue
             tensor = tensors[key].detach().to(dtypes[key])
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if key in parameters and not tensor.isfinite().all():
                 raise FloatingPointError(f"{key} is not finite: nothing is exported")
             whole |= {key: tensor.cpu().contiguous()} if dist.get_rank() == 0 else {}
         if dist.get_rank() == 0:
-            whole = revert_weight_conversion(model, whole)  # to the names of published files
+            kept = {key: whole.pop(key) for key in [*whole] if key not in text}
+            # To the names of published files.
+            whole, kept = (revert_weight_conversion(model, part) for part in (whole, kept))
+            for key, tensor in kept.items():
+                whole[key] = tensor.to(source[key].properties.dtype) if key in source else tensor
+            whole |= read_as_stored(name, ignored.keys() & {*names})
+            size += sum(tensor.nbytes for tensor in whole.values())
             save_file(whole, scratch / file, metadata={"format": "pt"})
             (scratch / file).chmod(0o666 & ~umask)  # safetensors makes it for its owner alone
             weight_map |= dict.fromkeys(whole, file)
     if dist.get_rank() == 0:
         if files.is_sharded:
-            index = {"metadata": files.metadata, "weight_map": weight_map}
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         write_config(model, name, scratch, dtype)
         write_tokenizer(tokenizer, name, scratch)
@@ -360,6 +402,29 @@ def write_model(model, name: str, tokenizer, folder: Path, dtype: torch.dtype, e
         os.sync()  # a run that has final/, be it empty after a power cut, is never continued
         os.rename(scratch, folder)
     dist.barrier()
+
+
+def not_loaded(model, source: dict) -> dict:
+    """Of the in_files of a transformers model, those that it does not load, as heads that draft
+    several tokens: the export has them as they came, for the tools that use them."""
+
+    def published(tensors: dict) -> set[str]:
+        shapes = {name: torch.empty(t.shape, device="meta") for name, t in tensors.items()}
+        return {*revert_weight_conversion(model, shapes)}
+
+    if not published(stored_tensors(model)) <= source.keys():  # they name tensors otherwise
+        return {}
+    known = published(model.state_dict())  # with tied ones, whose old values must not be kept
+    return {name: tensor for name, tensor in source.items() if name not in known}
+
+
+def read_as_stored(folder: str, names: set[str]) -> dict[str, torch.Tensor]:
+    """Tensors of a folder's safetensors."""
+    found = {}
+    for path in Path(folder).glob("*.safetensors") if names else ():
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in names & {*file.keys()}}
+    return found
 
 
 def write_config(model, name: str, folder: Path, dtype: torch.dtype) -> None:
