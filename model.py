@@ -176,11 +176,12 @@ def compile_blocks(model: PackedModel) -> None:
 
 
 @torch.no_grad()
-def export(model: PackedModel, name: str, tokenizer, folder: Path) -> None:
+def export(model: PackedModel, name: str, tokenizer, folder: Path, card: str = "") -> None:
     """merge, and write the model to `folder` in the dtype in which it computes: see write_model.
     Collective."""
     merge(model.model)
-    write_model(model.model, name, tokenizer, folder, model.dtype, end_of_turn(tokenizer)[0])
+    end = end_of_turn(tokenizer)[0]
+    write_model(model.model, name, tokenizer, folder, model.dtype, end, card)
 
 
 def build_model(config) -> PackedModel:

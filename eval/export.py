@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from eval.report import make_parser
 from model import export, load_model
 from runtime.cache import file_digest
+from runtime.card import model_card
 from runtime.checkpoints import read_state
 from runtime.command_line import run_command
 from runtime.errors import InputError
@@ -49,10 +50,13 @@ def export_checkpoint(checkpoint: Path, output: Path) -> None:
     if others := sorted(weights.keys() ^ saved["optimizer"].keys()):
         problem = f"{checkpoint} and {config.model} do not both have {others[0]} to optimize"
         raise InputError(f"{problem}: another model, or another surgery() in model.py?")
-    dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
     model.refresh()
     model.dtype = getattr(torch, saved["made_of"]["dtype in use"])
-    export(model, source, tokenizer, output)
+    run, card = checkpoint.resolve().parents[1], ""
+    if (run / "config.yaml").exists():  # else the checkpoint alone was copied
+        card = model_card(run, source, bool(tokenizer.chat_template), saved["step"])
+    export(model, source, tokenizer, output, card)
 
 
 def main() -> None:

@@ -127,6 +127,10 @@ def check_trainable(model: PackedModel, optimizer, name: str) -> None:
                 f"{key} drops values at random: a gradient would depend on how a batch is split"
             )
             raise InputError(f"{problem}, and on a resume. Take it out in surgery(), in model.py")
+    text = config.get_text_config()
+    experts = getattr(text, "num_local_experts", 0) or getattr(text, "num_experts", 0)
+    if hasattr(text, "router_aux_loss_coef") and experts:
+        say("The experts' routers have no balancing loss here: forks/router_loss.patch adds it.")
     names = {parameter: key for key, parameter in model.optimized().items()}
     moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if strange := [[*parameter.shape] for parameter in moved if parameter not in names]:

@@ -177,10 +177,16 @@ def hub_commits(sources: str) -> dict[str, str]:
     """By source, the commits of the hub's data sets among them."""
     found = {}
     for source, _ in map(split_share, split_sources(sources)):
-        name, *names = source.split(":")
-        if not (file_type(name) or Path(source).exists() or Path(name).exists()):
+        if on_hub(source):
+            name, *names = source.split(":")
             found[source] = hub_builder(name, *(names or ["train"]))["commit"]
     return found
+
+
+def on_hub(source: str) -> bool:
+    """Whether a source without share is a data set of the hub, and no file or folder."""
+    name = source.partition(":")[0]
+    return not (file_type(name) or Path(source).exists() or Path(name).exists())
 
 
 def load_folder(path: str, split: str) -> datasets.Dataset:

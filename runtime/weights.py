@@ -32,7 +32,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from runtime.cache import asked_once, cache_folder, files_digest, locked, seal
 from runtime.errors import InputError
 
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # of a model: no weights
+# Of a model: no weights. README.md names its licence.
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md")
 # Of a tokenizer, and of a processor of images or sound.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*")
 TOKENIZER_FILES += ("merges.txt", "*.model", "*.tiktoken", "chat_template*", "*processor*.json")
@@ -348,11 +349,14 @@ def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
 # ---- Shards → files ------------------------------------------------------------------------------
 
 
-def write_model(model, name: str, tokenizer, folder: Path, dtype: torch.dtype, end: int) -> None:
+def write_model(
+    model, name: str, tokenizer, folder: Path, dtype: torch.dtype, end: int, card: str
+) -> None:
     """Write a transformers model, its tokenizer with chat template, and its generation config to
     `folder` in Hugging Face format, with the parameters in `dtype`; buffers and other_parts as in
-    the folder `name`, from which the model was loaded. `end` is the token that ends a turn.
-    Collective; the folder appears whole. Raises FloatingPointError if a parameter is not finite.
+    the folder `name`, from which the model was loaded. `end` is the token that ends a turn; `card`
+    is README.md, if any. Collective; the folder appears whole. Raises FloatingPointError if a
+    parameter is not finite.
     """
     scratch = folder.with_name(folder.name + ".part")
     tensors, parameters = stored_tensors(model), dict(model.named_parameters())
@@ -395,6 +399,8 @@ def write_model(model, name: str, tokenizer, folder: Path, dtype: torch.dtype, e
             (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         write_config(model, name, scratch, dtype)
         write_tokenizer(tokenizer, name, scratch)
+        if card:
+            (scratch / "README.md").write_text(card)
         # As text: transformers refuses to save some of the generation configs that it loads.
         generation = json.dumps(generation_config(name, load_config(name), end), indent=2)
         (scratch / "generation_config.json").write_text(generation)

@@ -18,7 +18,9 @@ import datasets
 import pytest
 import torch
 from conftest import (
+    GQA,
     ROOT,
+    TINY,
     gradients,
     make_model,
     make_tokenizer,
@@ -30,6 +32,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM
 
 FORKS = ROOT / "forks"
 PATCHES = {path.stem: path.read_text() for path in sorted(FORKS.glob("*.patch"))}
@@ -284,6 +287,60 @@ def test_a_loss_or_row_format_equals_plain_forwards(run_fork, inputs, name, obje
     check_step(output, losses, grads)
     if name == "hinge_loss":  # both sides of it are there
         assert 0 < losses.count(0) < len(losses)
+
+
+def router_losses(model, weights: dict, layers: int = 2) -> list[torch.Tensor]:
+    """Of every row in float64, by transformers alone: experts · Σ f · P over its tokens, the prompt
+    once, averaged over layers."""
+    losses = []
+    for row in ROWS:
+        head = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        prompt, seen = TOKENIZER(head, add_special_tokens=False).input_ids, [[], []]
+        for number, answer in enumerate(row["answers"][:2]):
+            ids = TOKENIZER(answer + "<|im_end|>", add_special_tokens=False).input_ids
+            ids = (torch.tensor([prompt + ids]),)
+            output = functional_call(model, weights, ids, {"output_router_logits": True})
+            for layer in range(layers):
+                kept = 0 if number == 0 else len(prompt)
+                seen[layer].append(output.router_logits[layer].view(-1, 4)[kept:])
+        loss = 0.0
+        for logits in seen:
+            shares = torch.cat(logits).softmax(dim=1)
+            ranks = shares.argsort(dim=1, descending=True).argsort(dim=1)
+            loss = loss + 4 * ((ranks < 2).double().mean(0) * shares.mean(0)).sum() / layers
+        losses.append(loss)
+    return losses
+
+
+def test_the_routers_loss_equals_plain_forwards_on_any_number_of_ranks(run_fork, tmp_path):
+    sizes = TINY | GQA | {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_moe", **sizes)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "experts")
+    TOKENIZER.save_pretrained(tmp_path / "experts")
+    model = model.double()
+    weights = {name: value.detach().requires_grad_() for name, value in model.named_parameters()}
+    simper, total = [], []
+    for row, balance in zip(ROWS, router_losses(model, weights)):
+        head = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        prompt, means = TOKENIZER(head, add_special_tokens=False).input_ids, []
+        for answer in row["answers"][:2]:
+            ids = TOKENIZER(answer + "<|im_end|>", add_special_tokens=False).input_ids
+            logits = functional_call(model, weights, (torch.tensor([prompt + ids]),)).logits[0]
+            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            means.append(logps.gather(1, torch.tensor(ids)[:, None]).mean())
+        simper.append(means[1].exp() - means[0].exp())
+        total.append(simper[-1] + 0.001 * balance)
+    grads = dict(zip(weights, torch.autograd.grad(torch.stack(total).mean(), [*weights.values()])))
+    for ranks in (1, 2):
+        output = run_fork("router_loss", ranks=ranks, model=tmp_path / "experts")
+        found = gradients(output)
+        assert read_metrics(output)[1]["loss"] == pytest.approx(sum(simper).item() / 8, rel=1e-4)
+        assert relative_difference(found, {name: grads[name] for name in found}) < 1e-5
 
 
 def test_a_row_without_a_margin_is_refused(run_fork):
