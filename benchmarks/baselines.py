@@ -3,11 +3,13 @@ order.
 
     python benchmarks/baselines.py textbook RECIPE [--pairs_a_forward N] [flags of train.py]
     python benchmarks/baselines.py trl RECIPE [--pairs_a_forward N] [flags of train.py]
+    python benchmarks/baselines.py padded RECIPE [flags of train.py]
 
 `textbook` is the step that SimPO's code, the authors' SimPER and TRL have in common: chosen and
 rejected responses, each after its prompt, padded to the longest and concatenated into one batch;
 the logits of all positions; log_softmax; gather. `trl` is TRL's CPOTrainer with loss_type="simpo"
-and cpo_alpha=0, the same computation (TRL has no SimPER).
+and cpo_alpha=0, the same computation (TRL has no SimPER). `padded` is train.py as it treats a model
+that cannot be packed.
 
 Each writes metrics.jsonl into its output_dir as train.py does, with the same names. Each rank
 computes its pairs of a step in one forward; a single process can take --pairs_a_forward of them at
@@ -33,13 +35,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+import model
 from data import Schedule, load_data
-from model import blocks
+from model import blocks, build_model
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.processes import max_over_ranks, peak_memory, start_group
 from runtime.weights import fetch_weights, load_tokenizer, resolve_model
-from train import Config, mean_over_ranks, parse_args, share_of_peak
+from train import Config, mean_over_ranks, parse_args, share_of_peak, train
 
 DEVICE = torch.device("cpu")
 if torch.cuda.is_available():
@@ -221,8 +224,21 @@ def trl(config: Config, pairs_a_forward: int) -> None:
     trainer.train()
 
 
+def padded(config: Config, pairs_a_forward: int) -> None:
+    """train.py with every response in a padded row of its own."""
+
+    def build(model_config):
+        built = build_model(model_config)
+        built.packed = False
+        built.set_attention()
+        return built
+
+    model.build_model = build
+    train(config)
+
+
 def main() -> None:
-    step = {"textbook": textbook, "trl": trl}.get("".join(sys.argv[1:2]))
+    step = {"textbook": textbook, "trl": trl, "padded": padded}.get("".join(sys.argv[1:2]))
     if step is None:
         sys.exit(__doc__)
     parser = argparse.ArgumentParser(add_help=False)

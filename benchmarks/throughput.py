@@ -12,7 +12,7 @@ process counts only for the time until its end. Losses, log-probs and gradient n
 must agree. Prints a Markdown table for each workload; --log keeps every step, also of processes
 that turn out to disagree.
 
-arms: simper, textbook or trl, followed, after commas, by flags of train.py, by ranks=N, or
+arms: simper, textbook, trl or padded, followed, after commas, by flags of train.py, by ranks=N, or
 (textbook and trl) by pairs_a_forward=N. The ratios are to the first arm.
 
 data: hh or ultrafeedback (random words, with the lengths of Anthropic's HH or of UltraFeedback), or
@@ -68,6 +68,7 @@ ARMS = {
     "simper": [str(ROOT / "train.py")],
     "textbook": [str(ROOT / "benchmarks" / "baselines.py"), "textbook"],
     "trl": [str(ROOT / "benchmarks" / "baselines.py"), "trl"],
+    "padded": [str(ROOT / "benchmarks" / "baselines.py"), "padded"],
 }
 # The figures of a process, and with how many digits they are printed.
 FIGURES = {"pairs/s": 2, "distinct tokens/s": 0, "share of matmul": 2, "peak GB": 2}
@@ -300,8 +301,8 @@ def main() -> None:
     parser.add_argument(
         "--arms",
         nargs="+",
-        default=list(ARMS),
-        help="NAME[,FLAG=VALUE ...]; NAME is simper, textbook or trl",
+        default=["simper", "textbook", "trl"],
+        help="NAME[,FLAG=VALUE ...]; NAME is simper, textbook, trl or padded",
     )
     parser.add_argument("--repeats", type=at_least(1), default=5)
     parser.add_argument(

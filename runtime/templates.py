@@ -28,6 +28,8 @@ def render(tokenizer, messages: list[dict], **options) -> str:
     """The conversation by the chat template, with DATE for today and the tools that its first
     message names. Raises InputError if the template does not show them."""
     how = options | {"chat_template": DATE + tokenizer.get_chat_template(), "tokenize": False}
+    if takes_parts(tokenizer, how["chat_template"]):
+        messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
     if not (tools := messages[0].get("tools") if messages else None):
         return tokenizer.apply_chat_template(messages, **how)
     messages = [{k: v for k, v in messages[0].items() if k != "tools"}, *messages[1:]]
@@ -35,6 +37,21 @@ def render(tokenizer, messages: list[dict], **options) -> str:
     if text == tokenizer.apply_chat_template(messages, **how):
         raise InputError("the template does not show its tools: --columns tools= leaves them out")
     return text
+
+
+@functools.lru_cache(maxsize=8)
+def takes_parts(tokenizer, template: str) -> bool:
+    """Whether a chat template shows contents that are lists of texts and images, as LLaVA's, and no
+    others."""
+    shown = []
+    for content in ("QUESTION", [{"type": "text", "text": "QUESTION"}]):
+        try:
+            messages = [{"role": "user", "content": content}]
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+            shown.append("QUESTION" in text)
+        except Exception:  # each template has its own
+            shown.append(False)
+    return shown == [False, True]
 
 
 def as_messages(prompt: list | str) -> list[dict]:

@@ -122,6 +122,9 @@ def load_tokenizer(name: str, chat_template: str = "", template_args: str = ""):
         # mistral_format: the tokenizer of mistral-common, where that is installed, has no template.
         options = {"trust_remote_code": False, "mistral_format": False}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        beside = Path(name) / "chat_template.json"  # a multimodal model's, of its processor
+        if not tokenizer.chat_template and beside.exists():
+            tokenizer.chat_template = json.loads(beside.read_text())["chat_template"]
         if chat_template:
             tokenizer.chat_template = Path(chat_template).read_text()
         if template_args:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 import data
 from runtime import templates
 from runtime.errors import InputError
-from runtime.weights import set_variables
+from runtime.weights import load_tokenizer, set_variables
 
 CONTROL = re.compile(
     r"<[|｜][^<>{}'\"\s]+[|｜]>|</?\|?[a-z_]+\|?>|<(?:start|end)_of_turn>|<seed:[a-z]+>"
@@ -522,6 +522,38 @@ def test_the_ids_of_the_seam_are_those_of_the_whole_text():
     tokenizer = tokenizer_for(TEMPLATES["qwen3_5_think"])
     ids, _ = trained(tokenizer, [USER], [CHOSEN, REJECTED])
     assert [tokenizer.decode(i) for i in ids[-4:]] == ["<think>", "\n\n", "</think>", "\n\n"]
+
+
+# Contents are lists of images and texts, here and in Idefics3's and SmolVLM's.
+LLAVA = """{% for m in messages %}{{ m['role'] | upper + ': ' }}{% for part in m['content'] |
+selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}
+{%- endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"""
+SMOL_VLM = """{% for m in messages %}{{ m['role'] | capitalize }}
+{%- if m['content'][0]['type'] == 'image'
+%}{{':'}}{% else %}{{': '}}{% endif %}{% for line in m['content'] %}{% if line['type'] == 'text' %}
+{{- line['text'] }}{% endif %}{% endfor %}<end_of_utterance>
+{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"""
+
+
+@pytest.mark.parametrize(
+    "template, prompt, answer",
+    [
+        (LLAVA, "SYSTEM: Be brief. USER: What is it? ASSISTANT: ", "It is fine."),
+        (SMOL_VLM, "System: Be brief.<end_of_utterance>\nUser: What is it?<end_of_utterance>\n"
+         "Assistant: ", "It is fine."),
+    ],
+    ids=["llava", "smolvlm"],
+)  # fmt: skip
+def test_a_template_of_lists_of_texts_and_images_shows_a_text(template, prompt, answer, tmp_path):
+    tokenizer = tokenizer_for(template, ("<end_of_utterance>",))
+    end = templates.end_of_turn(tokenizer)
+    row = templates.render_row(tokenizer, [SYSTEM, USER], [answer, "No"], end, [end[0]])
+    assert row == (prompt, [answer, "No"])
+    # The file of a processor, where the tokenizer has no template.
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokenizer(str(tmp_path)).chat_template == template
 
 
 def test_a_template_that_hides_the_system_message_is_an_error():
