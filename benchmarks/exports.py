@@ -30,7 +30,12 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 LLAMA3 |= {"original_max_position_embeddings": 64}
 GEMMA = {"sliding_window": 16, "query_pre_attn_scalar": 64, "tie_word_embeddings": True}
 GEMMA |= {"hidden_activation": "gelu_pytorch_tanh"}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+EXPERTS = {
+    "norm_topk_prob": True,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
 MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}}
 VISION = {"depth": 1, "embed_dim": 64, "hidden_size": 128, "num_heads": 2, "patch_size": 14}
 IMAGES = {"image_token_id": 9, "video_token_id": 10, "vision_start_token_id": 11}
@@ -42,7 +47,7 @@ KINDS = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
     "qwen3_moe": EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"]},
     "gemma2": GEMMA | {"architectures": ["Gemma2ForCausalLM"], "rope_theta": 10000.0},
-    "gemma3_text": GEMMA | {"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 2},
+    "gemma3_text": GEMMA | {"architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 6},
     "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
     "granite": {
         "logits_scaling": 8.0,
@@ -137,12 +142,17 @@ def by_llama(folder: Path, ids: list[int], convert: str) -> tuple[list[float], l
     import numpy as np
     from llama_cpp import Llama
 
-    file = folder.with_suffix(".gguf")
-    command = [*convert.split(), str(folder), "--outtype", "f32", "--outfile", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(done.stderr.strip().splitlines()[-1])
-    model = Llama(str(file), logits_all=True, n_ctx=512, verbose=False)
+    file, base = folder.with_suffix(".gguf"), folder.with_name(f"{folder.name}-base")
+    for source in (folder, base):
+        command = [*convert.split(), str(source), "--outtype", "f32", "--outfile", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not done.returncode and source == folder:
+            break
+        said = done.stderr.strip().splitlines()[-1] if done.returncode else "nothing"
+        if source == base or not base.exists():
+            raise ValueError(f"the converter refuses it; of the base it says: {said}")
+    float32 = {"type_k": 0, "type_v": 0, "flash_attn": False}  # of keys and values
+    model = Llama(str(file), logits_all=True, n_ctx=512, verbose=False, **float32)
     model.eval(ids)
     logits = model.scores[: len(ids) - 1].astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)

@@ -347,6 +347,9 @@ def verdict(found: dict, dtype: torch.dtype) -> str:
     """ "right", "refused", "WRONG", or what the tiny model could not be made of."""
     if "how" not in found:
         return "refused" if "refused" in found else "not tried"
+    if found["own rounding"] > 0.1:
+        found["error"] = f"its own two attentions differ by {found['own rounding']:.1f}"
+        return "not tried"
     exact = dtype == torch.float32
     limit = max(1e-3 if exact else 0.02, 3 * found["own rounding"])
     right = found["log-probs"] < limit and (not exact or found["gradients"] < 1e-2)
