@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import MicroBatch
 from runtime.errors import InputError
+from runtime.masters import add_product, keep_masters, lighten, masters_fit, put_back, renew
 from runtime.templates import end_of_turn
 from runtime.weights import (
     check_surgery,
@@ -57,6 +58,7 @@ class PackedModel(torch.nn.Module):
         self.model, self.stock_attention, self.dtype = model, stock_attention, torch.float32
         self.logit_scale, self.logit_cap = logit_scale(model.config), logit_cap(model.config)
         self.packed, self.own_logits = True, False
+        self.masters = None  # by name, if the modules' weights are not float32: see masters.py
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Log-prob of every response token: (R,) float32, in the order of batch.targets."""
@@ -107,11 +109,14 @@ class PackedModel(torch.nn.Module):
     def optimized(self) -> dict[str, torch.nn.Parameter]:
         """What the optimizer moves, by name: the float32 parameters that are not frozen, with their
         gradients; of a sharded model, this rank's shards."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return own if self.masters is None else self.masters
 
     def refresh(self) -> None:
-        """Called whenever the optimized parameters have changed. The forward reads those parameters
-        themselves, so nothing is left to do; weights kept in another form are made anew here."""
+        """Called whenever the optimized parameters have changed: what is computed with is renewed,
+        and their gradients are 0 again, unless they are the parameters of the modules."""
+        if self.masters is not None:
+            renew(self.masters)
 
     def reshard(self) -> None:
         """Free the parameters that a forward without a backward leaves gathered: in a sharded model
@@ -156,13 +161,19 @@ def load_model(
         # one.
         enable = getattr(model.model, "activation_checkpointing_enable", None)
         (enable or model.model.gradient_checkpointing_enable)({"use_reentrant": False})
-    if not (dist.get_world_size() == replicas == 1 and dtype == torch.float32):
-        # A single process in float32 has nothing to shard or cast, and FSDP would copy every weight
-        # and gradient.
+    alone = dist.get_world_size() == replicas == 1
+    # A single process has nothing to shard, and FSDP would copy every weight and gradient.
+    alone = alone and (dtype == torch.float32 or masters_fit(model, device))
+    if not alone:
         shard(model, device.type, dtype, replicas)
+    elif dtype != torch.float32:
+        lighten(model, dtype, [*other_parts(model.model).values()])
     model.to_empty(device=device)
     model.model.tie_weights()  # to_empty may have given tied weights a tensor each
     read_weights(model.model, weights_folder(name, needed), values)
+    if alone and dtype != torch.float32:
+        model.dtype = dtype
+        model.masters = keep_masters(model, dtype, [*other_parts(model.model).values()])
     return model.train()
 
 
@@ -179,6 +190,9 @@ def compile_blocks(model: PackedModel) -> None:
 def export(model: PackedModel, name: str, tokenizer, folder: Path, card: str = "") -> None:
     """merge, and write the model to `folder` in the dtype in which it computes: see write_model.
     Collective."""
+    if model.masters is not None:
+        put_back(model, model.masters)
+        model.masters = None
     merge(model.model)
     end = end_of_turn(tokenizer)[0]
     write_model(model.model, name, tokenizer, folder, model.dtype, end, card)
@@ -278,7 +292,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale=1.0, cap=None):
-        ctx.shape = scale, cap
+        ctx.shape, ctx.total = (scale, cap), getattr(weight, "total", None)
         row_bytes = (8 if cap else 4) * weight.shape[0]  # the slope of a cap is a second buffer
         count = -(-len(targets) * row_bytes // LOGITS_BYTES[hidden.device.type])
         size = -(-len(targets) // count)
@@ -306,8 +320,8 @@ class TokenLogps(torch.autograd.Function):
         sum_dtype = torch.float32 if len(ctx.chunks) > 1 else weight.dtype
         sum_dtype = torch.promote_types(weight.dtype, sum_dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = None  # of a frozen head
-        if ctx.needs_input_grad[1]:
+        grad_weight = None  # of a frozen head, and of one that has a sum
+        if ctx.needs_input_grad[1] and ctx.total is None:
             grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sum_dtype)
         for rows in reversed(ctx.chunks):
@@ -326,7 +340,9 @@ class TokenLogps(torch.autograd.Function):
             grad_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g)
             grad_logits = grad_logits.mul_(slope).to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
-            if grad_weight is not None and sum_dtype == weight.dtype:
+            if ctx.total is not None:
+                add_product(ctx.total, grad_logits.T, hidden[rows])
+            elif grad_weight is not None and sum_dtype == weight.dtype:
                 grad_weight.addmm_(grad_logits.T, hidden[rows])
             elif grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[rows]

@@ -145,7 +145,8 @@ def train(config: Config) -> None:
                 grads = logps.grad * config.batch_size / ranks  # ∂(the pair's loss) / ∂logps
                 meter.rows.append(pair_metrics(logps, losses, grads, batch))
             norms = gradient_metrics(model)
-            clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norms["grad_norm"])
+            weights = model.optimized().values()
+            clip_grads_with_norm_(weights, config.max_grad_norm, norms["grad_norm"])
             batches = data.batches(step + 1, rank)  # before the host waits for the GPU
             mine = norms["grad_norm"], signals(), processes.peak_memory(device)
             norm, stop, memory = processes.max_over_ranks(device, *mine)

@@ -117,7 +117,10 @@ def check_trainable(model: PackedModel, optimizer, name: str) -> None:
     parameters = dict(model.named_parameters())
     sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
     for key, parameter in parameters.items():
-        if key.removeprefix("model.") not in known or isinstance(parameter, DTensor) != sharded:
+        plain = isinstance(parameter, DTensor) != sharded
+        if model.masters is not None and parameter.requires_grad:
+            plain = not hasattr(parameter, "total")
+        if key.removeprefix("model.") not in known or plain:
             raise InputError(
                 f"{key} was added to the loaded model: do it in surgery(), in model.py"
             )

@@ -26,7 +26,7 @@ def rehearse(model, data, device: torch.device) -> None:
     moments = [torch.zeros_like(weight) for weight in weights for _ in range(2)]
     if len(micro_batches) > len(steps):  # there are gradients of earlier micro-batches
         for weight in weights:
-            weight.grad = torch.zeros_like(weight)
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     try:
         for number in {largest(data.cost), largest(lambda share: responses[share].sum())}:
             shares = micro_batches[number]
@@ -36,6 +36,7 @@ def rehearse(model, data, device: torch.device) -> None:
         raise
     del moments
     model.zero_grad()
+    model.refresh()
 
 
 def explain(error: RuntimeError, tokens: int, longest: int) -> None:

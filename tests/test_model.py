@@ -139,7 +139,7 @@ def packed_results(
     logps, lengths = model(pack(pairs)), pack(pairs).lengths
     (simper_loss(logps, lengths).sum() * scale).backward()
     return logps.detach(), {
-        name.removeprefix("model."): whole(p.grad) for name, p in model.named_parameters()
+        name.removeprefix("model."): whole(p.grad) for name, p in model.optimized().items()
     }
 
 
@@ -466,7 +466,11 @@ def test_load_model(name, dtype, group, tmp_path):
         assert_near(actual, expected)
 
 
-def test_a_single_process_computes_in_bfloat16_on_float32_weights(group, tmp_path):
+@pytest.mark.parametrize("masters", [True, False])
+def test_a_single_process_computes_in_bfloat16_on_float32_weights(
+    masters, group, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("model.masters_fit", lambda model, device: masters)
     reference = make_reference("llama-tied")
     reference.save_pretrained(tmp_path)
     model = load_model(str(tmp_path), CPU, torch.bfloat16)
@@ -476,10 +480,9 @@ def test_a_single_process_computes_in_bfloat16_on_float32_weights(group, tmp_pat
     )
     assert 1e-4 < (logps - expected).abs().max() < 0.05  # rounded, but not much
     assert_near(gradients, expected_gradients, 0.1)
-    assert all(
-        isinstance(parameter, DTensor) and parameter.dtype == torch.float32
-        for parameter in model.parameters()
-    )
+    assert (model.masters is None) != masters
+    for parameter in model.optimized().values():
+        assert isinstance(parameter, DTensor) != masters and parameter.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
@@ -892,7 +895,8 @@ def test_export(name, dtype, group, tmp_path):
     )
     model = load_model(str(source), CPU, dtype)
     before, _ = packed_results(model)
-    torch.optim.SGD(model.parameters(), lr=10.0).step()
+    torch.optim.SGD(model.optimized().values(), lr=10.0).step()
+    model.refresh()
     export(model, str(source), tokenizer, folder)
 
     files = {path.name for path in folder.iterdir()}

@@ -202,7 +202,8 @@ def assert_merged(values: dict, output: Path, dtype=torch.float32) -> None:
             expected = expected + b @ a
             assert (expected - start[name]).abs().max() > 1e-3  # it has been trained
             off = (tensor.double() - expected).abs().max()
-            assert off <= (1e-6 if dtype == torch.float32 else 1 / 256) * expected.abs().max()
+            # A frozen weight is rounded when it is read, and the sum again.
+            assert off <= (1e-6 if dtype == torch.float32 else 1 / 128) * expected.abs().max()
         else:
             assert torch.equal(tensor, start[name].to(dtype))
     assert sum(name.endswith("lora_a") and "exp" not in name for name in last) == 2

@@ -1,0 +1,109 @@
+"""Mixed precision on one device, without FSDP, which would copy and cast every weight and gradient
+in every micro-batch: float32 masters, which the optimizer moves, and in the modules weights of the
+dtype in which the model computes, renewed once a step. Sealed; keep_masters' docstring is enough.
+"""
+
+import types
+
+import torch
+import torch.nn.functional as F
+
+BYTES = 18  # a parameter, with AdamW: master, sum of gradients and two moments, and the weight
+SHARE = 0.85  # of the device's memory that these may take; the rest is for activations
+
+
+@torch.no_grad()
+def lighten(model: torch.nn.Module, dtype: torch.dtype, kept: list) -> None:
+    """Make the frozen parameters of a model on "meta" of `dtype`: they are read as such."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and all(parameter is not other for other in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+@torch.no_grad()
+def keep_masters(model: torch.nn.Module, dtype: torch.dtype, kept: list) -> dict:
+    """Give the modules weights of `dtype`. Returns the float32 masters of those that are trained,
+    by name; their .grad is the sum of the weights' gradients since `renew`, in float32: a linear
+    layer's product is added to it by itself, without a rounding; another gradient is of `dtype`,
+    and added when it is there. kept: parameters that stay as they are."""
+    weights, masters = {parameter: parameter for parameter in kept}, {}
+    for name, master in model.named_parameters():  # tied ones once
+        if master in weights:
+            continue
+        weight = torch.nn.Parameter(master.to(dtype), requires_grad=master.requires_grad)
+        weights[master] = weight
+        if master.requires_grad:
+            master.weight, masters[name] = weight, master
+            weight.total = torch.zeros_like(master)
+            weight.register_post_accumulate_grad_hook(add_gradient)
+    for module in model.modules():
+        for name, master in module._parameters.items():
+            module._parameters[name] = None if master is None else weights[master]
+        if type(module) is torch.nn.Linear and hasattr(module.weight, "total"):
+            module.forward = types.MethodType(sum_linear, module)
+    renew(masters)
+    return masters
+
+
+@torch.no_grad()
+def renew(masters: dict) -> None:
+    """Make the weights of the masters anew, and set the sums of their gradients to 0."""
+    for master in masters.values():
+        master.weight.copy_(master)
+        master.grad = master.weight.total.zero_()
+
+
+def put_back(model: torch.nn.Module, masters: dict) -> None:
+    """Give the modules the masters themselves, which are then float32 again; for the export."""
+    found = {master.weight: master for master in masters.values()}
+    for module in model.modules():
+        if getattr(module.forward, "__func__", None) is sum_linear:
+            del module.forward
+        for name, weight in module._parameters.items():
+            module._parameters[name] = found.get(weight, weight)
+
+
+def add_gradient(weight: torch.nn.Parameter) -> None:
+    """Add a weight's gradient, if it is not in the sum yet."""
+    if weight.grad is not None:
+        weight.total.add_(weight.grad)
+        weight.grad = None
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, summed in float32 also for a and b in bfloat16."""
+    if total.is_cuda and total.dtype != a.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def sum_linear(self, x: torch.Tensor) -> torch.Tensor:
+    """The forward of a linear layer whose weight has a `total`."""
+    return SumLinear.apply(x, self.weight, self.bias, self.weight.total)
+
+
+class SumLinear(torch.autograd.Function):
+    """F.linear whose backward adds the weight's gradient to `total`, (out, in) float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, total):
+        ctx.save_for_backward(x, weight)
+        ctx.total, ctx.has_bias = total, bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        add_product(ctx.total, grad.flatten(0, -2).T, x.flatten(0, -2))
+        grad_bias = grad.flatten(0, -2).sum(dim=0) if ctx.has_bias else None
+        return grad @ weight, None, grad_bias, None
+
+
+def masters_fit(model: torch.nn.Module, device: torch.device) -> bool:
+    """Whether a device has memory for a model with masters, which take 2 bytes a parameter more
+    than FSDP, and 2 less for a frozen one. Of a CPU's, whose limit is not known, true."""
+    if device.type != "cuda":
+        return True
+    size = sum((BYTES if p.requires_grad else 2) * p.numel() for p in model.parameters())
+    return size <= SHARE * torch.cuda.get_device_properties(device).total_memory

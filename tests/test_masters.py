@@ -1,0 +1,147 @@
+"""One device in bfloat16 without FSDP: the gradient, and runs that change between the two ways."""
+
+import pytest
+import torch
+import transformers
+from conftest import interrupt, make_model, read_checkpoint, run
+from safetensors.torch import load_file
+
+from data import pack
+from loss import simper_loss
+from model import load_model
+from runtime.masters import keep_masters, masters_fit
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["llama", "llama-tied", "gpt2", "qwen2"])
+def folder(request, tmp_path):
+    """A model with weights so large that everything matters; qwen2 has biases."""
+    model = make_model(request.param)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rows(count: int = 8) -> list:
+    draw = torch.Generator().manual_seed(0)
+    size = lambda: int(torch.randint(3, 20, (), generator=draw))  # noqa: E731
+    text = lambda: torch.randint(4, 300, (size(),), generator=draw).tolist()  # noqa: E731
+    return [[text(), text(), text()] for _ in range(count)]
+
+
+def gradient(model, parts: int = 1) -> dict[str, torch.Tensor]:
+    """Of the mean loss over rows, by so many micro-batches."""
+    every = rows()
+    for part in range(parts):
+        batch = pack(every[part * len(every) // parts : (part + 1) * len(every) // parts])
+        (simper_loss(model(batch), batch.lengths).sum() / len(every)).backward()
+    found = {name: p.grad for name, p in model.optimized().items()}
+    return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in found.items()}
+
+
+def distance(some: dict, others: dict) -> float:
+    """Relative to the norm of the others."""
+    norm = lambda tensors: sum(t.double().norm() ** 2 for t in tensors).sqrt().item()  # noqa: E731
+    return norm([some[n].double() - others[n].double() for n in others]) / norm(others.values())
+
+
+def test_in_float32_the_gradient_is_bit_for_bit_that_of_the_plain_model(folder, group):
+    plain = load_model(str(folder), CPU, torch.float32)
+    model = load_model(str(folder), CPU, torch.float32)
+    model.masters = keep_masters(model, torch.float32, [])
+    expected, found = gradient(plain), gradient(model)
+    assert expected.keys() == found.keys()
+    tied = plain.model.config.tie_word_embeddings
+    for name, value in expected.items():
+        if tied and "embed" in name or tied and "wte" in name:  # the sum of two, in another order
+            assert distance({name: found[name]}, {name: value}) < 1e-6
+        else:
+            assert torch.equal(found[name], value), name
+
+
+def test_the_gradient_is_as_near_to_float64_and_depends_less_on_the_split(
+    folder, group, monkeypatch
+):
+    exact = load_model(str(folder), CPU, torch.float32).double()
+    expected, found = gradient(exact), {}
+    for masters in (True, False):
+        monkeypatch.setattr("model.masters_fit", lambda model, device, masters=masters: masters)
+        one, four = (
+            gradient(load_model(str(folder), CPU, torch.bfloat16), parts) for parts in (1, 4)
+        )
+        found[masters] = distance(one, expected), distance(four, one)
+    (error, split), (before, split_before) = found[True], found[False]
+    assert error < 1.02 * before
+    assert split < split_before
+
+
+def test_sums_begin_anew_with_every_step(folder, group):
+    model = load_model(str(folder), CPU, torch.bfloat16)
+    optimizer = torch.optim.SGD(model.optimized().values(), lr=0.0)
+    first = {name: value.clone() for name, value in gradient(model).items()}
+    optimizer.step()
+    optimizer.zero_grad()
+    model.refresh()
+    second = gradient(model)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_weights_are_the_masters_rounded(base, tmp_path):
+    run(base | {"dtype": "bfloat16", "save_every": 1, "keep_checkpoints": 0}, tmp_path / "run")
+    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    last = read_checkpoint(tmp_path / "run" / "checkpoints" / "step_3")
+    assert {f"model.{name}" for name in final} <= last.keys()
+    for name, weight in final.items():
+        master = last[f"model.{name}"]
+        assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), weight)
+        assert not torch.equal(master, weight.float())
+
+
+@pytest.mark.parametrize("more", [{}, {"activation_checkpointing": True}, {"compile": True}])
+def test_a_run_is_that_of_fsdp_and_goes_on_in_the_other_way(base, tmp_path, monkeypatch, more):
+    values = base | {"dtype": "bfloat16", "save_every": 1, "keep_checkpoints": 0} | more
+    lines = {}
+    for masters in (True, False):
+        monkeypatch.setattr("model.masters_fit", lambda model, device, masters=masters: masters)
+        lines[masters] = run(values, tmp_path / f"masters-{masters}")
+    monkeypatch.setattr("model.masters_fit", lambda model, device: True)
+    again = tmp_path / "again"  # from FSDP's first step
+    interrupt(tmp_path / "masters-False", again)
+    resumed = run(values, again)
+    trained = [
+        [line["loss"] for line in found if "learning_rate" in line]
+        for found in (lines[True], lines[False], resumed)
+    ]
+    assert trained[0] == pytest.approx(trained[1], rel=0.1, abs=2e-4)
+    assert trained[2] == pytest.approx(trained[1], rel=0.1, abs=2e-4)
+
+
+def test_frozen_weights_are_read_as_bfloat16(folder, group, monkeypatch):
+    def freeze(model):
+        model.requires_grad_(False)
+        model.get_output_embeddings().weight.requires_grad_(True)
+
+    monkeypatch.setattr("model.surgery", freeze)
+    model = load_model(str(folder), CPU, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    (master,) = model.optimized().values()
+    assert master.dtype == torch.float32
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(model.model.get_parameter(name), parameter)
+
+
+def test_what_fits_is_decided_by_memory(monkeypatch):
+    class Card:
+        total_memory = 141 * 10**9
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    with torch.device("meta"):
+        model = torch.nn.Linear(10**5, 8 * 10**4, bias=False)  # 8 B
+    cuda = torch.device("cuda", 0)
+    assert not masters_fit(model, cuda) and masters_fit(model, CPU)
+    model.weight.requires_grad_(False)
+    assert masters_fit(model, cuda)
