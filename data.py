@@ -600,7 +600,12 @@ class MicroBatch:
 
     def to(self, device) -> "MicroBatch":
         """The same on `device`."""
-        move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            # A copy from memory that is not pinned would wait for the GPU.
+            pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+            return pinned.to(device, non_blocking=True)
+
         moved = {k: move(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved, columns={k: move(v) for k, v in self.columns.items()})
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -37,6 +38,13 @@ from runtime.weights import (
 # The language-model head runs on as many response tokens at once as keep one float32 logits buffer
 # below this size.
 LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
+# Matrix products and attention, by their names in torch's aten; some torch has and others not.
+PRODUCTS = "mm addmm bmm baddbmm _grouped_mm _scaled_dot_product_flash_attention "
+PRODUCTS += "_scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention_for_cpu"
+PRODUCTS = [
+    getattr(torch.ops.aten, n).default for n in PRODUCTS.split() if hasattr(torch.ops.aten, n)
+]
+PRODUCTS.append(torch.ops.torch_attn._varlen_attn.default)
 
 
 # ---- The packed forward --------------------------------------------------------------------------
@@ -144,11 +152,12 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     replicas: int = 1,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: str = "false",
 ) -> PackedModel:
     """Load a model from a folder or hub id and shard it; every rank reads its own shards only. It
-    computes in `dtype`. Collective. Raises InputError if weights are missing, or if the
-    model cannot run packed."""
+    computes in `dtype`. activation_checkpointing: "true" keeps the inputs of blocks alone for the
+    backward pass, "selective" also their matrix products and attention; all else is computed again.
+    Collective. Raises InputError if weights are missing, or if the model cannot be built."""
     with torch.device("meta"):
         model = build_model(load_config(name))
         needed = stored_tensors(model.model)
@@ -156,11 +165,14 @@ def load_model(
     check_surgery(model.model, needed)
     added = {name for name, _ in model.model.named_parameters()} - needed.keys()
     values = first_values(model.model, added) if added else {}
-    if activation_checkpointing:
+    if activation_checkpointing != "false":
         # Called gradient_checkpointing_enable before transformers 5.23; vLLM still needs an older
         # one.
         enable = getattr(model.model, "activation_checkpointing_enable", None)
-        (enable or model.model.gradient_checkpointing_enable)({"use_reentrant": False})
+        options = {"use_reentrant": False}
+        if activation_checkpointing == "selective":
+            options["context_fn"] = keep_products
+        (enable or model.model.gradient_checkpointing_enable)(options)
     alone = dist.get_world_size() == replicas == 1
     # A single process has nothing to shard, and FSDP would copy every weight and gradient.
     alone = alone and (dtype == torch.float32 or masters_fit(model, device))
@@ -175,6 +187,12 @@ def load_model(
         model.dtype = dtype
         model.masters = keep_masters(model, dtype, [*other_parts(model.model).values()])
     return model.train()
+
+
+def keep_products() -> tuple:
+    """Contexts of a block's forward, and of its repetition, in which the results of matrix products
+    and of attention are kept: what is computed again costs next to nothing."""
+    return create_selective_checkpoint_contexts(PRODUCTS)
 
 
 def compile_blocks(model: PackedModel) -> None:
@@ -442,10 +460,11 @@ def varlen_attention(query, key, value, sliding_window, micro_batch: MicroBatch,
 @functools.cache
 def varlen_works(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether this GPU's FlashAttention takes sequences of different lengths in one call."""
-    x = torch.zeros(1, 1, head_dim, dtype=dtype, device="cuda")
+    x = torch.zeros(1, 1, head_dim, dtype=dtype, device="cuda", requires_grad=True)
     starts = torch.tensor([0, 1], dtype=torch.int32, device="cuda")
     try:
-        varlen_attn(x, x, x, starts, starts, 1, 1, window_size=(-1, 0))
+        with torch.enable_grad():  # some cards have the forward of wide heads alone
+            varlen_attn(x, x, x, starts, starts, 1, 1, window_size=(-1, 0)).sum().backward()
     except (RuntimeError, NotImplementedError):  # an older card, float32, or heads of another size
         return False
     return True

@@ -70,7 +70,9 @@ class Config:
     micro_batch_tokens: int = option(8192, "tokens in a forward, prompts once; sets the memory")
     seed: int = option(42, "decides the order of the pairs")
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPU")
-    activation_checkpointing: bool = option(False, "recompute blocks in backward: saves memory")
+    activation_checkpointing: str = option(
+        "false", "recompute in backward: true (blocks), selective (not their products), or false"
+    )
     compile: bool = option(False, "torch.compile every transformer block")
     replicas: int = option(1, "copies of the sharded model (HSDP); must divide the ranks")
     eval_every: int = option(100, "steps between evaluations; 0: only before and after training")

@@ -116,7 +116,7 @@ def textbook(config: Config, pairs_a_forward: int) -> None:
     rank, ranks, _, pairs, steps = prepare(config)
     start_group(DEVICE)
     model = plain_model(config).to(DEVICE).train()
-    if config.activation_checkpointing:
+    if config.activation_checkpointing == "true":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if DEVICE.type == "cuda":
         shard_plain(model, init_device_mesh("cuda", (ranks,)))
@@ -204,7 +204,7 @@ def trl(config: Config, pairs_a_forward: int) -> None:
         max_steps=len(steps),
         max_length=config.max_length,
         max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.activation_checkpointing,
+        gradient_checkpointing=config.activation_checkpointing == "true",
         optim="adamw_torch_fused",
         weight_decay=0.0,
         logging_steps=1,

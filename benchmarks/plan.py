@@ -202,7 +202,7 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
         # A second forward pass adds a third: in the blocks under activation checkpointing, in the
         # head for all chunks except one.
         chunks = -(-4 * vocabulary * sum(c + r for _, c, r in rank) // LOGITS_BYTES["cuda"])
-        body *= 4 / 3 if recipe.activation_checkpointing else 1
+        body *= 4 / 3 if recipe.activation_checkpointing == "true" else 1
         head *= 1 + (1 - 1 / chunks) / 3
         compute.append((body + head) / speed(gpu, recipe.compile))
     # A ring over several nodes enters and leaves each node once and has the node's whole network.
@@ -222,7 +222,9 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
     # Memory of a GPU in the largest micro-batch.
     per_block, outside = kept_bytes(model.model.config, largest)  # this config is without dropout
     activations = layers * per_block
-    if recipe.activation_checkpointing:  # the inputs of all blocks, in bfloat16, and one block
+    if (
+        recipe.activation_checkpointing == "true"
+    ):  # the inputs of all blocks, in bfloat16, and one block
         activations = layers * 2 * config.get_text_config().hidden_size * largest_tokens + per_block
     turn = {  # where the forward pass turns into the backward pass
         "gradients": 4 * local if micro_batches > 1 else 0,  # of earlier micro-batches

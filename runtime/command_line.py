@@ -190,6 +190,7 @@ def check_config(config) -> None:
     choices = {"loss": LOSSES, "dtype": ("auto", "float32", "bfloat16")}
     choices |= {"wandb": ("auto", "online", "offline", "off")}
     choices |= {"resume": ("auto", "never", "anyway")}
+    choices |= {"activation_checkpointing": ("false", "selective", "true")}
     for name, value in asdict(config).items():
         if name in ("model", "train_data", "output_dir") and not value:
             raise InputError(f"{name} is needed: give --{name}, or set it in the recipe")

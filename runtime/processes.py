@@ -77,6 +77,9 @@ def start_gpu() -> torch.device:
     if local >= count:
         processes = os.environ["LOCAL_WORLD_SIZE"]
         raise InputError(f"{processes} processes for {count} GPUs: lower --nproc_per_node")
+    # Micro-batches differ in length: of fixed segments, much would lie unused.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     torch.cuda.set_device(local)
     # On H100s SDPA would prefer cuDNN's attention, which plans anew for every length: up to half a
     # second a call.
@@ -85,8 +88,12 @@ def start_gpu() -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype: auto is bfloat16 on GPUs and float32 on the CPU."""
-    return getattr(torch, name.replace("auto", "bfloat16" if device.type == "cuda" else "float32"))
+    """--dtype: auto is bfloat16 on GPUs that compute in it, elsewhere float32."""
+    gpu = device.type == "cuda"
+    fast = gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto" and gpu and not fast:
+        say("this GPU has no bfloat16 of its own: it computes in float32")
+    return getattr(torch, name.replace("auto", "bfloat16" if fast else "float32"))
 
 
 def on_signals(handler: Callable | signal.Handlers) -> None:

@@ -45,5 +45,5 @@ def explain(error: RuntimeError, tokens: int, longest: int) -> None:
         error.add_note(
             f"The run's largest micro-batch, {tokens} tokens on a rank, needs too much memory: "
             f"lower --micro_batch_tokens (the longest pair has {longest}), or set "
-            "--activation_checkpointing true."
+            "--activation_checkpointing selective, or true."
         )

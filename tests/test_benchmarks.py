@@ -207,7 +207,7 @@ def test_the_check_of_a_cpu_does_not_train_on_a_gpu(monkeypatch):
 def test_plan_of_an_8b_model():
     config, parameters = llama3()
     workload = {"gpus": 8, "gpu": GPUS["a100"], "lengths": "ultrafeedback", "pairs": 60_000}
-    result = plan(Config(batch_size=128, activation_checkpointing=True), config, **workload)
+    result = plan(Config(batch_size=128, activation_checkpointing="true"), config, **workload)
     memory = result["memory"]
     assert memory["parameters"] == pytest.approx(4 * parameters / 8, rel=1e-3)
     assert memory["parameters"] == memory["gradients"] == memory["Adam"] / 2

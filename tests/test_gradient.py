@@ -128,7 +128,7 @@ def test_flags_reach_the_model(base, tmp_path, monkeypatch):
     flags = {
         "max_length": 240,
         "dtype": "bfloat16",
-        "activation_checkpointing": True,
+        "activation_checkpointing": "true",
         "compile": True,
     }
     values = base | flags | {"eval_data": str(heldout)}

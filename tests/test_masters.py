@@ -100,7 +100,7 @@ def test_the_weights_are_the_masters_rounded(base, tmp_path):
         assert not torch.equal(master, weight.float())
 
 
-@pytest.mark.parametrize("more", [{}, {"activation_checkpointing": True}, {"compile": True}])
+@pytest.mark.parametrize("more", [{}, {"activation_checkpointing": "true"}, {"compile": True}])
 def test_a_run_is_that_of_fsdp_and_goes_on_in_the_other_way(base, tmp_path, monkeypatch, more):
     values = base | {"dtype": "bfloat16", "save_every": 1, "keep_checkpoints": 0} | more
     lines = {}

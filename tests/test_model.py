@@ -18,6 +18,7 @@ from conftest import ARCHITECTURES, CHATML, GQA, TINY, make_model, make_tokenize
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -491,17 +492,22 @@ def test_activation_checkpointing_changes_nothing(name, group, tmp_path, monkeyp
     results, counts, calls, attention = [], [], [], model_module.packed_attention
     count = lambda *args, **kwargs: calls.append(1) or attention(*args, **kwargs)  # noqa: E731
     monkeypatch.setitem(AttentionInterface._global_mapping, "packed", count)
-    for on in (False, True):
-        model = load_model(str(tmp_path), CPU, torch.float32, activation_checkpointing=on)
+    products = []
+    for how in ("false", "true", "selective"):
+        model = load_model(str(tmp_path), CPU, torch.float32, activation_checkpointing=how)
         calls.clear()
-        results.append(packed_results(model))
+        with FlopCounterMode(display=False) as counter:
+            results.append(packed_results(model))
         counts.append(len(calls))
-    assert counts == [2, 4]  # two layers; the backward runs them once more
-    for plain, checkpointed in zip(*results):
-        assert_near(checkpointed, plain, 1e-6)
+        products.append(counter.get_total_flops())
+    assert counts == [2, 4, 4]  # two layers; the backward runs them once more
+    assert products[0] == products[2] < products[1]  # products are not made again
+    for other in results[1:]:
+        for name, value in results[0][1].items():
+            assert torch.equal(other[1][name], value), name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_compiled_blocks_are_compiled_once(checkpointing, group, tmp_path, monkeypatch):
     """Micro-batches of other numbers of pairs and tokens have the same log-probs as without
     --compile, by the same graphs."""
