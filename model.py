@@ -21,7 +21,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data import MicroBatch
 from runtime.errors import InputError
-from runtime.masters import add_product, keep_masters, lighten, masters_fit, put_back, renew
+from runtime.masters import (
+    add_product,
+    gives_float32,
+    keep_masters,
+    lighten,
+    masters_fit,
+    put_back,
+    renew,
+)
+from runtime.norms import fuse_norms
 from runtime.templates import end_of_turn
 from runtime.weights import (
     check_surgery,
@@ -186,6 +195,7 @@ def load_model(
     if alone and dtype != torch.float32:
         model.dtype = dtype
         model.masters = keep_masters(model, dtype, [*other_parts(model.model).values()])
+    fuse_norms(model, device, dtype)
     return model.train()
 
 
@@ -371,8 +381,13 @@ class TokenLogps(torch.autograd.Function):
 
 
 def head_logits(hidden, weight, bias, scale: float, cap: float | None) -> torch.Tensor:
-    """(n, d) → (n, V), in float32 at least. Arguments: of TokenLogps."""
-    logits = F.linear(hidden, weight, bias)
+    """(n, d) → (n, V), in float32 at least. Arguments: of TokenLogps. Of bfloat16 arguments, the
+    products are rounded to bfloat16 first, but on GPUs that can give them in float32."""
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16 and gives_float32():
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        logits = logits if bias is None else logits.add_(bias)
+    else:
+        logits = F.linear(hidden, weight, bias)
     return shape_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), scale, cap)
 
 

@@ -12,6 +12,7 @@ from data import DataSet, MicroBatch, pack
 from model import PackedModel, build_model, merge, packed_attention, shape_logits, surgery
 from runtime.errors import InputError
 from runtime.identity import code_digest
+from runtime.norms import own_norms
 from runtime.processes import max_over_ranks, say
 from runtime.rows import hub_commits
 from runtime.weights import (
@@ -226,7 +227,8 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
             model.own_logits = bool(other)
         logps = [model(pack(given).to(device)) for given in (rows, rows, others, leaky)]
         packed, again, moved, leaked = logps
-        plain = model.call(plain_logps, rows, model.stock_attention)
+        with own_norms(model):
+            plain = model.call(plain_logps, rows, model.stock_attention)
         effect, difference = (packed - moved).abs().max(), (packed - plain).abs().max()
         found = {"repeated": (packed - again).abs().max() / effect}
         found["leaking"] = (packed - leaked)[first:].abs().max() / effect

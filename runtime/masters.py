@@ -3,6 +3,7 @@ in every micro-batch: float32 masters, which the optimizer moves, and in the mod
 dtype in which the model computes, renewed once a step. Sealed; keep_masters' docstring is enough.
 """
 
+import functools
 import types
 
 import torch
@@ -73,9 +74,24 @@ def add_gradient(weight: torch.nn.Parameter) -> None:
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, summed in float32 also for a and b in bfloat16."""
     if total.is_cuda and total.dtype != a.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        if gives_float32():
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        else:
+            total.add_(a @ b)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@functools.cache
+def gives_float32() -> bool:
+    """Whether this GPU gives products of bfloat16 in float32."""
+    a, total = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda"), torch.zeros(16, 16).cuda()
+    try:
+        torch.mm(a, a, out_dtype=torch.float32)
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def sum_linear(self, x: torch.Tensor) -> torch.Tensor:

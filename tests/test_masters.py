@@ -1,14 +1,17 @@
 """One device in bfloat16 without FSDP: the gradient, and runs that change between the two ways."""
 
+import functools
+
 import pytest
 import torch
 import transformers
-from conftest import interrupt, make_model, read_checkpoint, run
+from conftest import GQA, TINY, interrupt, make_model, read_checkpoint, run
 from safetensors.torch import load_file
 
 from data import pack
 from loss import simper_loss
-from model import load_model
+from model import compile_blocks, load_model
+from runtime import norms
 from runtime.masters import keep_masters, masters_fit
 
 CPU = torch.device("cpu")
@@ -100,7 +103,7 @@ def test_the_weights_are_the_masters_rounded(base, tmp_path):
         assert not torch.equal(master, weight.float())
 
 
-@pytest.mark.parametrize("more", [{}, {"activation_checkpointing": "true"}, {"compile": True}])
+@pytest.mark.parametrize("more", [{}, {"activation_checkpointing": "selective"}])
 def test_a_run_is_that_of_fsdp_and_goes_on_in_the_other_way(base, tmp_path, monkeypatch, more):
     values = base | {"dtype": "bfloat16", "save_every": 1, "keep_checkpoints": 0} | more
     lines = {}
@@ -117,6 +120,16 @@ def test_a_run_is_that_of_fsdp_and_goes_on_in_the_other_way(base, tmp_path, monk
     ]
     assert trained[0] == pytest.approx(trained[1], rel=0.1, abs=2e-4)
     assert trained[2] == pytest.approx(trained[1], rel=0.1, abs=2e-4)
+
+
+def test_compiled_blocks_sum_the_same(folder, group, monkeypatch):
+    plain = gradient(load_model(str(folder), CPU, torch.bfloat16))
+    eager = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    model = load_model(str(folder), CPU, torch.bfloat16)
+    compile_blocks(model)
+    found = gradient(model)
+    assert distance(found, plain) < 1e-3
 
 
 def test_frozen_weights_are_read_as_bfloat16(folder, group, monkeypatch):
@@ -145,3 +158,41 @@ def test_what_fits_is_decided_by_memory(monkeypatch):
     assert not masters_fit(model, cuda) and masters_fit(model, CPU)
     model.weight.requires_grad_(False)
     assert masters_fit(model, cuda)
+
+
+# ---- Norms ---------------------------------------------------------------------------------------
+
+
+def test_norms_are_fused_where_that_rounds_no_more(group, model_folder, monkeypatch):
+    """Llama's are; Gemma's, whose weight is 1 + w in float32, are not; nor is one that takes a
+    gate, or a layer norm. The plain forward of the check keeps transformers' own."""
+    monkeypatch.setattr(norms, "DEVICES", {"cpu"})
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+        model = load_model(str(model_folder), CPU, dtype)
+        layers = [m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"]
+        assert len(layers) == 5
+        assert all(layer.forward.__func__ is norms.rms_norm for layer in layers)
+        x = torch.randn(9, 32).to(dtype)
+        layer = layers[0]
+        fused = layer(x)
+        with norms.own_norms(model):
+            assert all(layer.forward.__func__ is not norms.rms_norm for layer in layers)
+            own = layer(x)
+        assert (fused.double() - own.double()).abs().max() < limit * own.abs().max()
+        assert all(layer.forward.__func__ is norms.rms_norm for layer in layers)
+    for kind, sizes in (("gemma2", TINY | GQA), ("qwen3_next", TINY | GQA), ("gpt2", {})):
+        config = transformers.AutoConfig.for_model(kind, **sizes)
+        with torch.device("meta"):
+            other = transformers.AutoModelForCausalLM.from_config(config)
+        norms.fuse_norms(other, CPU, torch.bfloat16)
+        assert not [m for m in other.modules() if "forward" in vars(m)]
+
+
+def test_a_run_with_fused_norms_is_that_without(base, tmp_path, monkeypatch):
+    plain = run(base, tmp_path / "plain")
+    monkeypatch.setattr(norms, "DEVICES", {"cpu"})
+    fused = run(base, tmp_path / "fused")
+    for line, other in zip(plain, fused, strict=True):
+        for name in line:
+            if name == "loss" or name.startswith(("eval/", "grad_norm")):
+                assert other[name] == pytest.approx(line[name], rel=1e-4, abs=1e-6)
