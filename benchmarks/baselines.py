@@ -8,7 +8,8 @@ order.
 `textbook` is the step that SimPO's code, the authors' SimPER and TRL have in common: chosen and
 rejected responses, each after its prompt, padded to the longest and concatenated into one batch;
 the logits of all positions; log_softmax; gather. `trl` is TRL's CPOTrainer with loss_type="simpo"
-and cpo_alpha=0, the same computation (TRL has no SimPER). `padded` is train.py as it treats a model
+and cpo_alpha=0, the same computation (TRL has no SimPER); with `--loss alphapo`, of which SimPER is
+a corner, it is the same loss. `padded` is train.py as it treats a model
 that cannot be packed.
 
 Each writes metrics.jsonl into its output_dir as train.py does, with the same names. Each rank
@@ -19,6 +20,7 @@ process takes all GPUs that it sees).
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -38,7 +40,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import model
 from data import Schedule, load_data
 from model import blocks, build_model
-from runtime.command_line import run_command
+from runtime.command_line import choose_loss, run_command
 from runtime.errors import InputError
 from runtime.processes import max_over_ranks, peak_memory, start_group
 from runtime.weights import fetch_weights, load_tokenizer, resolve_model
@@ -164,7 +166,11 @@ class Timer(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if self.rank == 0 and "loss" in logs:
             line = {"step": state.global_step, "pairs_per_second": self.pairs_per_second}
-            line |= {"grad_norm": logs["grad_norm"], "logps/chosen": logs["logps/chosen"]}
+            line |= {
+                "loss": logs["loss"],
+                "grad_norm": logs["grad_norm"],
+                "logps/chosen": logs["logps/chosen"],
+            }
             write_metrics(self.config, line | {"peak_memory_gb": peak_memory(DEVICE)})
 
 
@@ -192,10 +198,16 @@ def trl(config: Config, pairs_a_forward: int) -> None:
             row[f"{side}_labels"] = [-100] * len(prompt) + response
         rows.append(row)
     share = config.batch_size // ranks
+    shape = {}
+    if config.loss == "alphapo":
+        loss, _ = choose_loss(config.loss, config.loss_args)
+        shape = {k: p.default for k, p in inspect.signature(loss).parameters.items()}
+        shape = {"alpha": shape["alpha"], "beta": shape["beta"], "simpo_gamma": shape["gamma"]}
     options = CPOConfig(
         output_dir=config.output_dir,
         loss_type="simpo",
         cpo_alpha=0.0,
+        **shape,
         per_device_train_batch_size=pairs_a_forward or share,
         gradient_accumulation_steps=share // (pairs_a_forward or share),
         learning_rate=config.learning_rate,

@@ -128,6 +128,8 @@ BY_HAND = {
     "orpo": ({"lambda_": 0.5}, log(4) + 0.5 * log(6 / 5)),  # odds 1/3 and 1/15
     "r_dpo": ({"beta": 1.0, "alpha": log(2) / 2}, log(3)),  # σ(−log 4 + log 2) = 1/3
     "simpo": ({"beta": 1.0, "gamma": log(2)}, log(3 / 2)),  # σ(log 1/4 − log 1/16 − log 2) = 2/3
+    # (1 − 4) − (1 − 16) = 12; σ(2 log 2 − log 2) = 2/3
+    "alphapo": ({"alpha": 1.0, "beta": log(2) / 6, "gamma": log(2)}, log(3 / 2)),
     "simper_sum": ({}, 1 / 16 - 1 / 64),
     "simper_log": ({}, -log(4)),
     "simper_reference": ({}, 2 - 2 ** (-1 / 3)),
@@ -151,6 +153,7 @@ def test_hyperparameters_are_those_of_the_papers_or_their_code():
     expected |= {"dpo": {"beta": 0.1}, "ipo": {"tau": 0.1}, "cpo": {"beta": 0.1, "lambda_": 1.0}}
     expected |= {"kto": {"beta": 0.1, "lambda_w": 1.0, "lambda_l": 1.0}, "orpo": {"lambda_": 0.1}}
     expected |= {"r_dpo": {"beta": 0.1, "alpha": 0.01}, "simpo": {"beta": 2.0, "gamma": 1.0}}
+    expected |= {"alphapo": {"alpha": 0.25, "beta": 2.0, "gamma": 1.0}}
     found = {}
     for name in BY_HAND:
         parameters = inspect.signature(LOSSES[name]).parameters.values()
@@ -195,6 +198,13 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + exp(-x))
 
 
+def alphapo_slopes(s, n, r):
+    """da / ds = e^{−αm} / n."""
+    powers = [exp(-0.25 * sum_ / count) for sum_, count in zip(s, n)]
+    weight = 2 * sigmoid(1 - 2 * (powers[1] - powers[0]) / 0.25)
+    return -weight * powers[0] / n[0], weight * powers[1] / n[1]
+
+
 def orpo_slopes(s, n, r):
     p_w, p_l = exp(s[0] / n[0]), exp(s[1] / n[1])
     outside = 0.1 * sigmoid(log(p_l / (1 - p_l)) - log(p_w / (1 - p_w)))
@@ -233,6 +243,7 @@ GRADIENTS = {
         -2 / n[0] * sigmoid(1 - 2 * (s[0] / n[0] - s[1] / n[1])),
         2 / n[1] * sigmoid(1 - 2 * (s[0] / n[0] - s[1] / n[1])),
     ),
+    "alphapo": alphapo_slopes,
     "simper_sum": lambda s, n, r: (-exp(s[0]), exp(s[1])),
     "simper_log": lambda s, n, r: (-1 / n[0], 1 / n[1]),
     "simper_reference": lambda s, n, r: (-exp(r[0] / n[0]) / n[0], exp(r[1] / n[1]) / n[1]),
@@ -279,3 +290,20 @@ def test_orpo_of_a_response_that_is_nearly_certain():
         expected = -math.log(probability) + 0.1 * math.log(1 + 1 / odds)
         (found,) = LOSSES["orpo"](logps, torch.tensor([[1, 1]]))
         assert found.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_simper_and_simpo_are_corners_of_alphapo():
+    """Of AlphaPO, its formula written out: σ's slope times SimPER's gradient, exactly."""
+    logps, lengths = make_logps()
+    (simper,) = torch.autograd.grad(LOSSES["simper"](logps, lengths).sum(), logps)
+    loss = LOSSES["alphapo"](logps, lengths, alpha=-1.0, beta=3.0, gamma=0.0)
+    (found,) = torch.autograd.grad(loss.sum(), logps)
+    start = 0
+    for pair, n in enumerate(lengths.tolist()):
+        of_pair = slice(start, start + sum(n))
+        start += sum(n)
+        p = [part.mean().exp().item() for part in logps[of_pair].split(n)]
+        weight = 3 * sigmoid(-3 * (p[0] - p[1]))
+        assert found[of_pair].tolist() == pytest.approx((weight * simper[of_pair]).tolist()), pair
+    near = LOSSES["alphapo"](logps, lengths, alpha=1e-6)
+    assert near.tolist() == pytest.approx(LOSSES["simpo"](logps, lengths).tolist(), rel=1e-4)
