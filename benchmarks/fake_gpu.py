@@ -53,7 +53,7 @@ import train
 from benchmarks.baselines import shard_plain
 from benchmarks.plan import LENGTHS, sample_lengths
 from data import DataSet, truncate
-from runtime import processes
+from runtime import norms, processes
 from runtime.command_line import run_command
 from runtime.weights import resolve_model
 
@@ -131,6 +131,33 @@ def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     return flash(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
 
 
+IS_RMS_NORM = norms.is_rms_norm
+
+
+def rounds_no_more(module, width: int, device, dtype: torch.dtype) -> bool:
+    """is_rms_norm, on the CPU's values."""
+    with unset_fake_temporarily():
+        return IS_RMS_NORM(module, width, torch.device("cpu"), dtype)
+
+
+TO_EMPTY = torch.nn.Module.to_empty
+
+
+def to_empty(module, *, device):
+    """Module.to_empty, which cannot swap fake tensors; of a sharded model, as it is."""
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return TO_EMPTY(module, device=device)
+    made = {}
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if old is not None and old not in made:
+                made[old] = torch.nn.Parameter(torch.empty_like(old, device=device))
+            part._parameters[name] = made.get(old)
+        for name, old in part._buffers.items():
+            part._buffers[name] = None if old is None else torch.empty_like(old, device=device)
+    return module
+
+
 class Recorder(TorchDispatchMode):
     """Counts, on fake CUDA tensors: live bytes and their peak, operators, floating-point
     operations, and where the host waited for a value."""
@@ -145,6 +172,7 @@ class Recorder(TorchDispatchMode):
     def restart(self) -> None:
         """Count anew; what is allocated stays."""
         self.operators, self.waits, self.flops, self.peak = 0, collections.Counter(), 0, self.live
+        self.moved = 0  # bytes that operators other than products and attention read and write
 
     def wait(self, name: str) -> None:
         """Note the line of this repository or of a library that asked for a value."""
@@ -199,8 +227,15 @@ class Recorder(TorchDispatchMode):
                 self.flops += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
             elif packet in flop_registry:
                 self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            elif not function.is_view:
+                tree_map_only(torch.Tensor, self.move, (args, kwargs or {}, out))
             tree_map_only(torch.Tensor, self.add, out)
         return out
+
+    def move(self, tensor: torch.Tensor) -> None:
+        """Count a tensor that is read or written."""
+        if tensor.device.type == "cuda" and not isinstance(tensor, DTensor):
+            self.moved += tensor.nbytes
 
 
 PROPAGATING = []  # DTensor works out shapes on whole tensors that it makes for the purpose
@@ -258,6 +293,9 @@ def fake_cuda(ranks: int):
     patches += [(ShardingPropagator, "_propagate_tensor_meta_non_cached", quietly)]
     patches += [(m, "init_device_mesh", real_mesh) for m in (device_mesh, model_module)]
     patches += [(torch.nn.functional, "scaled_dot_product_attention", flash_attention)]
+    patches += [(torch.Tensor, "pin_memory", lambda tensor: tensor)]
+    patches += [(torch.nn.Module, "to_empty", to_empty)]
+    patches += [(norms, "is_rms_norm", rounds_no_more)]
     patches += [(dist, "broadcast_object_list", lambda *args, **kwargs: None)]
     patches += [
         (dist, "all_gather_object", lambda every, mine: every.__setitem__(slice(None), [mine]))
@@ -289,8 +327,11 @@ class Counted(Exception):
     """The second step has ended."""
 
 
-def simper(config: train.Config, sizes: list[tuple[int, int, int]], ranks: int) -> Recorder:
-    """The second step of train.train: Adam's state is in place, as in all later ones."""
+def simper(
+    config: train.Config, sizes: list[tuple[int, int, int]], ranks: int, without: list[str]
+) -> Recorder:
+    """The second step of train.train: Adam's state is in place, as in all later ones. without: see
+    main."""
     rows = {"prompt": [[5] * p for p, _, _ in sizes]}
     rows |= {"responses": [[[5] * c, [5] * r] for _, c, r in sizes]}
     rows |= {"lengths": [[*size] for size in sizes], "row": [*range(len(sizes))]}
@@ -324,6 +365,10 @@ def simper(config: train.Config, sizes: list[tuple[int, int, int]], ranks: int) 
                 "load_tokenizer": lambda *args: None,
                 "load_data": lambda *args: pairs,
                 "digests": lambda *args: {},
+                "commits": lambda *args: {},
+                "check_loss": lambda *args: None,
+                "check_trainable": lambda *args: None,
+                "choose_forward": lambda *args: None,
                 "rehearse": count_rehearsal,
                 "set_learning_rate": begin_step,
             },
@@ -338,6 +383,10 @@ def simper(config: train.Config, sizes: list[tuple[int, int, int]], ranks: int) 
                 "varlen_attention": count_attention,
             },
         }
+        if "masters" in without:
+            replaced[model_module]["masters_fit"] = lambda *args: False
+        if "norms" in without:
+            replaced[model_module]["fuse_norms"] = lambda *args: None
         for module, functions in replaced.items():
             for name, function in functions.items():
                 setattr(module, name, function)
@@ -389,6 +438,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8, help="GPUs in all")
     parser.add_argument("--lengths", choices=LENGTHS, default="ultrafeedback")
     parser.add_argument("--textbook_pairs", type=int, default=2, help="the textbook's, a forward")
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=["masters", "norms"], help="as it was before"
+    )
     parser.add_argument("--row", action="store_true", help="print one line of docs/gpu.md's table")
     args, rest = parser.parse_known_args()
     if not torch.version.cuda:
@@ -403,15 +455,18 @@ def main() -> None:
         config = dataclasses.replace(config, model=output)
     sizes = sample_pairs(config, args.lengths)
     if args.arm == "simper":
-        recorder = simper(config, sizes, args.ranks)
+        recorder = simper(config, sizes, args.ranks, args.without)
     else:
         recorder = textbook(config, sizes, args.ranks, args.textbook_pairs)
     figures = [recorder.flops / 1e12, recorder.peak / 1e9, recorder.operators]
-    figures += [sum(recorder.waits.values())]
+    figures += [sum(recorder.waits.values()), recorder.moved / 1e9]
     if args.row:
-        print("{:.0f} | {:.1f} | {:,} | {}".format(*figures))
+        print("{:.0f} | {:.1f} | {:,} | {}".format(*figures[:4]))
     else:
-        text = "{:.4g} Tflop, peak {:.2f} GB, {:,} operators, {} host waits"
+        text = (
+            "{:.4g} Tflop, peak {:.2f} GB, {:,} operators, {} host waits, {:.0f} GB moved by other "
+        )
+        text += "operators than products"
         print(f"{args.arm}, rank 0 of {args.ranks}: {text.format(*figures)} {dict(recorder.waits)}")
         if args.arm == "simper":
             print(f"the rehearsal peaks at {recorder.rehearsed / 1e9:.2f} GB")
