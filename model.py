@@ -46,7 +46,7 @@ from runtime.weights import (
 
 # The language-model head runs on as many response tokens at once as keep one float32 logits buffer
 # below this size.
-LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
+LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}  # on GPUs, by their memory: load_model
 # Matrix products and attention, by their names in torch's aten; some torch has and others not.
 PRODUCTS = "mm addmm bmm baddbmm _grouped_mm _scaled_dot_product_flash_attention "
 PRODUCTS += "_scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention_for_cpu"
@@ -196,6 +196,8 @@ def load_model(
         model.dtype = dtype
         model.masters = keep_masters(model, dtype, [*other_parts(model.model).values()])
     fuse_norms(model, device, dtype)
+    if device.type == "cuda":
+        LOGITS_BYTES["cuda"] = torch.cuda.get_device_properties(device).total_memory // 40
     return model.train()
 
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,14 +28,14 @@ from loss import LOSSES, sum_logps
 from model import PackedModel, compile_blocks, export, load_model
 from runtime import command_line, processes
 from runtime.card import model_card
-from runtime.checkpoints import Start, TrainerState, find_start
+from runtime.checkpoints import Start, TrainerState, find_start, read_state
 from runtime.checks import check_loss, check_trainable, choose_forward, commits, digests
 from runtime.command_line import choose_loss
 from runtime.errors import InputError
 from runtime.log import Logger
 from runtime.processes import Stopped, say
 from runtime.reference import add_reference
-from runtime.rehearsal import rehearse
+from runtime.rehearsal import rehearse, tokens_that_fit
 from runtime.weights import load_tokenizer, resolve_model
 
 
@@ -67,7 +67,9 @@ class Config:
     max_length: int = option(2048, "tokens of prompt + response above which a pair is truncated")
     max_prompt_length: int = option(1800, "most tokens of a prompt in such a pair")
     truncation: str = option("fit", "fit: oldest turns, then both ends; paper: its rule; or drop")
-    micro_batch_tokens: int = option(8192, "tokens in a forward, prompts once; sets the memory")
+    micro_batch_tokens: int = option(
+        0, "most tokens in a forward, prompts once; 0: as a GPU's memory allows, 8192 on CPUs"
+    )
     seed: int = option(42, "decides the order of the pairs")
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPU")
     activation_checkpointing: str = option(
@@ -110,8 +112,8 @@ def train(config: Config) -> None:
     )
     check_trainable(model, optimizer, source)
     choose_forward(model, data, heldout)
-    if data.separate:  # its micro-batches are others
-        make_schedules(config, data, heldout, ranks)
+    config = fit_to_memory(config, start, log, model, data, heldout)
+    make_schedules(config, data, heldout, ranks)
     if config.compile:
         compile_blocks(model)
     rehearse(model, data, device)
@@ -215,9 +217,36 @@ def load_data_sets(
     return data, heldout
 
 
+def fit_to_memory(
+    config: Config,
+    start: Start,
+    log: Logger,
+    model: PackedModel,
+    data: DataSet,
+    heldout: DataSet | None,
+) -> Config:
+    """The config with the micro_batch_tokens in use, if it has none: those of the run that goes on,
+    so that it stays the same to the last bit, or as many as fit. Collective."""
+    if model.masters is not None:
+        log.note("weights", "one process, float32 masters in place of FSDP")
+    if config.micro_batch_tokens:
+        return config
+    if start.checkpoint and not start.changed:
+        tokens = read_state(start.checkpoint)["config"]["micro_batch_tokens"]
+    else:
+        device = next(model.parameters()).device
+        tokens = tokens_that_fit(model, data, device, config.batch_size)
+    tokens = max(tokens, int(heldout.costs.max()) if heldout else 0)
+    log.note("micro_batch_tokens in use", tokens)
+    return replace(config, micro_batch_tokens=tokens)
+
+
 def make_schedules(config: Config, data: DataSet, heldout: DataSet | None, ranks: int) -> None:
-    """Spread the rows of every step of training, and all held-out ones. Raises InputError if they
-    cannot be spread over the ranks."""
+    """Spread the rows of every step of training, and all held-out ones; without micro_batch_tokens
+    as if they did not matter. Raises InputError if they cannot be spread over the ranks."""
+    longest = max(rows.costs.max() for rows in (data, heldout) if rows)
+    tokens = config.micro_batch_tokens or max(8192, int(longest))
+    config = replace(config, micro_batch_tokens=tokens)
     data.schedule = Schedule(data.costs, config, ranks, data.separate)
     if heldout:
         everything = range(len(heldout.rows))

@@ -53,7 +53,7 @@ import train
 from benchmarks.baselines import shard_plain
 from benchmarks.plan import LENGTHS, sample_lengths
 from data import DataSet, truncate
-from runtime import norms, processes
+from runtime import norms, processes, rehearsal
 from runtime.command_line import run_command
 from runtime.weights import resolve_model
 
@@ -117,7 +117,6 @@ STAND_INS = {
     "get_device_properties": lambda device=None: types.SimpleNamespace(
         multi_processor_count=108, **A100
     ),
-    "max_memory_allocated": lambda device=None: 0,
 }
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -295,6 +294,12 @@ def fake_cuda(ranks: int):
     patches += [(torch.nn.functional, "scaled_dot_product_attention", flash_attention)]
     patches += [(torch.Tensor, "pin_memory", lambda tensor: tensor)]
     patches += [(torch.nn.Module, "to_empty", to_empty)]
+    memory = A100["total_memory"]
+    patches += [(torch.cuda, "mem_get_info", lambda: (memory - recorder.live, memory))]
+    patches += [(torch.cuda, "memory_reserved", lambda: recorder.live)]
+    patches += [(torch.cuda, "max_memory_allocated", lambda device=None: recorder.peak)]
+    patches += [(torch.cuda, "reset_peak_memory_stats", recorder.restart)]
+    patches += [(rehearsal, "max_over_ranks", lambda device, *values: values)]
     patches += [(norms, "is_rms_norm", rounds_no_more)]
     patches += [(dist, "broadcast_object_list", lambda *args, **kwargs: None)]
     patches += [

@@ -177,7 +177,8 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
     shards = gpus // recipe.replicas
     vocabulary = config.get_text_config().vocab_size
 
-    # The slowest rank of each micro-batch: the segments of its pairs.
+    # The slowest rank of each micro-batch: the segments of its pairs. What fits is not known here.
+    tokens_in_a_forward = recipe.micro_batch_tokens or 4096
     segments = []
     for sizes in sample_lengths(lengths, STEPS * recipe.batch_size):
         whole_pair = [[0] * n for n in sizes]
@@ -187,7 +188,7 @@ def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) 
     slowest = []
     for start in range(0, len(segments), recipe.batch_size):
         step = range(start, start + recipe.batch_size)
-        for shares in spread_rows(step, pair_tokens, gpus, recipe.micro_batch_tokens):
+        for shares in spread_rows(step, pair_tokens, gpus, tokens_in_a_forward):
             share = max(shares, key=lambda indices: sum(pair_tokens[i] for i in indices))
             slowest.append([segments[i] for i in share])
     largest = max(slowest, key=lambda rank: sum(map(sum, rank)))

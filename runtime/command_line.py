@@ -184,9 +184,10 @@ def read_recipe(path: Path) -> dict[str, str]:
 
 def check_config(config) -> None:
     """Raise InputError for a value that makes no sense, whatever the data."""
-    positive = ("batch_size", "num_epochs", "log_every", "micro_batch_tokens", "replicas")
+    positive = ("batch_size", "num_epochs", "log_every", "replicas")
     positive += ("learning_rate", "max_grad_norm")
     not_negative = ("max_steps", "eval_every", "save_every", "keep_checkpoints", "seed")
+    not_negative += ("micro_batch_tokens",)
     choices = {"loss": LOSSES, "dtype": ("auto", "float32", "bfloat16")}
     choices |= {"wandb": ("auto", "online", "offline", "off")}
     choices |= {"resume": ("auto", "never", "anyway")}

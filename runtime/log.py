@@ -39,7 +39,8 @@ class Logger:
         made_of = VERSIONS | {"ranks": dist.get_world_size(), "commit": commit} | made_of
         head = "".join(f"# {name}: {value}\n" for name, value in made_of.items())
         values = yaml.safe_dump(asdict(config), sort_keys=False)
-        write_whole(output / "config.yaml", head + values)
+        self.config = output / "config.yaml"
+        write_whole(self.config, head + values)
         (output / "code.diff").unlink(missing_ok=True)
         if difference:
             write_whole(output / "code.diff", difference)
@@ -61,6 +62,12 @@ class Logger:
         self.evaluations = [line for line in kept if "eval/loss" in line]
         resumed = bool(start.checkpoint) and not start.changed
         self.wandb = None if config.wandb == "off" else start_wandb(config, resumed)
+
+    def note(self, name: str, value) -> None:
+        """Print a fact of the run, and add it to the head of config.yaml."""
+        if self.on:
+            print(f"{name}: {value}", flush=True)
+            write_whole(self.config, f"# {name}: {value}\n{self.config.read_text()}")
 
     def begin(self, step: int, last: int) -> None:
         """Show the progress, from `step` steps to the last."""

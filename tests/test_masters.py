@@ -1,18 +1,22 @@
-"""One device in bfloat16 without FSDP: the gradient, and runs that change between the two ways."""
+"""One device in bfloat16 without FSDP: its gradient, its norms, and how much fits."""
 
 import functools
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import GQA, TINY, interrupt, make_model, read_checkpoint, run
+from conftest import GQA, TINY, interrupt, make_model, read_checkpoint, run, timeless
 from safetensors.torch import load_file
 
 from data import pack
 from loss import simper_loss
 from model import compile_blocks, load_model
-from runtime import norms
+from runtime import norms, rehearsal
+from runtime.checkpoints import read_state
 from runtime.masters import keep_masters, masters_fit
+from runtime.rehearsal import tokens_that_fit
 
 CPU = torch.device("cpu")
 
@@ -94,6 +98,7 @@ def test_sums_begin_anew_with_every_step(folder, group):
 
 def test_the_weights_are_the_masters_rounded(base, tmp_path):
     run(base | {"dtype": "bfloat16", "save_every": 1, "keep_checkpoints": 0}, tmp_path / "run")
+    assert "# weights: one process, float32" in (tmp_path / "run" / "config.yaml").read_text()
     final = load_file(tmp_path / "run" / "final" / "model.safetensors")
     last = read_checkpoint(tmp_path / "run" / "checkpoints" / "step_3")
     assert {f"model.{name}" for name in final} <= last.keys()
@@ -196,3 +201,91 @@ def test_a_run_with_fused_norms_is_that_without(base, tmp_path, monkeypatch):
         for name in line:
             if name == "loss" or name.startswith(("eval/", "grad_norm")):
                 assert other[name] == pytest.approx(line[name], rel=1e-4, abs=1e-6)
+
+
+# ---- How much fits -------------------------------------------------------------------------------
+
+
+class Rows:
+    """Stands for a DataSet whose micro-batches are their tokens."""
+
+    def __init__(self, *costs: int):
+        self.costs = np.array(costs)
+
+    def cost(self, indices) -> int:
+        return int(self.costs[indices].sum())
+
+    def pack(self, indices):
+        return SimpleNamespace(to=lambda device: self.cost(indices))
+
+
+class Model:
+    """Takes 100 bytes and 3 a token; `most` is the largest micro-batch that fits."""
+
+    def __init__(self, most: int = 10**9):
+        self.most, self.seen = most, []
+
+    def optimized(self) -> dict:
+        return {}
+
+    def __call__(self, tokens: int) -> torch.Tensor:
+        self.seen.append(tokens)
+        if tokens > self.most:
+            raise torch.OutOfMemoryError
+        return torch.zeros(1, requires_grad=True)
+
+    def zero_grad(self) -> None: ...
+    def refresh(self) -> None: ...
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Of 11,000 bytes, of which 1,000 are another process's."""
+    model = Model()
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100 + 3 * model.seen[-1])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9_000, 11_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1_000)
+    monkeypatch.setattr(rehearsal, "max_over_ranks", lambda device, *values: values)
+    return model
+
+
+CUDA = SimpleNamespace(type="cuda")
+
+
+def test_micro_batches_fill_nine_tenths_of_the_memory(card, group):
+    """100 + 3 n = 9,000: n = 2,966, in multiples of 256."""
+    rows = Rows(*range(100, 500))
+    assert tokens_that_fit(card, rows, CUDA, 128) == 2816
+    assert card.seen == [499, 499 + 498 + 497]  # twice as many tokens, and no fewer
+
+
+def test_micro_batches_are_no_larger_than_a_step_and_hold_the_longest_row(card, group):
+    assert tokens_that_fit(card, Rows(10, 20, 30), CUDA, 2) == 50
+    assert tokens_that_fit(card, Rows(3_000, 3_000), CUDA, 2) == 3_000
+    card.most = 3_000
+    assert tokens_that_fit(card, Rows(2_000, 2_000), CUDA, 2) == 2_000
+    assert tokens_that_fit(card, Rows(9, 9), CPU, 2) == 8192
+    assert tokens_that_fit(card, Rows(9_000, 9), CPU, 2) == 9_000
+
+
+def test_a_row_that_does_not_fit_is_explained(card, group):
+    card.most = 10
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        tokens_that_fit(card, Rows(20, 20), CUDA, 2)
+    assert "--activation_checkpointing selective" in caught.value.__notes__[0]
+
+
+def test_a_run_that_goes_on_keeps_its_micro_batches(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.tokens_that_fit", lambda *args: 250)
+    values = base | {"micro_batch_tokens": 0, "save_every": 1, "keep_checkpoints": 0}
+    lines = run(values, tmp_path / "run")
+    state = read_state(tmp_path / "run" / "checkpoints" / "step_3")
+    assert state["config"]["micro_batch_tokens"] == 250
+    interrupt(tmp_path / "run", tmp_path / "again")
+    monkeypatch.setattr("train.tokens_that_fit", lambda *args: 1 / 0)
+    again = run(values, tmp_path / "again")
+    assert timeless(again) == timeless(lines)
+    for name in ("run", "again"):
+        head = (tmp_path / name / "config.yaml").read_text()
+        assert "# micro_batch_tokens in use: 250\n" in head and "# weights" not in head
