@@ -117,6 +117,7 @@ class PackedModel(torch.nn.Module):
         """The head's log-probs of `targets`: (R, hidden size), (R,) int64 → (R,) float32."""
         head = self.model.get_output_embeddings()
         shape = (self.logit_scale, self.logit_cap)
+        hidden = hidden.to(head.weight.dtype)  # Mamba 2's last norm gives float32
         return TokenLogps.apply(hidden, head.weight, getattr(head, "bias", None), targets, *shape)
 
     def call(self, function, *args):

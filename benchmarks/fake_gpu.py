@@ -142,15 +142,17 @@ def rounds_no_more(module, width: int, device, dtype: torch.dtype) -> bool:
 TO_EMPTY = torch.nn.Module.to_empty
 
 
-def to_empty(module, *, device):
+def to_empty(module, *, device, recurse=True):
     """Module.to_empty, which cannot swap fake tensors; of a sharded model, as it is."""
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return TO_EMPTY(module, device=device)
     made = {}
-    for part in module.modules():
+    for part in module.modules() if recurse else [module]:
         for name, old in part._parameters.items():
             if old is not None and old not in made:
-                made[old] = torch.nn.Parameter(torch.empty_like(old, device=device))
+                made[old] = torch.nn.Parameter(
+                    torch.empty_like(old, device=device), old.requires_grad
+                )
             part._parameters[name] = made.get(old)
         for name, old in part._buffers.items():
             part._buffers[name] = None if old is None else torch.empty_like(old, device=device)

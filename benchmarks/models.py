@@ -353,7 +353,7 @@ def verdict(found: dict, dtype: torch.dtype) -> str:
     """ "right", "refused", "WRONG", or what the tiny model could not be made of."""
     if "how" not in found:
         return "refused" if "refused" in found else "not tried"
-    if found["own rounding"] > 0.1:
+    if dtype == torch.float32 and found["own rounding"] > 0.1:
         found["error"] = f"its own two attentions differ by {found['own rounding']:.1f}"
         return "not tried"
     exact = dtype == torch.float32

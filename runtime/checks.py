@@ -262,10 +262,10 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
 
 
 def has_plain_head(model: PackedModel, ids: torch.Tensor, limit: float) -> bool:
-    """Whether head_difference is at most `limit`."""
+    """Whether head_difference is at most `limit`. Llama 4's base_model has no hidden states."""
     try:
         return model.call(head_difference, ids).item() <= limit
-    except InputError:
+    except (InputError, AttributeError):
         return False
 
 
