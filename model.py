@@ -218,7 +218,9 @@ def compile_blocks(model: PackedModel) -> None:
 
 
 @torch.no_grad()
-def export(model: PackedModel, name: str, tokenizer, folder: Path, card: str = "") -> None:
+def export(
+    model: PackedModel, name: str, tokenizer, folder: Path, card: str = "", read=None
+) -> None:
     """merge, and write the model to `folder` in the dtype in which it computes: see write_model.
     Collective."""
     if model.masters is not None:
@@ -226,7 +228,7 @@ def export(model: PackedModel, name: str, tokenizer, folder: Path, card: str = "
         model.masters = None
     merge(model.model)
     end = end_of_turn(tokenizer)[0]
-    write_model(model.model, name, tokenizer, folder, model.dtype, end, card)
+    write_model(model.model, name, tokenizer, folder, model.dtype, end, card, read)
 
 
 def build_model(config) -> PackedModel:

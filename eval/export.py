@@ -4,8 +4,9 @@
     python -m eval.generate --models demo runs/demo-60
 
 With `train.py --keep_checkpoints 0`, all checkpoints stay, and the best can be kept instead of the
-last. One process without FSDP, on the CPU, in whose memory the model is in float32; `surgery` and
-`merge` of model.py are those of the run.
+last. One process without FSDP, on the CPU; `surgery` and `merge` of model.py are those of the run.
+A tensor at a time is read, and a file of the export is in memory; with adapters, which `merge` has
+to take out, the whole model is, in float32.
 """
 
 from pathlib import Path
@@ -16,13 +17,21 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from eval.report import make_parser
-from model import export, load_model
+from model import build_model, export, load_model, merge, surgery
 from runtime.cache import file_digest
 from runtime.card import model_card
 from runtime.checkpoints import read_state
 from runtime.command_line import run_command
 from runtime.errors import InputError
-from runtime.weights import load_tokenizer, model_fingerprint, resolve_model
+from runtime.weights import (
+    check_surgery,
+    load_config,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+    stored_tensors,
+    weights_folder,
+)
 
 
 def export_checkpoint(checkpoint: Path, output: Path) -> None:
@@ -44,19 +53,41 @@ def export_checkpoint(checkpoint: Path, output: Path) -> None:
         raise InputError(f"{config.model} is not the model that the run began with: it has changed")
     tokenizer = load_tokenizer(source, config.chat_template, config.template_args)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch.manual_seed(config.seed % 2**63)  # as train(): for what surgery() adds and freezes
-    model = load_model(source, torch.device("cpu"), torch.float32)
-    weights = model.optimized()
-    if others := sorted(weights.keys() ^ saved["optimizer"].keys()):
+    with torch.device("meta"):
+        model = build_model(load_config(source))
+        needed = stored_tensors(model.model)
+        surgery(model.model)
+    check_surgery(model.model, needed)
+    trained = model.optimized()
+    if others := sorted(trained.keys() ^ saved["optimizer"].keys()):
         problem = f"{checkpoint} and {config.model} do not both have {others[0]} to optimize"
         raise InputError(f"{problem}: another model, or another surgery() in model.py?")
-    dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
-    model.refresh()
+    folder = weights_folder(source, needed)
+
+    def read(name: str) -> torch.Tensor:
+        """A tensor of the transformers model: from the checkpoint, or as the run began."""
+        whole = f"model.{name}"
+        place, key = (checkpoint, whole) if whole in trained else (folder, name)
+        values = {key: torch.empty_like(stored_tensors(model.model)[name], device="cpu")}
+        dcp.load(values, storage_reader=dcp.HuggingFaceStorageReader(str(place)))
+        return values[key]
+
+    before = [(tensor, tensor._version) for tensor in stored_tensors(model.model).values()]
+    with torch.device("meta"):
+        merge(model.model)
+    after = [(tensor, tensor._version) for tensor in stored_tensors(model.model).values()]
+    if len(before) != len(after) or any(
+        a is not b or v != w for (a, v), (b, w) in zip(before, after)
+    ):
+        # merge() needs the values.
+        torch.manual_seed(config.seed % 2**63)  # as train(): for what surgery() adds and freezes
+        model, read = load_model(source, torch.device("cpu"), torch.float32), None
+        dcp.load(model.optimized(), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
     model.dtype = getattr(torch, saved["made_of"]["dtype in use"])
     run, card = checkpoint.resolve().parents[1], ""
     if (run / "config.yaml").exists():  # else the checkpoint alone was copied
         card = model_card(run, source, bool(tokenizer.chat_template), saved["step"])
-    export(model, source, tokenizer, output, card)
+    export(model, source, tokenizer, output, card, read)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -353,13 +354,20 @@ def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
 
 
 def write_model(
-    model, name: str, tokenizer, folder: Path, dtype: torch.dtype, end: int, card: str
+    model,
+    name: str,
+    tokenizer,
+    folder: Path,
+    dtype: torch.dtype,
+    end: int,
+    card: str,
+    read: Callable | None,
 ) -> None:
     """Write a transformers model, its tokenizer with chat template, and its generation config to
     `folder` in Hugging Face format, with the parameters in `dtype`; buffers and other_parts as in
     the folder `name`, from which the model was loaded. `end` is the token that ends a turn; `card`
-    is README.md, if any. Collective; the folder appears whole. Raises FloatingPointError if a
-    parameter is not finite.
+    is README.md, if any; `read` gives a tensor by its name, of a model on "meta". Collective; the
+    folder appears whole. Raises FloatingPointError if a parameter is not finite.
     """
     scratch = folder.with_name(folder.name + ".part")
     tensors, parameters = stored_tensors(model), dict(model.named_parameters())
@@ -380,7 +388,8 @@ def write_model(
         for key in names:  # one tensor at a time is whole, and one file in rank 0's memory
             if key in ignored:
                 continue
-            tensor = tensors[key].detach().to(dtypes[key])
+            tensor = read(key) if read else tensors[key].detach()
+            tensor = tensor.to(dtypes[key])
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if key in parameters and not tensor.isfinite().all():
                 raise FloatingPointError(f"{key} is not finite: nothing is exported")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import model as model_module
 import train
+from eval import export as eval_export
 from runtime import checks
 from runtime.errors import InputError
 
@@ -62,6 +63,7 @@ sys.path.insert(0, {str(ROOT)!r})
 {CODE}
 import model
 import train
+from eval import export as eval_export
 from runtime import checks
 from runtime.command_line import run_command
 
@@ -89,7 +91,7 @@ def operate(monkeypatch):
     """Give model.py another surgery() and merge()."""
 
     def operate(surgery=None, merge=None) -> None:
-        for module in (model_module, checks):
+        for module in (model_module, checks, eval_export):
             if surgery:
                 monkeypatch.setattr(module, "surgery", surgery)
             if merge:
@@ -207,6 +209,36 @@ def assert_merged(values: dict, output: Path, dtype=torch.float32) -> None:
         else:
             assert torch.equal(tensor, start[name].to(dtype))
     assert sum(name.endswith("lora_a") and "exp" not in name for name in last) == 2
+
+
+@torch.no_grad()
+def scale_norms(model) -> None:
+    """A merge that changes values and no names."""
+    model.model.norm.weight.mul_(2.0)
+
+
+@pytest.mark.parametrize(
+    "surgery, merge",
+    [
+        (FORK["lora"], FORK["merge_lora"]),
+        (lambda model: model.model.layers[0].requires_grad_(False), None),
+        (None, scale_norms),
+    ],
+    ids=["lora", "frozen", "values"],
+)
+def test_a_checkpoint_is_exported_as_the_run_does(surgery, merge, short, tmp_path, operate):
+    operate(surgery, merge)
+    run(short, tmp_path / "run")
+    try:
+        checkpoint = tmp_path / "run" / "checkpoints" / "step_3"
+        eval_export.export_checkpoint(checkpoint, tmp_path / "again")
+    finally:
+        torch.distributed.destroy_process_group()
+    final, again = (
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (tmp_path / "run" / "final", tmp_path / "again")
+    )
+    assert final == again
 
 
 # ---- What is trained -----------------------------------------------------------------------------
@@ -352,7 +384,7 @@ def adapted(base, tmp_path_factory) -> dict[str, Path]:
     done = run_script(LORA, values, folder / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (model_module, checks):
+        for module in (model_module, checks, eval_export):
             patch.setattr(module, "surgery", FORK["lora"])
             patch.setattr(module, "merge", FORK["merge_lora"])
         run(values, folder / "one")
@@ -422,7 +454,7 @@ def test_a_plain_parameter_on_two_ranks_is_refused_by_name(short, tmp_path):
 def test_a_run_does_not_go_on_with_another_surgery(short, tmp_path, operate, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        for module in (model_module, checks):
+        for module in (model_module, checks, eval_export):
             frozen = lambda model: model.lm_head.requires_grad_(False)  # noqa: E731
             patch.setattr(module, "surgery", frozen)
         run(short, output)
