@@ -6,6 +6,7 @@ a MicroBatch to the log-prob of every response token.
 
 import copy
 import functools
+import inspect
 import math
 from pathlib import Path
 
@@ -46,14 +47,12 @@ from runtime.weights import (
 
 # The language-model head runs on as many response tokens at once as keep one float32 logits buffer
 # below this size.
-LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}  # on GPUs, by their memory: load_model
-# Matrix products and attention, by their names in torch's aten; some torch has and others not.
-PRODUCTS = "mm addmm bmm baddbmm _grouped_mm _scaled_dot_product_flash_attention "
-PRODUCTS += "_scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention_for_cpu"
-PRODUCTS = [
-    getattr(torch.ops.aten, n).default for n in PRODUCTS.split() if hasattr(torch.ops.aten, n)
-]
-PRODUCTS.append(torch.ops.torch_attn._varlen_attn.default)
+LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}  # of 80 GB: see logits_bytes
+# What selective checkpointing keeps: products and attention, by their names in torch's aten, of
+# which a version may not have all.
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product_flash_attention")
+PRODUCTS += ("_scaled_dot_product_efficient_attention",)
+PRODUCTS += ("_scaled_dot_product_flash_attention_for_cpu",)
 
 
 # ---- The packed forward --------------------------------------------------------------------------
@@ -197,15 +196,15 @@ def load_model(
         model.dtype = dtype
         model.masters = keep_masters(model, dtype, [*other_parts(model.model).values()])
     fuse_norms(model, device, dtype)
-    if device.type == "cuda":
-        LOGITS_BYTES["cuda"] = torch.cuda.get_device_properties(device).total_memory // 40
     return model.train()
 
 
 def keep_products() -> tuple:
     """Contexts of a block's forward, and of its repetition, in which the results of matrix products
     and of attention are kept: what is computed again costs next to nothing."""
-    return create_selective_checkpoint_contexts(PRODUCTS)
+    kept = [getattr(torch.ops.aten, name) for name in PRODUCTS if hasattr(torch.ops.aten, name)]
+    kept.append(torch.ops.torch_attn._varlen_attn)
+    return create_selective_checkpoint_contexts([operator.default for operator in kept])
 
 
 def compile_blocks(model: PackedModel) -> None:
@@ -327,7 +326,7 @@ class TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale=1.0, cap=None):
         ctx.shape, ctx.total = (scale, cap), getattr(weight, "total", None)
         row_bytes = (8 if cap else 4) * weight.shape[0]  # the slope of a cap is a second buffer
-        count = -(-len(targets) * row_bytes // LOGITS_BYTES[hidden.device.type])
+        count = -(-len(targets) * row_bytes // logits_bytes(hidden.device))
         size = -(-len(targets) // count)
         ctx.chunks = [slice(start, start + size) for start in range(0, len(targets), size)]
         target_logits, normalizers = [], []
@@ -383,6 +382,13 @@ class TokenLogps(torch.autograd.Function):
                 grad_bias += grad_logits.sum(dim=0)
             del softmax, grad_logits, slope  # before the next chunk's
         return grad_hidden, grad_weight, grad_bias, None, None, None  # autograd casts them
+
+
+def logits_bytes(device: torch.device) -> int:
+    """LOGITS_BYTES; on a GPU, a 40th of its memory."""
+    if device.type != "cuda":
+        return LOGITS_BYTES[device.type]
+    return torch.cuda.get_device_properties(device).total_memory // 40
 
 
 def head_logits(hidden, weight, bias, scale: float, cap: float | None) -> torch.Tensor:
@@ -464,6 +470,10 @@ def varlen_attention(query, key, value, sliding_window, micro_batch: MicroBatch,
     each of which the last query sees all keys."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
     longest = max(p + max(responses) for p, *responses in micro_batch.segments)
+    if (
+        "enable_gqa" not in inspect.signature(varlen_attn).parameters
+    ):  # torch 2.11 needs no such word
+        options = {"scale": options["scale"]}
     return varlen_attn(
         q,
         k.index_select(0, micro_batch.keys),

@@ -49,7 +49,8 @@ from runtime.weights import load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 # What is compared: every loss with the hyperparameters of its paper or its authors' code, which are
 # the defaults in loss.py, and for DPO and SimPO others from their papers.
-ARMS = {loss: {"loss": loss} for loss in LOSSES}
+STUDIED = [loss for loss in LOSSES if loss != "alphapo"]  # which has come later
+ARMS = {loss: {"loss": loss} for loss in STUDIED}
 VARIANTS = ("dpo beta=0.01", "dpo beta=1", "simpo beta=2.5,gamma=0.25", "simpo beta=10,gamma=3")
 ARMS |= {arm: dict(zip(("loss", "loss_args"), arm.split())) for arm in VARIANTS}
 # A run that does not change the model: its metrics and answers are those of the start.
@@ -288,7 +289,7 @@ def figures(results: list[dict], folder: Path) -> None:
             axis.errorbar(middle, arm, **bar)
             seeds = minus[arm].mean(axis=1)
             axis.plot(seeds, [arm] * SEEDS, "|", color="tab:red", label="each seed")
-    rivals = [loss for loss in LOSSES if loss not in ABLATIONS]
+    rivals = [loss for loss in STUDIED if loss not in ABLATIONS]
     panels = {"losses": ["simper", *rivals], "SimPER without its parts": ABLATIONS}
     panels["other hyperparameters"] = ["simper", "dpo", "simpo", *VARIANTS]
     with new_figure(folder / "study-frontier.png", list(panels), (4.6, 4.0)) as axes:
@@ -411,7 +412,9 @@ def this_setting() -> dict:
         "files_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
         "flags": FLAGS,
         "arms": ARMS,
-        "defaults": {name: str(inspect.signature(loss)) for name, loss in LOSSES.items()},
+        "defaults": {
+            name: str(inspect.signature(loss)) for name, loss in LOSSES.items() if name in STUDIED
+        },
         "answers": {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "batch": BATCH},
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
     }

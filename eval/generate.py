@@ -13,6 +13,7 @@ interruption. Generation never runs under FSDP: it reads models in Hugging Face 
 alpaca_eval2.py, mt_bench.py and on_policy.py build on `answer`.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -292,44 +293,45 @@ def answer(
         "engine_args": engine_args,
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }
-    file = open_alone(path) if path else None
-    answers = read_answers(path, settings, len(prompts)) if path else {}
-    if len(answers) == len(prompts):
-        return [answers[i] for i in range(len(prompts))]
-    context = context_length(load_config(folder))
-    limit = parse_engine_args(engine_args).get("max_model_len")
-    context = min(context, limit) if isinstance(limit, int) else context
-    order = longest_first(prompt_ids(tokenizer, prompts, context))
-    run = load_engine(engine, folder, batch_size, seed, engine_args, template_args)
-    progress = tqdm(
-        desc=short_name(name),
-        total=len(prompts),
-        initial=len(answers),
-        unit="answer",
-        dynamic_ncols=True,
-    )
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        missing = [i for i in batch if i not in answers]
-        if not missing:
-            continue
-        # Always the whole batch: the sampled tokens depend on all of its prompts.
-        new = run(
-            [prompts[i] for i in batch],
-            max_new_tokens=max_new_tokens,
-            seed=seed * SEEDS_APART + start,
-            **sampling,
+    with open_alone(path) if path else contextlib.nullcontext() as file:
+        answers = read_answers(path, settings, len(prompts)) if path else {}
+        if len(answers) == len(prompts):
+            return [answers[i] for i in range(len(prompts))]
+        context = context_length(load_config(folder))
+        limit = parse_engine_args(engine_args).get("max_model_len")
+        context = min(context, limit) if isinstance(limit, int) else context
+        order = longest_first(prompt_ids(tokenizer, prompts, context))
+        run = load_engine(engine, folder, batch_size, seed, engine_args, template_args)
+        progress = tqdm(
+            desc=short_name(name),
+            total=len(prompts),
+            initial=len(answers),
+            unit="answer",
+            dynamic_ncols=True,
         )
-        answers |= {i: pair for i, pair in zip(batch, new) if i in missing}
-        if file:
-            lines = [
-                {"index": i, "output": answers[i][0], "finished": answers[i][1]} for i in missing
-            ]
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
-        progress.update(len(missing))
-    progress.close()
-    return [answers[i] for i in range(len(prompts))]
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            missing = [i for i in batch if i not in answers]
+            if not missing:
+                continue
+            # Always the whole batch: the sampled tokens depend on all of its prompts.
+            new = run(
+                [prompts[i] for i in batch],
+                max_new_tokens=max_new_tokens,
+                seed=seed * SEEDS_APART + start,
+                **sampling,
+            )
+            answers |= {i: pair for i, pair in zip(batch, new) if i in missing}
+            if file:
+                lines = [
+                    {"index": i, "output": answers[i][0], "finished": answers[i][1]}
+                    for i in missing
+                ]
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.flush()
+            progress.update(len(missing))
+        progress.close()
+        return [answers[i] for i in range(len(prompts))]
 
 
 def read_answers(path: Path, settings: dict, count: int) -> dict[int, tuple[str, bool]]:

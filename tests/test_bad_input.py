@@ -232,7 +232,7 @@ TEMPLATES = [
 
 # ---- The command line ----
 
-POSITIVE = ("batch_size", "num_epochs", "log_every", "micro_batch_tokens", "replicas")
+POSITIVE = ("batch_size", "num_epochs", "log_every", "replicas")
 FLAGS = [
     ("unknown", "--learning_rat 1", ["no option 'learning_rat'; did you mean 'learning_rate'?"]),
     (

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,7 +208,8 @@ def test_the_check_of_a_cpu_does_not_train_on_a_gpu(monkeypatch):
 def test_plan_of_an_8b_model():
     config, parameters = llama3()
     workload = {"gpus": 8, "gpu": GPUS["a100"], "lengths": "ultrafeedback", "pairs": 60_000}
-    result = plan(Config(batch_size=128, activation_checkpointing="true"), config, **workload)
+    recipe = Config(batch_size=128, micro_batch_tokens=8192)
+    result = plan(replace(recipe, activation_checkpointing="true"), config, **workload)
     memory = result["memory"]
     assert memory["parameters"] == pytest.approx(4 * parameters / 8, rel=1e-3)
     assert memory["parameters"] == memory["gradients"] == memory["Adam"] / 2
@@ -215,7 +217,7 @@ def test_plan_of_an_8b_model():
     # At most EFFICIENCY, less a quarter for checkpointing, less the waiting for the slowest rank.
     assert 0.2 < result["model_flops"] < 0.45
     assert result["epoch"] == result["step"] * 468
-    without = plan(Config(batch_size=128), config, **workload)
+    without = plan(recipe, config, **workload)
     assert without["memory"]["activations"] > 5 * memory["activations"]
     assert without["compute"] < result["compute"]
 

@@ -42,6 +42,21 @@ INTERFACES = {
                 for name in ("set_requires_all_reduce", "reshard")
             ),
         ),
+        "torch.ops.torch_attn._varlen_attn": (
+            "model.py",
+            lambda: (
+                found("torch.nn.attention.varlen.varlen_attn")
+                and torch.ops.torch_attn._varlen_attn.default
+            ),
+        ),
+        "Module._parameters": (
+            "runtime/masters.py",
+            lambda: list(torch.nn.Linear(1, 1)._parameters) == ["weight", "bias"],
+        ),
+        "Tensor._version, which a change in place raises": (
+            "eval/export.py",
+            lambda: torch.zeros(1, device="meta").add_(1)._version == 1,
+        ),
         "torch._subclasses.fake_tensor.FakeTensorMode": (
             "benchmarks/plan.py",
             lambda: found("torch._subclasses.fake_tensor.FakeTensorMode"),
@@ -183,6 +198,7 @@ def test_the_list_of_private_interfaces_is_whole():
             missing |= set() if known else {f"{path.name}: {name}"}
     tools = {
         "fake_gpu.py: _tools",
+        "fake_gpu.py: _buffers",
         "fake_gpu.py: _sharding_prop",
         "fake_gpu.py: _internal",
         "plan.py: _internal",
