@@ -20,10 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import model as model_module
 from data import pack
-from runtime import checks
+from runtime import checks, masters, norms
 from runtime.command_line import run_command
 from runtime.log import read_lines
 from runtime.weights import resolve_model
@@ -55,6 +56,37 @@ def head_error(device: str, dtype: torch.dtype) -> float:
     logps = model_module.TokenLogps.apply(hidden, weight / 16, None, targets)
     exact = (hidden.double() @ (weight / 16).double().T).log_softmax(dim=1)
     return (logps - exact[targets, targets]).abs().max().item()
+
+
+def sum_error(device: str, dtype: torch.dtype) -> float:
+    """Of masters.add_product, the sum of a product of `dtype` and a float32 tensor, relative to
+    float64."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (
+        torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        for shape in ((512, 4096), (4096, 256))
+    )
+    total = torch.ones(512, 256, device=device)
+    exact = total.double() + a.double() @ b.double()
+    masters.add_product(total, a, b)
+    return ((total - exact).norm() / exact.norm()).item()
+
+
+def norm_error(device: str, dtype: torch.dtype) -> float:
+    """Of a fused norm and its gradients, of `dtype`, relative to the same in float32; 0 if
+    transformers' own is kept."""
+    model = torch.nn.Sequential(LlamaRMSNorm(4096, 1e-5).to(device, dtype))
+    norms.fuse_norms(model, torch.device(device), dtype)
+    if "forward" not in vars(model[0]):
+        return 0.0
+    generator, results = torch.Generator(device).manual_seed(0), []
+    x, direction = (torch.randn(999, 4096, generator=generator, device=device) for _ in range(2))
+    for kind in (dtype, torch.float32):
+        weight = torch.linspace(0.5, 2, 4096, device=device, dtype=kind).requires_grad_()
+        inputs = x.to(dtype).to(kind).requires_grad_()
+        out = torch.nn.functional.rms_norm(inputs, weight.shape, weight, 1e-5)
+        results.append((out, *torch.autograd.grad(out, (inputs, weight), direction.to(kind))))
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
 
 
 def run_training(args, ranks: int, *flags: str) -> list[dict]:
@@ -99,6 +131,7 @@ def main() -> None:
         print(f"{gpus} × {torch.cuda.get_device_name()}, torch {torch.__version__}")
         works = model_module.varlen_works(dtype, 128)
         print(f"attention in one kernel call a layer: {'yes' if works else 'no, pair by pair'}")
+        print(f"products of bfloat16 in float32: {'yes' if masters.gives_float32() else 'no'}")
 
     def train_once(name: str, ranks: int, *flags: str) -> list[dict]:
         if name not in runs:
@@ -134,6 +167,10 @@ def main() -> None:
         f"{attention}, 9 heads of 64", 0.02, lambda: attention_error(args.device, dtype, 9, 3, 64)
     )
     check("log-probs of the chunked head, nats", 0.02, lambda: head_error(args.device, dtype))
+    check(
+        "a product added to its float32 sum, relative", 1e-5, lambda: sum_error(args.device, dtype)
+    )
+    check("a fused norm and its gradients, relative", 0.01, lambda: norm_error(args.device, dtype))
     check("training against float32, mean log-prob, relative", 0.02, against_float32)
     if gpus > 1:
         check(f"{gpus} GPUs against one, mean log-prob, relative", 0.01, against_one_gpu)

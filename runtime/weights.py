@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
@@ -110,7 +109,8 @@ def load_config(name: str):
 def model_class(config):
     """The class of transformers that loads a config's model whole: with its parts for images or
     sound, if it has any."""
-    multimodal = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    # (Not a name of this module: the code's digest would import all kinds of this mapping.)
+    multimodal = type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
     return AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM
 
 
@@ -263,7 +263,7 @@ def stored_tensors(model) -> dict[str, torch.Tensor]:
 def other_parts(model) -> dict[str, torch.nn.Parameter]:
     """The parameters of a multimodal transformers model that text does not reach, by name: its
     parts for images and sound."""
-    if type(model.config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+    if model_class(model.config) is not AutoModelForMultimodalLM:
         return {}
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     text = {parameter for part in parts if part is not None for parameter in part.parameters()}

@@ -127,11 +127,11 @@ def test_a_run_is_that_of_fsdp_and_goes_on_in_the_other_way(base, tmp_path, monk
     assert trained[2] == pytest.approx(trained[1], rel=0.1, abs=2e-4)
 
 
-def test_compiled_blocks_sum_the_same(folder, group, monkeypatch):
-    plain = gradient(load_model(str(folder), CPU, torch.bfloat16))
+def test_compiled_blocks_sum_the_same(model_folder, group, monkeypatch):
+    plain = gradient(load_model(str(model_folder), CPU, torch.bfloat16))
     eager = functools.partialmethod(torch.nn.Module.compile, backend="eager")
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    model = load_model(str(folder), CPU, torch.bfloat16)
+    model = load_model(str(model_folder), CPU, torch.bfloat16)
     compile_blocks(model)
     found = gradient(model)
     assert distance(found, plain) < 1e-3
