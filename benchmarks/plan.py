@@ -100,7 +100,10 @@ def flops(model: PackedModel, segments: list) -> tuple[float, float]:
 
 
 def one_kernel(module, query, key, value, mask, scaling=None, sliding_window=None, **kwargs):
-    """packed_attention as on a GPU, on any device."""
+    """packed_attention as on a GPU, on any device. Raises InputError as it does."""
+    terms = ("softcap", "s_aux", "position_bias")
+    if extra := [term for term in terms if kwargs.get(term) is not None]:
+        raise InputError(f"a model whose attention has {extra[0]} cannot be planned here")
     options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     batch = kwargs["micro_batch"]
     return varlen_attention(query, key, value, sliding_window, batch, options), None

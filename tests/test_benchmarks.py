@@ -222,6 +222,14 @@ def test_plan_of_an_8b_model():
     assert without["compute"] < result["compute"]
 
 
+def test_a_model_that_is_not_packed_is_not_planned():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = AutoConfig.for_model("gemma2", vocab_size=320, **sizes)
+    with pytest.raises(InputError, match="softcap cannot be planned here"):
+        plan(Config(batch_size=16), config, 1, GPUS["h100"], "hh", 1600)
+
+
 def test_plan_of_one_gpu_has_no_transfers_and_does_not_fit():
     result = plan(Config(batch_size=16), llama3()[0], 1, GPUS["h100"], "hh", 1600)
     assert result["transfer"] == 0 and not result["fits"]
