@@ -294,14 +294,16 @@ def test_every_recipe_has_its_row():
 @pytest.mark.parametrize("arm", ["simper", "textbook"])
 def test_a_step_on_fake_cuda(arm, tmp_path):
     """The operations of rank 0's pairs, worked out by hand, and the host's waits."""
+    if arm == "textbook" and torch.__version__ < "2.13":
+        pytest.skip("this torch does not count attention with fewer key-value heads")
     make_config("llama").save_pretrained(tmp_path)
     recipe = str(ROOT / "recipes" / "llama-3-8b-instruct.yaml")
     command = [sys.executable, str(ROOT / "benchmarks" / "fake_gpu.py"), recipe, "--arm", arm]
-    command += ["--ranks", "4", "--model", str(tmp_path)]
+    command += ["--ranks", "4", "--model", str(tmp_path), "--micro_batch_tokens", "4096"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = re.search(r"([\d.e+-]+) Tflop, .*, (\d+) host waits", done.stdout)
-    config = parse_args([recipe, "--max_steps", "2"])
+    config = parse_args([recipe, "--max_steps", "2", "--micro_batch_tokens", "4096"])
     rows = sample_lengths("ultrafeedback", 128).tolist()
     pairs = [tuple(map(len, truncate([[0] * n for n in row], 2048, 1800))) for row in rows]
     weights, head, width, layers = (
@@ -324,7 +326,7 @@ def test_a_step_on_fake_cuda(arm, tmp_path):
         expected = sum(4 * n * (6 * weights + 2 * again + 6 * head) for n in longest)
         expected += sum((2 + 2.5) * 4 * 4 * n * n * width * layers for n in longest)
     assert float(figures[1]) * 1e12 == pytest.approx(expected, rel=1e-3)
-    assert int(figures[2]) == (3 if arm == "simper" else 0)
+    assert int(figures[2]) == (2 if arm == "simper" else 0)
 
 
 PLANNED = re.findall(r"^\| ([\w.-]+) \| `(.*?)` \| (.*) \|$", PLAN_PAGE, re.MULTILINE)

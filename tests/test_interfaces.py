@@ -15,9 +15,9 @@ from conftest import ROOT, make_model
 # {package: {interface: (the file that uses it, what must be true)}}
 INTERFACES = {
     "torch": {
-        "torch.nn.attention.varlen.varlen_attn(..., window_size, scale, enable_gqa)": (
+        "torch.nn.attention.varlen.varlen_attn(..., window_size, scale)": (
             "model.py",
-            lambda: takes("torch.nn.attention.varlen.varlen_attn", "window_size", "enable_gqa"),
+            lambda: takes("torch.nn.attention.varlen.varlen_attn", "window_size", "scale"),
         ),
         "HuggingFaceStorageWriter(fqn_to_index_mapping, save_distributed)": (
             "runtime/checkpoints.py",
