@@ -123,11 +123,13 @@ class PackedModel(torch.nn.Module):
         """function(self, *args), in a sharded model with the parameters gathered, as in forward."""
         return function(self, *args)
 
-    def optimized(self) -> dict[str, torch.nn.Parameter]:
-        """What the optimizer moves, by name: the float32 parameters that are not frozen, with their
-        gradients; of a sharded model, this rank's shards."""
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        return own if self.masters is None else self.masters
+    def optimized(self, part: torch.nn.Module | None = None) -> dict[str, torch.nn.Parameter]:
+        """What the optimizer moves, by name, or what it moves of one module: float32 parameters
+        that are not frozen, with their gradients; of a sharded model, this rank's shards. They may
+        be others than the parameters of the modules, which then have no gradients."""
+        inside = {*(self if part is None else part).parameters()}
+        own = {n: p for n, p in self.named_parameters() if p.requires_grad and p in inside}
+        return own if self.masters is None else {name: self.masters[name] for name in own}
 
     def refresh(self) -> None:
         """Called whenever the optimized parameters have changed: what is computed with is renewed,

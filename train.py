@@ -324,8 +324,13 @@ def gradient_metrics(model: PackedModel) -> dict[str, torch.Tensor]:
 
 
 def total_norm(parameters) -> torch.Tensor:
-    """The norm of the parameters' gradients, over all ranks. Collective."""
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """The norm of the gradients of parameters of model.optimized(), over all ranks. Collective.
+    Raises ValueError if none of them has a gradient."""
+    parameters = [*parameters]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if parameters and not gradients:
+        raise ValueError("parameters without a gradient: take those of model.optimized()")
+    norm = get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -64,21 +64,23 @@ def export_checkpoint(checkpoint: Path, output: Path) -> None:
         raise InputError(f"{problem}: another model, or another surgery() in model.py?")
     folder = weights_folder(source, needed)
 
+    tensors = stored_tensors(model.model)
+
     def read(name: str) -> torch.Tensor:
         """A tensor of the transformers model: from the checkpoint, or as the run began."""
         whole = f"model.{name}"
         place, key = (checkpoint, whole) if whole in trained else (folder, name)
-        values = {key: torch.empty_like(stored_tensors(model.model)[name], device="cpu")}
+        values = {key: torch.empty_like(tensors[name], device="cpu")}
         dcp.load(values, storage_reader=dcp.HuggingFaceStorageReader(str(place)))
         return values[key]
 
-    before = [(tensor, tensor._version) for tensor in stored_tensors(model.model).values()]
+    def versions() -> list[tuple[int, int]]:
+        return [(id(tensor), tensor._version) for tensor in stored_tensors(model.model).values()]
+
+    before = versions()
     with torch.device("meta"):
         merge(model.model)
-    after = [(tensor, tensor._version) for tensor in stored_tensors(model.model).values()]
-    if len(before) != len(after) or any(
-        a is not b or v != w for (a, v), (b, w) in zip(before, after)
-    ):
+    if versions() != before:
         # merge() needs the values.
         torch.manual_seed(config.seed % 2**63)  # as train(): for what surgery() adds and freezes
         model, read = load_model(source, torch.device("cpu"), torch.float32), None

@@ -67,8 +67,9 @@ def model_card(run: Path, source: str, chats: bool, step: int) -> str:
     text, snapshot = (run / "config.yaml").read_text(), hub_snapshot(source)
     config, made_of = yaml.safe_load(text), re.findall("^# (.+?): (.*)$", text, re.M)
     ranks = int(dict(made_of).get("ranks", 1))
-    launch = f"torchrun --nproc_per_node {min(ranks, 8)}" if ranks > 1 else "python"
-    launch += f" --nnodes {-(-ranks // 8)}" * (ranks > 8)
+    command = "python train.py RECIPE"
+    if ranks > 1:
+        command = f"torchrun train.py RECIPE, {ranks} processes"
     names = {
         key: ",".join(map(public, split_sources(config[key]))) if config[key] else ""
         for key in ("train_data", "eval_data")
@@ -88,7 +89,7 @@ def model_card(run: Path, source: str, chats: bool, step: int) -> str:
         held_out=held_out(run, step),
         task=front["pipeline_tag"],
         prompt=PARTS if "image" in front["pipeline_tag"] else CHAT if chats else '"Hello"',
-        command=f"{launch} train.py RECIPE",
+        command=command,
         recipe=yaml.safe_dump(recipe, sort_keys=False),
         made_of="\n".join(f"{name}: {value}" for name, value in made_of),
     )
@@ -117,7 +118,7 @@ def front_matter(config: dict, source: str) -> dict:
 
 def public(source: str) -> str:
     """A source of data without the folders in which a file lies."""
-    name, share = split_share(source)
+    name, _ = split_share(source)
     return source if on_hub(name) else Path(source).name
 
 

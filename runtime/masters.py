@@ -9,6 +9,7 @@ import types
 import torch
 import torch.nn.functional as F
 
+LINEAR = torch.nn.Linear.forward
 BYTES = 18  # a parameter, with AdamW: master, sum of gradients and two moments, and the weight
 SHARE = 0.85  # of the device's memory that these may take; the rest is for activations
 
@@ -24,9 +25,9 @@ def lighten(model: torch.nn.Module, dtype: torch.dtype, kept: list) -> None:
 @torch.no_grad()
 def keep_masters(model: torch.nn.Module, dtype: torch.dtype, kept: list) -> dict:
     """Give the modules weights of `dtype`. Returns the float32 masters of those that are trained,
-    by name; their .grad is the sum of the weights' gradients since `renew`, in float32: a linear
-    layer's product is added to it by itself, without a rounding; another gradient is of `dtype`,
-    and added when it is there. kept: parameters that stay as they are."""
+    by name. Their .grad is the sum of the weights' gradients since `renew`, in float32: the product
+    that is a linear layer's gradient is added to it unrounded; any other gradient is computed in
+    `dtype`, and then added. kept: parameters that stay as they are."""
     weights, masters = {parameter: parameter for parameter in kept}, {}
     for name, master in model.named_parameters():  # tied ones once
         if master in weights:
@@ -40,7 +41,9 @@ def keep_masters(model: torch.nn.Module, dtype: torch.dtype, kept: list) -> dict
     for module in model.modules():
         for name, master in module._parameters.items():
             module._parameters[name] = None if master is None else weights[master]
-        if type(module) is torch.nn.Linear and hasattr(module.weight, "total"):
+        # One that a fork has given another forward keeps it.
+        plain = getattr(module.forward, "__func__", None) is LINEAR
+        if plain and hasattr(module.weight, "total"):
             module.forward = types.MethodType(sum_linear, module)
     renew(masters)
     return masters
@@ -100,7 +103,8 @@ def sum_linear(self, x: torch.Tensor) -> torch.Tensor:
 
 
 class SumLinear(torch.autograd.Function):
-    """F.linear whose backward adds the weight's gradient to `total`, (out, in) float32."""
+    """F.linear, whose backward adds the weight's gradient to `total`. x: (..., in); weight: (out,
+    in); bias: (out,) or None; total: (out, in) float32. Returns (..., out)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, total):

@@ -59,7 +59,7 @@ def test_the_card_of_a_model_of_the_hub(base, model_folder, tmp_path):
     assert front["datasets"] == ["someone/more", "someone/pairs"]
     assert front["license"] == "other" and front["license_name"] == "theirs"
     assert recipe["model"] == "someone/tiny@v1" and recipe["train_data"] == config["train_data"]
-    assert "torchrun --nproc_per_node 8 --nnodes 2 train.py" in text
+    assert "`torchrun train.py RECIPE, 16 processes`" in text
     assert "held-out" not in text and 'model("Hello"' in text
 
 

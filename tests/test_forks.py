@@ -385,6 +385,10 @@ def test_the_norm_of_every_block_equals_that_of_plain_gradients(run_fork, inputs
             parts = [g for name, g in grads.items() if f".layers.{number}." in name]
             norm = torch.cat([part.flatten() for part in parts]).norm().item()
             assert line[f"grad_norm/block_{number}"] == pytest.approx(norm, rel=1e-5)
+    masters = run_fork("layer_grad_norms", dtype="bfloat16", output="masters")
+    for name, norm in line.items():
+        if name.startswith("grad_norm"):
+            assert read_metrics(masters)[1][name] == pytest.approx(norm, rel=0.05)
 
 
 # ---- What is trained -----------------------------------------------------------------------------
@@ -502,6 +506,9 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest(run_fork, inpu
         before = {name: found[step, "", name] for name in weights}
     assert same(output, resumed(run_fork, output, "optimizer", **values))
 
+    masters = run_fork("optimizer", dtype="bfloat16", output="masters", max_steps=1)
+    saved = read_checkpoint(masters / "checkpoints/step_1")
+    assert matrices == {n.split(".model.", 1)[1] for n in saved if n.startswith("momentum_buffer")}
     both = run_fork("optimizer", ranks=2, **values)
     for step, limit in ((1, 1e-6), (3, 1e-2)):
         one, two = (read_checkpoint(o / f"checkpoints/step_{step}") for o in (output, both))

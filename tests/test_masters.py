@@ -10,6 +10,7 @@ import transformers
 from conftest import GQA, TINY, interrupt, make_model, read_checkpoint, run, timeless
 from safetensors.torch import load_file
 
+import train
 from data import pack
 from loss import simper_loss
 from model import compile_blocks, load_model
@@ -135,6 +136,37 @@ def test_compiled_blocks_sum_the_same(model_folder, group, monkeypatch):
     compile_blocks(model)
     found = gradient(model)
     assert distance(found, plain) < 1e-3
+
+
+def test_a_forward_that_a_fork_has_given_a_module_is_kept(model_folder, group, monkeypatch):
+    """A linear layer's, and a norm's."""
+    monkeypatch.setattr(norms, "DEVICES", {"cpu"})
+    seen = []
+
+    def own(module):
+        forward = type(module).forward
+        module.forward = lambda x: seen.append(type(module)) or forward(module, x)
+
+    def surgery(model):
+        own(model.model.layers[0].mlp.down_proj)
+        own(model.model.norm)
+
+    monkeypatch.setattr("model.surgery", surgery)
+    gradients = gradient(load_model(str(model_folder), CPU, torch.bfloat16))
+    assert len({*seen}) == 2
+    monkeypatch.setattr("model.surgery", lambda model: None)
+    plain = gradient(load_model(str(model_folder), CPU, torch.bfloat16))
+    assert distance(gradients, plain) < 0.02
+
+
+def test_a_norm_of_parameters_without_gradients_is_an_error(model_folder, group):
+    """A module's own: they have none."""
+    model = load_model(str(model_folder), CPU, torch.bfloat16)
+    gradient(model)
+    block = model.model.model.layers[0]
+    assert train.total_norm(model.optimized(block).values()) > 0
+    with pytest.raises(ValueError, match="take those of model.optimized"):
+        train.total_norm(block.parameters())
 
 
 def test_frozen_weights_are_read_as_bfloat16(folder, group, monkeypatch):
