@@ -92,16 +92,20 @@ class PackedModel(torch.nn.Module):
         """The same by the model's own forward, for models that cannot be packed: each response is a
         row with its prompt, padded on the right, where a causal model does not look. One forward
         for all rows, since FSDP wants as many on every rank."""
-        sizes, lengths = batch.key_starts.diff()[:, None], batch.lengths.flatten()[:, None]
-        rows = batch.input_ids[batch.keys].split(sizes.flatten().tolist())
+        sizes = [p + n for p, *responses in batch.segments for n in responses]
+        rows = batch.input_ids[batch.keys].split(sizes)
         rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (N K, L)
-        predicted = torch.arange(rows.shape[1], device=rows.device) + 1  # by each place
-        scored = (predicted >= sizes - lengths) & (predicted < sizes)
+        # Of the (N K) · L places, those that predict the targets: each row's from its first on.
+        lengths, count = batch.lengths.flatten(), len(batch.targets)
+        firsts = batch.key_starts.diff() - lengths - 1 - lengths.cumsum(0) + lengths
+        firsts += rows.shape[1] * torch.arange(len(rows), device=rows.device)
+        places = firsts.repeat_interleave(lengths, output_size=count)
+        places += torch.arange(count, device=rows.device)
         if self.own_logits:
-            logits = self.model(input_ids=rows, use_cache=False).logits[scored].float()
-            return logits.log_softmax(dim=-1).gather(1, batch.targets[:, None])[:, 0]
+            logits = self.model(input_ids=rows, use_cache=False).logits.flatten(0, 1)[places]
+            return logits.float().log_softmax(dim=-1).gather(1, batch.targets[:, None])[:, 0]
         hidden = self.model.base_model(input_ids=rows, use_cache=False).last_hidden_state
-        return self.token_logps(hidden[scored], batch.targets)
+        return self.token_logps(hidden.flatten(0, 1)[places], batch.targets)
 
     def set_attention(self, name: str | None = None) -> None:
         """Compute with another attention implementation of transformers, or, by default, again with

@@ -17,16 +17,16 @@ proves nothing about kernels: what they support, their speed and their values ne
 """
 
 import argparse
-import collections
 import contextlib
 import ctypes
 import dataclasses
+import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
 import types
-import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,24 +38,20 @@ import torch.distributed._tools.fake_collectives  # noqa: F401 (collectives on f
 import transformers.masking_utils
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed import device_mesh
-from torch.distributed._tools.common_utils import get_untyped_storages
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model as model_module
 import train
 from benchmarks.baselines import shard_plain
-from benchmarks.plan import LENGTHS, sample_lengths
+from benchmarks.counter import PROPAGATING, Recorder, to_empty
+from benchmarks.plan import LENGTHS, forward_of, sample_lengths
 from data import DataSet, truncate
-from runtime import norms, processes, rehearsal
+from runtime import masters, norms, processes, rehearsal
 from runtime.command_line import run_command
-from runtime.weights import resolve_model
+from runtime.weights import load_config, resolve_model
 
 # ---- CUDA without a GPU --------------------------------------------------------------------------
 
@@ -139,113 +135,31 @@ def rounds_no_more(module, width: int, device, dtype: torch.dtype) -> bool:
         return IS_RMS_NORM(module, width, torch.device("cpu"), dtype)
 
 
-TO_EMPTY = torch.nn.Module.to_empty
+# What a table of bytes tells apart, and the functions in which it happens; all else is of blocks.
+PARTS = [
+    ("FSDP", FSDPParamGroup, ("unshard", "wait_for_unshard", "post_backward", "reshard")),
+    ("sums and casts", masters, ("add_gradient", "renew")),
+    ("sums and casts", model_module, ("renew",)),
+    ("head", model_module.TokenLogps, ("forward", "backward")),
+    ("AdamW, norm", torch.optim.AdamW, ("step",)),
+    ("AdamW, norm", train, ("gradient_metrics", "clip_grads_with_norm_")),
+]
 
 
-def to_empty(module, *, device, recurse=True):
-    """Module.to_empty, which cannot swap fake tensors; of a sharded model, as it is."""
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        return TO_EMPTY(module, device=device)
-    made = {}
-    for part in module.modules() if recurse else [module]:
-        for name, old in part._parameters.items():
-            if old is not None and old not in made:
-                made[old] = torch.nn.Parameter(
-                    torch.empty_like(old, device=device), old.requires_grad
-                )
-            part._parameters[name] = made.get(old)
-        for name, old in part._buffers.items():
-            part._buffers[name] = None if old is None else torch.empty_like(old, device=device)
-    return module
+def within(recorder: Recorder, part: str, function: Callable) -> Callable:
+    """The function, in which what is moved counts as `part`."""
 
+    def wrapped(*args, **kwargs):
+        with recorder.within(part):
+            return function(*args, **kwargs)
 
-class Recorder(TorchDispatchMode):
-    """Counts, on fake CUDA tensors: live bytes and their peak, operators, floating-point
-    operations, and where the host waited for a value."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known, self.sizes = WeakIdKeyDictionary(), {}
-        self.attention_flops = 0  # of one call of varlen_attn, whose operator torch does not count
-        self.restart()
-
-    def restart(self) -> None:
-        """Count anew; what is allocated stays."""
-        self.operators, self.waits, self.flops, self.peak = 0, collections.Counter(), 0, self.live
-        self.moved = 0  # bytes that operators other than products and attention read and write
-
-    def wait(self, name: str) -> None:
-        """Note the line of this repository or of a library that asked for a value."""
-        frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename]
-        frames = [f for f in frames if Path(f.filename) != Path(__file__)]
-        self.waits[f"{name} {Path(frames[-1].filename).name}:{frames[-1].lineno}"] += 1
-
-    def resize(self, key: int, size: int) -> None:
-        size = -(-size // 512) * 512  # as the allocator rounds
-        self.live += size - self.sizes.pop(key, 0)
-        if size:
-            self.sizes[key] = size
-        self.peak = max(self.peak, self.live)
-
-    def add(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type != "cuda" or isinstance(tensor, DTensor):
-            return
-        for storage in get_untyped_storages(tensor):
-            if storage not in self.known:
-                key = self.known[storage] = (len(self.known), id(storage))
-                self.resize(key, storage.size())
-                weakref.finalize(storage, self.resize, key, 0)
-
-    def __enter__(self):
-        self.real_resize = torch.UntypedStorage.resize_
-
-        def resize_(storage, size):  # FSDP frees what it has gathered so
-            self.real_resize(storage, size)
-            if storage in self.known:
-                self.resize(self.known[storage], storage.size())
-
-        torch.UntypedStorage.resize_ = resize_
-        return super().__enter__()
-
-    def __exit__(self, *args):
-        torch.UntypedStorage.resize_ = self.real_resize
-        return super().__exit__(*args)
-
-    def __torch_dispatch__(self, function, types_, args=(), kwargs=None):
-        if any(t == DTensor for t in types_):
-            return NotImplemented
-        out = function(*args, **(kwargs or {}))
-        packet = getattr(function, "_overloadpacket", function)
-        name = getattr(packet, "__name__", str(packet))
-        if not PROPAGATING and name != "device":
-            self.operators += 1
-            if name == "_varlen_attn":  # torch does not know the lengths of fake sequences
-                self.flops += self.attention_flops
-            elif name == "_varlen_attn_backward":  # five products in place of two
-                self.flops += 2.5 * self.attention_flops
-            elif name == "addmm_":
-                self.flops += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
-            elif packet in flop_registry:
-                self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-            elif not function.is_view:
-                tree_map_only(torch.Tensor, self.move, (args, kwargs or {}, out))
-            tree_map_only(torch.Tensor, self.add, out)
-        return out
-
-    def move(self, tensor: torch.Tensor) -> None:
-        """Count a tensor that is read or written."""
-        if tensor.device.type == "cuda" and not isinstance(tensor, DTensor):
-            self.moved += tensor.nbytes
-
-
-PROPAGATING = []  # DTensor works out shapes on whole tensors that it makes for the purpose
+    return staticmethod(wrapped) if part == "head" else wrapped
 
 
 @contextlib.contextmanager
 def fake_cuda(ranks: int):
     """As rank 0 of `ranks` GPUs. Yields a Recorder."""
-    recorder = Recorder()
+    recorder = Recorder("cuda")
 
     def item(tensor):
         if tensor.device.type == "cuda":
@@ -307,6 +221,8 @@ def fake_cuda(ranks: int):
     patches += [
         (dist, "all_gather_object", lambda every, mine: every.__setitem__(slice(None), [mine]))
     ]
+    for part, owner, names in PARTS:
+        patches += [(owner, name, within(recorder, part, getattr(owner, name))) for name in names]
     with contextlib.ExitStack() as stack:
         for owner, name, value in patches:
             stack.callback(setattr, owner, name, getattr(owner, name, None))
@@ -346,11 +262,12 @@ def simper(
     pairs = DataSet(datasets.Dataset.from_dict(rows), report="random pairs")
     varlen, rehearse = model_module.varlen_attention, train.rehearse
     set_learning_rate, begun = train.set_learning_rate, []
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # a backward pass there is for CPUs
+        how = pool.apply(forward_of, (load_config(config.model).model_type,))
     with fake_cuda(ranks) as recorder:
 
         def count_attention(query, key, value, window, batch, options):
-            products = sum((p + c) ** 2 + r * (p + r) for p, c, r in batch.segments)
-            recorder.attention_flops = 4 * products * query.shape[1] * query.shape[3]
+            recorder.attended = sum((p + c) ** 2 + r * (p + r) for p, c, r in batch.segments)
             return varlen(query, key, value, window, batch, options)
 
         def count_rehearsal(*args):
@@ -365,6 +282,11 @@ def simper(
             recorder.restart()
             set_learning_rate(*args)
 
+        def choose_forward(model, data, heldout):
+            model.packed, model.own_logits = how == "packed", "all logits" in how
+            data.separate = not model.packed
+            model.set_attention()
+
         device = torch.device("cuda", 0)
         replaced = {
             train: {
@@ -375,7 +297,7 @@ def simper(
                 "commits": lambda *args: {},
                 "check_loss": lambda *args: None,
                 "check_trainable": lambda *args: None,
-                "choose_forward": lambda *args: None,
+                "choose_forward": choose_forward,
                 "rehearse": count_rehearsal,
                 "set_learning_rate": begin_step,
             },
@@ -466,15 +388,15 @@ def main() -> None:
     else:
         recorder = textbook(config, sizes, args.ranks, args.textbook_pairs)
     figures = [recorder.flops / 1e12, recorder.peak / 1e9, recorder.operators]
-    figures += [sum(recorder.waits.values()), recorder.moved / 1e9]
+    figures += [sum(recorder.waits.values())]
+    moved = {part: size / 1e9 for part, size in recorder.moved.items()}
     if args.row:
         print("{:.0f} | {:.1f} | {:,} | {}".format(*figures[:4]))
     else:
-        text = (
-            "{:.4g} Tflop, peak {:.2f} GB, {:,} operators, {} host waits, {:.0f} GB moved by other "
-        )
-        text += "operators than products"
-        print(f"{args.arm}, rank 0 of {args.ranks}: {text.format(*figures)} {dict(recorder.waits)}")
+        text = "{:.4g} Tflop, peak {:.2f} GB, {:,} operators, {} host waits".format(*figures)
+        print(f"{args.arm}, rank 0 of {args.ranks}: {text} {dict(recorder.waits)}")
+        parts = ", ".join(f"{part} {size:.0f}" for part, size in moved.items())
+        print(f"GB moved by other operators than products: {sum(moved.values()):.0f} ({parts})")
         if args.arm == "simper":
             print(f"the rehearsal peaks at {recorder.rehearsed / 1e9:.2f} GB")
     sys.stdout.flush()

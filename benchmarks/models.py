@@ -267,10 +267,9 @@ def plain_loss(logps: list[torch.Tensor]) -> torch.Tensor:
 # ---- The comparisons -----------------------------------------------------------------------------
 
 
-def compare(kind: str, dtype: torch.dtype, std: float, folder: Path) -> dict:
-    """What was found of a kind: "how" it is computed, or why it was "refused", and differences."""
-    base = folder / "base"
-    tiny_model(kind, base, std)
+def load_tiny(base: Path, dtype: torch.dtype) -> tuple:
+    """(the PackedModel of a folder, whose forward is chosen; rows of random tokens). Collective.
+    Raises InputError if it is refused."""
     random = torch.Generator().manual_seed(0)
     rows = [
         [torch.randint(3, 250, (n,), generator=random).tolist() for n in row] for row in LENGTHS
@@ -278,15 +277,37 @@ def compare(kind: str, dtype: torch.dtype, std: float, folder: Path) -> dict:
     columns = {"prompt": [row[0] for row in rows], "responses": [row[1:] for row in rows]}
     columns |= {"lengths": LENGTHS, "columns": [[]] * len(rows)}
     data = DataSet(datasets.Dataset.from_dict(columns))
+    model = load_model(str(base), torch.device("cpu"), dtype)
+    choose_forward(model, data, None)
+    return model, rows
+
+
+def forward_of(model) -> str:
+    """How a PackedModel computes."""
+    how = "packed" if model.packed else "padded rows"
+    return how + ", all logits" * model.own_logits
+
+
+def choose(kind: str, folder: Path) -> str:
+    """forward_of a tiny model of this kind. Raises InputError if it is refused."""
+    tiny_model(kind, folder, 0.15)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = load_model(str(base), torch.device("cpu"), dtype)
-        choose_forward(model, data, None)
+        return forward_of(load_tiny(folder, torch.float32)[0])
+    finally:
+        dist.destroy_process_group()
+
+
+def compare(kind: str, dtype: torch.dtype, std: float, folder: Path) -> dict:
+    """What was found of a kind: "how" it is computed, or why it was "refused", and differences."""
+    base = folder / "base"
+    tiny_model(kind, base, std)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, rows = load_tiny(base, dtype)
     except InputError as error:
         return {"refused": str(error)}
-    how = "packed" if model.packed else "padded rows"
-    found = {"how": how + ", all logits" * model.own_logits}
-    batch = pack(rows)
+    found, batch = {"how": forward_of(model)}, pack(rows)
     logps = model(batch)
     simper_loss(logps, batch.lengths).sum().backward()
     gradients = {key.removeprefix("model."): p.grad for key, p in model.optimized().items()}
@@ -428,9 +449,8 @@ def difference(some: dict, others: dict) -> float:
 # ---- The table -----------------------------------------------------------------------------------
 
 
-def examine(kind: str, args, results) -> None:
+def examine(kind: str, args, folder: Path, results) -> None:
     """Put what was found of a kind into the queue `results`."""
-    folder = Path(tempfile.mkdtemp(prefix=f"models-{kind}-"))
     os.environ["SIMPER_CACHE"] = str(folder / "cache")
     try:
         found = compare(kind, getattr(torch, args.dtype), args.std, folder)
@@ -438,7 +458,6 @@ def examine(kind: str, args, results) -> None:
             found |= compare_training(folder)
     except Exception as error:  # one of transformers' own classes, mostly about sizes
         found = {"error": f"{type(error).__name__}: {error}"}
-    shutil.rmtree(folder)
     results.put(found)
 
 
@@ -446,7 +465,8 @@ def examine_apart(kind: str, args) -> dict:
     """What `examine` finds in a process of its own."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    process = context.Process(target=examine, args=(kind, args, results))
+    folder = Path(tempfile.mkdtemp(prefix=f"models-{kind}-"))
+    process = context.Process(target=examine, args=(kind, args, folder, results))
     process.start()
     try:
         return results.get(timeout=SECONDS)
@@ -455,6 +475,7 @@ def examine_apart(kind: str, args) -> dict:
     finally:
         process.kill()
         process.join()
+        shutil.rmtree(folder, ignore_errors=True)  # of a large one, gigabytes
 
 
 def line(kind: str, found: dict, dtype: torch.dtype) -> str:

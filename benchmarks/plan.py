@@ -1,38 +1,53 @@
-"""Predict a recipe's memory and time on GPUs before paying for them.
+"""Can MODEL be trained on these GPUs, with which setting, and how long does it take?
 
-    python benchmarks/plan.py recipes/llama-3-8b-instruct.yaml --gpus 8 --gpu a100
+    python benchmarks/plan.py Qwen/Qwen3-4B --gpu 4090
+    python benchmarks/plan.py Qwen/Qwen3-32B --gpu h100 --gpus 8 --pairs 20000
+    python benchmarks/plan.py MODEL --gpu_memory 48 --tflops 150 --bandwidth 0.77
     python benchmarks/plan.py recipes/llama-3-8b-instruct.yaml --gpus 64 --replicas 8
 
-Flags that --help does not list are those of train.py. Only the model's config is needed: no weights
-and no GPU.
+MODEL is a folder, a hub id or a recipe. Flags that --help does not list are those of train.py; of
+--activation_checkpointing, all values are tried if none is given. Only the model's config is
+needed: no weights, no GPU, and no CUDA build of torch.
 
-Counted exactly: the parameters on each rank (the model is sharded over as many simulated ranks),
-the floating-point operations, the bytes that the forward pass keeps for the backward pass
-(transformers' code runs on tensors without data), and the number and bytes of the collectives.
-Assumed: the figures of the GPUs' datasheets; EFFICIENCY, LINK_EFFICIENCY and HOP below; that FSDP's
-transfers hide behind the computation wherever they are shorter than it; and pairs with the lengths
-in LENGTHS. docs/plan.md compares two predictions with runs on one GPU each.
+Counted: the parameters on each rank, and what forward and backward of a micro-batch keep, move and
+multiply, by running the model on tensors without data, with the operators that a GPU runs; the
+number and bytes of the collectives. Whether a model is packed is tried on a tiny one of its kind.
+Assumed: the GPUs' datasheets and the constants below; that FSDP's transfers hide behind computation
+wherever they are shorter; and pairs with the lengths in LENGTHS. docs/plan.md compares predictions
+with runs.
 """
 
 import argparse
+import bisect
+import contextlib
+import copy
+import functools
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
+import model as model_module
+from benchmarks.counter import Recorder, to_empty
 from data import pack, spread_rows, truncate
 from eval.report import at_least
-from model import LOGITS_BYTES, PackedModel, blocks, build_model, shard, varlen_attention
+from model import PackedModel, blocks, build_model, keep_products, shape_logits, shard
+from model import varlen_attention as one_kernel
+from runtime import masters, norms
 from runtime.command_line import run_command
 from runtime.errors import InputError
+from runtime.rehearsal import KEPT_FREE
 from runtime.weights import load_config, other_parts, resolve_model
 from train import Config, parse_args
 
@@ -43,36 +58,64 @@ LENGTHS = {
     "hh": ((125, 40, 50), (0.8, 0.9, 0.9)),
     "ultrafeedback": ((150, 300, 250), (1.0, 0.7, 0.7)),
 }
-STEPS = 64  # a prediction is the mean over so many steps with pairs of sampled lengths
+PAPER = str(Path(__file__).resolve().parent.parent / "recipes" / "llama-3-8b-instruct.yaml")
+STEPS = 16  # a prediction is the mean over so many steps with pairs of sampled lengths
 
 
-@dataclass
+@dataclass(frozen=True)
 class GPU:
-    """The vendor's datasheet, and the network of the vendor's reference system."""
+    """The vendor's datasheet, and the network of the vendor's reference system, if it has one."""
 
     name: str
-    flops: float  # dense bfloat16 operations/s
     memory: float  # bytes
-    memory_speed: float  # bytes/s
-    nvlink: float  # bytes/s in one direction, of each GPU
-    network: float  # bytes/s in one direction, of each node of eight GPUs
+    flops: float  # dense bfloat16 operations/s with float32 sums
+    bandwidth: float  # of its memory, bytes/s
+    link: float  # between the GPUs of a node, bytes/s in one direction, of each GPU: NVLink or PCIe
+    network: float = 12.5e9  # bytes/s in one direction, of each node of eight GPUs
+
+    @property
+    def products(self) -> float:
+        """The operations/s of a large matrix product."""
+        return MATMUL * self.flops
+
+    @property
+    def copies(self) -> float:
+        """The bytes/s of operators that are bound by memory."""
+        return COPY * self.bandwidth
 
 
-GPUS = {
-    "a100": GPU("a100", 312e12, 80e9, memory_speed=2.0e12, nvlink=300e9, network=8 * 25e9),
-    "h100": GPU("h100", 989e12, 80e9, memory_speed=3.35e12, nvlink=450e9, network=8 * 50e9),
-}
-# The share of a GPU's peak that forward and backward reach in bfloat16: torchtitan's published runs
-# of Llama-3-8B (docs/plan.md) come out within 15 % with these.
-EFFICIENCY = {"a100": 0.50, "h100": 0.33}
+# NVIDIA's datasheets: A100 (both sizes: SXM), H100 SXM, H200 SXM, DGX B200 (an eighth of it), L40S,
+# RTX A6000, and the white papers of Ada and RTX Blackwell (4090, 5090). Where a sheet gives
+# operations with sparsity, half of them.
+GPUS = [
+    GPU("4090", 24e9, 165e12, 1.008e12, link=32e9),
+    GPU("5090", 32e9, 209.5e12, 1.792e12, link=64e9),
+    GPU("a100-40", 40e9, 312e12, 1.555e12, link=300e9, network=8 * 25e9),
+    GPU("a6000", 48e9, 154.8e12, 0.768e12, link=32e9),
+    GPU("l40s", 48e9, 362e12, 0.864e12, link=32e9),
+    GPU("a100", 80e9, 312e12, 2.039e12, link=300e9, network=8 * 25e9),
+    GPU("h100", 80e9, 989e12, 3.35e12, link=450e9, network=8 * 50e9),
+    GPU("h200", 141e9, 989e12, 4.8e12, link=450e9, network=8 * 50e9),
+    GPU("b200", 180e9, 2250e12, 8e12, link=900e9, network=8 * 50e9),
+]
+GPUS = {gpu.name: gpu for gpu in GPUS}
+# An 8,192³ product reached 795e12 on the H100 and 790e12 on the H200 (docs/speed.md), 0.80 of the
+# datasheet's; the step's products reach 0.97 of that, and copies 0.9 · 0.85 of the bandwidth,
+# fitted to the two runs' totals. Assumed for the other cards.
+MATMUL, COPY, ATTENTION = 0.80 * 0.97, 0.90 * 0.85, 0.25
+IDLE = 0.010  # s a micro-batch; fitted to the same runs
 COMPILED = 1.04  # what --compile true added on the one GPU where it was measured, an H200
+# On several GPUs everything takes so much longer: NCCL's kernels beside the computation, transfers
+# that do not hide, clocks of a longer run. Fitted to torchtitan's Llama-3-8B (docs/plan.md), whose
+# H100s had 500 of 700 W; other cards as H100s.
+SEVERAL = {"a100": 1.05, "a100-40": 1.05}
+SEVERAL_OTHERS = 1.34
 LINK_EFFICIENCY = 0.75  # assumed share of a link's speed that collectives reach
 HOP = 3e-6  # assumed seconds that each additional rank adds to a ring collective
-
-
-def speed(gpu: GPU, compiled: bool) -> float:
-    """The operations/s that forward and backward are expected to reach."""
-    return gpu.flops * EFFICIENCY[gpu.name] * (COMPILED if compiled else 1)
+CONTEXT = {True: 0.6e9, False: 2e9}  # bytes of CUDA's context on one GPU; with NCCL on several
+# Bytes that FSDP moves in each micro-batch, for each parameter of its shard (casts and sums) and
+# for each that is gathered (copies): benchmarks/fake_gpu.py on one rank and on eight.
+SHARD_BYTES, GATHERED_BYTES = 30, 11
 
 
 def sample_lengths(name: str, count: int, seed: int = 0) -> np.ndarray:
@@ -88,59 +131,218 @@ def flops(model: PackedModel, segments: list) -> tuple[float, float]:
     """Floating-point operations of the forward and backward passes over pairs with `segments`
     (prompt, chosen, rejected) tokens, counted as if each distinct token were computed once: (in the
     blocks, in the head). A multiply-add counts as two; the backward pass takes twice the forward's.
+    Every weight of the blocks counts, an expert's too.
     """
     config = model.model.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     weights = sum(p.numel() for block in blocks(model) for p in block.parameters() if p.ndim == 2)
     p, c, r = np.array(segments, dtype=float).T
-    attended = (p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2  # (query, key) pairs
-    body = 6 * weights * (p + c + r) + 12 * width * len(blocks(model)) * attended
+    body = 6 * weights * (p + c + r) + 12 * width * len(blocks(model)) * attended(segments)
     return body.sum(), (6 * model.model.get_output_embeddings().weight.numel() * (c + r)).sum()
 
 
-def one_kernel(module, query, key, value, mask, scaling=None, sliding_window=None, **kwargs):
-    """packed_attention as on a GPU, on any device. Raises InputError as it does."""
-    terms = ("softcap", "s_aux", "position_bias")
-    if extra := [term for term in terms if kwargs.get(term) is not None]:
-        raise InputError(f"a model whose attention has {extra[0]} cannot be planned here")
+def attended(segments: list) -> np.ndarray:
+    """(pairs,) how many (query, key) pairs attention has in each."""
+    p, c, r = np.array(segments, dtype=float).T
+    return (p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2
+
+
+# ---- What a micro-batch takes --------------------------------------------------------------------
+
+
+def attention(module, query, key, value, mask, scaling=None, sliding_window=None, **kwargs):
+    """packed_attention as on a GPU, on any device."""
     options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    batch = kwargs["micro_batch"]
-    return varlen_attention(query, key, value, sliding_window, batch, options), None
+    return one_kernel(query, key, value, sliding_window, kwargs["micro_batch"], options), None
 
 
-AttentionInterface.register("one_kernel", one_kernel)
+AttentionInterface.register("one_kernel", attention)
 
 
-def kept_bytes(
-    config, segments: list, dtype: torch.dtype = torch.bfloat16, attention: str = "one_kernel"
-) -> tuple[int, int]:
-    """Bytes that the forward pass keeps for the backward pass in a micro-batch of pairs with
-    `segments` (prompt, chosen, rejected) tokens: (in each block, outside the blocks)."""
+@dataclass(frozen=True)
+class Setting:
+    """How a model is computed. how: "packed", or as benchmarks/models.py says it; fused: whether
+    norms are one kernel."""
 
-    def count(layers: int) -> int:
-        values = config.to_dict() | {"num_hidden_layers": layers}
-        values.pop("layer_types", None)  # one for each layer; transformers fills them in again
-        storages = {}
+    how: str
+    checkpointing: str = "false"
+    fused: bool = True
 
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = (storage.nbytes(), tensor)
-            return tensor
 
-        with FakeTensorMode():
-            model = AutoModelForCausalLM.from_config(
-                type(config).from_dict(values), dtype=dtype, attn_implementation=attention
+@dataclass(frozen=True)
+class Counts:
+    """What forward and backward of a micro-batch take, beside the weights: bytes at the peak until
+    the first block's backward pass begins, and at that after it, bytes moved, floating-point
+    operations of products and of attention."""
+
+    turn: float
+    end: float
+    moved: float
+    products: float
+    attention: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.turn, self.end)
+
+    def extended(self, other: "Counts", times: float) -> "Counts":
+        """This, and `times` the difference of the other to it."""
+        pairs = [(mine, getattr(other, name)) for name, mine in vars(self).items()]
+        return Counts(*(mine + times * (its - mine) for mine, its in pairs))
+
+
+def is_rms_norm(module, width: int, device, dtype) -> bool:
+    """norms.is_rms_norm, with real values."""
+    with unset_fake_temporarily(), patch.object(torch.nn.functional, "rms_norm", RMS_NORM):
+        return IS_RMS_NORM(module, width, device, dtype)
+
+
+IS_RMS_NORM, RMS_NORM = norms.is_rms_norm, torch.nn.functional.rms_norm
+
+
+class FusedNorm(torch.autograd.Function):
+    """What F.rms_norm keeps and moves on a GPU: on a CPU it is several operators."""
+
+    @staticmethod
+    def forward(ctx, x, weight, recorder):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        ctx.moved = recorder.moved
+        ctx.moved["blocks"] += 2 * x.nbytes
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        ctx.moved["blocks"] += 3 * x.nbytes
+        return torch.empty_like(x), torch.empty_like(weight), None
+
+
+@contextlib.contextmanager
+def kernels_of_a_gpu(recorder: Recorder, memory: float):
+    """On the CPU's fake tensors, what a GPU with so many bytes runs in one kernel, is one."""
+
+    def add_product(total, a, b):
+        recorder.products += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+    def head_logits(hidden, weight, bias, scale, cap):
+        recorder.products += 2 * hidden.shape[0] * weight.numel()
+        return shape_logits(
+            hidden.new_empty(len(hidden), len(weight), dtype=torch.float32), scale, cap
+        )
+
+    def rms_norm(x, shape, weight, eps):
+        return FusedNorm.apply(x, weight, recorder)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (torch.nn.functional, "rms_norm", rms_norm),
+            (masters, "add_product", add_product),
+            (model_module, "add_product", add_product),
+            (model_module, "head_logits", head_logits),
+            (model_module, "logits_bytes", lambda device: int(memory // 40)),
+            (norms, "DEVICES", {"cpu"}),
+            (norms, "is_rms_norm", is_rms_norm),
+        ):
+            stack.enter_context(patch.object(owner, name, value))
+        yield
+
+
+def count(config, setting: Setting, segments: tuple, memory: float) -> Counts:
+    """The Counts of a model of transformers' `config`, in bfloat16, on a GPU with so many bytes.
+    segments: (prompt, chosen, rejected) tokens of the pairs."""
+    layers = config.get_text_config().num_hidden_layers
+    if layers > 3 and alike(config):
+        two, three = (count(shortened(config, n), setting, segments, memory) for n in (2, 3))
+        return two.extended(three, layers - 2)
+    recorder, dtype = Recorder("cpu"), torch.bfloat16
+    with torch.device("meta"):
+        model = build_model(config)
+    with kernels_of_a_gpu(recorder, memory), FakeTensorMode(allow_non_fake_inputs=True):
+        to_empty(model, device="cpu")
+        model.model.tie_weights()
+        model.packed, model.own_logits = setting.how == "packed", "all logits" in setting.how
+        model.set_attention("one_kernel" if model.packed else None)
+        if setting.checkpointing != "false":
+            options = {"use_reentrant": False}
+            if setting.checkpointing == "selective":
+                options["context_fn"] = keep_products
+            model.model.activation_checkpointing_enable(options)
+        model.dtype = dtype
+        model.masters = masters.keep_masters(model, dtype, [*other_parts(model.model).values()])
+        if setting.fused:
+            norms.fuse_norms(model, torch.device("cpu"), dtype)
+        model.train()
+        recorder.attended = attended(segments).sum()  # a query sees half of its own keys
+        turn = []
+
+        def begin_first(module, inputs, out):
+            out = out if isinstance(out, torch.Tensor) else out[0]
+            out.register_hook(
+                lambda gradient: turn.append((recorder.peak, recorder.restart_peak()))
             )
-            batch = pack([[[0] * n for n in sizes] for sizes in segments])
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                PackedModel(model)(batch)
-        for parameter in model.parameters():
-            storages.pop(parameter.untyped_storage()._cdata, None)
-        return sum(size for size, _ in storages.values())
 
-    one, two = count(layers=1), count(layers=2)
-    return two - one, 2 * one - two
+        text_blocks(model)[0].register_forward_hook(begin_first)
+        for tensor in (*model.parameters(), *model.buffers()):
+            recorder.add(tensor)
+        weights = recorder.live
+        with recorder:
+            model(pack([[[0] * n for n in sizes] for sizes in segments])).sum().backward()
+    return Counts(
+        turn[0][0] - weights,
+        recorder.peak - weights,
+        sum(recorder.moved.values()),
+        recorder.products,
+        recorder.attention,
+    )
+
+
+def alike(config) -> bool:
+    """Whether all blocks of a model have the same shapes and kind."""
+    with torch.device("meta"):
+        model = build_model(config)
+    kinds = [
+        [(name, p.shape) for name, p in block.named_parameters()] for block in text_blocks(model)
+    ]
+    text = config.get_text_config()
+    lists = [v for v in vars(text).values() if isinstance(v, list) and len(v) == len(kinds)]
+    return all(kind == kinds[0] for kind in kinds) and all(len({*map(str, v)}) == 1 for v in lists)
+
+
+def text_blocks(model: PackedModel) -> list[torch.nn.Module]:
+    """Those of a multimodal model's text part."""
+    others = {*other_parts(model.model).values()}
+    return [b for b in blocks(model) if not others & {*b.parameters()}]
+
+
+def shortened(config, layers: int):
+    """The config with fewer blocks."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    for name, value in [*vars(text).items()]:
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return config
+
+
+@functools.cache
+def forward_of(kind: str) -> str:
+    """How train.py computes models of this kind, tried on a tiny one. Raises InputError if it
+    refuses them, or if none can be made."""
+    from benchmarks.models import choose
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return choose(kind, Path(folder))
+        except InputError as error:
+            raise InputError(f"models of the kind {kind} are refused: {error}") from None
+        except Exception as error:
+            raise InputError(f"no tiny model of the kind {kind} can be tried: {error}") from error
+
+
+# ---- The prediction ------------------------------------------------------------------------------
 
 
 def fsdp_traffic(layers: int, inside: int, whole: int) -> tuple[int, int, int, int]:
@@ -154,110 +356,234 @@ def fsdp_traffic(layers: int, inside: int, whole: int) -> tuple[int, int, int, i
     return 2 * layers + 1, 2 * (whole + inside), layers + 1, 4 * whole
 
 
-def plan(recipe: Config, config, gpus: int, gpu: GPU, lengths: str, pairs: int) -> dict:
-    """The prediction for a recipe on a model of transformers' `config`: figures by name, in bytes,
-    seconds and operations.
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters: on this rank, outside of all blocks, of the head, of the largest
+    block, and of parts for images or sound."""
 
-    lengths: a name in LENGTHS; pairs: how many an epoch has. Raises InputError if the batch cannot
-    be spread over the GPUs.
-    """
+    whole: int
+    local: int
+    root: int
+    head: int
+    block: int
+    layers: int
+    others: int
+
+
+def sizes_of(config, gpus: int, replicas: int) -> Sizes:
+    """Of a model that is sharded over so many GPUs. Raises InputError if it cannot be."""
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
         with torch.device("meta"):
             model = build_model(config)
-        if not model.packed or other_parts(model.model):
-            reason = "is not packed" if not model.packed else "has parts for images or sound"
-            raise InputError(f"a {config.model_type} model {reason}: it cannot be planned here")
-        shard(model, "cpu", torch.bfloat16, recipe.replicas)
-        local = sum(p.to_local().numel() for p in model.parameters())
+        others = sum(p.numel() for p in other_parts(model.model).values())
+        blocks_of_text = [sum(p.numel() for p in b.parameters()) for b in text_blocks(model)]
+        whole = sum(p.numel() for p in model.parameters()) - others
+        head = model.model.get_output_embeddings().weight.numel()
+        shard(model, "cpu", torch.bfloat16, replicas)
+        local = sum(p.to_local().numel() for p in model.parameters() if p.requires_grad)
     finally:
         dist.destroy_process_group()
-    block_sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
-    layers, inside, block = len(block_sizes), sum(block_sizes), max(block_sizes)
-    whole = sum(p.numel() for p in model.parameters())
-    root = whole - inside  # parameters that are in no block
-    head_size = model.model.get_output_embeddings().weight.numel()
-    shards = gpus // recipe.replicas
-    vocabulary = config.get_text_config().vocab_size
+    root, block = whole - sum(blocks_of_text), max(blocks_of_text)
+    return Sizes(whole, local, root, head, block, len(blocks_of_text), others)
 
-    # The slowest rank of each micro-batch: the segments of its pairs. What fits is not known here.
-    tokens_in_a_forward = recipe.micro_batch_tokens or 4096
+
+def masters_fit(sizes: Sizes, gpu: GPU) -> bool:
+    """runtime/masters.py's decision."""
+    taken = masters.BYTES * sizes.whole + 4 * sizes.others
+    return taken <= masters.SHARE * gpu.memory
+
+
+def parts_of_memory(
+    sizes: Sizes, alone: bool, shards: int, peak: float, several: bool
+) -> dict[str, float]:
+    """Bytes on a GPU. alone: without FSDP; peak: of the activations, and of all else that a
+    micro-batch takes; several: whether a step has several."""
+    others = {"other parts": 4 * sizes.others / shards} if sizes.others else {}
+    if alone:
+        parts = {"weights": 2, "masters": 4, "gradients": 4, "Adam": 8}
+        memory = {name: size * sizes.whole for name, size in parts.items()}
+        return memory | others | {"activations": peak}
+    memory = {"parameters": 4 * sizes.local, "Adam": 8 * sizes.local} | others
+    turn = {  # where the forward pass turns into the backward pass
+        "gradients": 4 * sizes.local if several else 0,  # of earlier micro-batches
+        # In bfloat16 a block, what is outside of the blocks, the head's gradient.
+        "gathered": 2 * sizes.block + 2 * sizes.root + 2 * sizes.head,
+        "activations": peak,
+    }
+    # At the end of the backward pass: what is outside the blocks and its gradient in bfloat16, and
+    # input and, on several ranks, output of its reduction in float32.
+    reduced = 4 * sizes.root * (1 + (shards > 1) / shards)
+    end = {"gradients": 4 * sizes.local, "gathered": 4 * sizes.root + reduced}
+    return memory | max(turn, end, key=lambda part: sum(part.values()))
+
+
+def plan(
+    recipe: Config,
+    config,
+    gpus: int,
+    gpu: GPU,
+    lengths: str,
+    pairs: int,
+    how: str = "packed",
+    fused: bool = True,
+    alone: bool | None = None,
+) -> dict:
+    """The prediction for a recipe on a model of transformers' `config`: figures by name, in bytes,
+    seconds and operations.
+
+    lengths: a name in LENGTHS; pairs: how many an epoch has; how: see Setting; fused, alone: as in
+    Setting and parts_of_memory, by default what train.py does. Raises InputError if the batch
+    cannot be spread over the GPUs, or if the model cannot be counted.
+    """
+    sizes = sizes_of(config, gpus, recipe.replicas)
+    shards = gpus // recipe.replicas
+    alone = gpus == 1 and masters_fit(sizes, gpu) if alone is None else alone
+    setting = Setting(how, recipe.activation_checkpointing, fused)
+
+    # Pairs, and what each costs alone.
     segments = []
-    for sizes in sample_lengths(lengths, STEPS * recipe.batch_size):
-        whole_pair = [[0] * n for n in sizes]
-        cut = truncate(whole_pair, recipe.max_length, recipe.max_prompt_length)
+    for row in sample_lengths(lengths, STEPS * recipe.batch_size):
+        cut = truncate([[0] * n for n in row], recipe.max_length, recipe.max_prompt_length)
         segments.append(tuple(map(len, cut)))
-    pair_tokens = [sum(segment) for segment in segments]
+    padded = how != "packed"
+    costs = [2 * (p + max(c, r)) if padded else p + c + r for p, c, r in segments]
+
+    def cost(share) -> int:
+        mine = [costs[i] for i in share]
+        return len(mine) * max(mine) if padded else sum(mine)
+
+    def take(share) -> Counts:
+        try:
+            return count(config, setting, tuple(segments[i] for i in share), gpu.memory)
+        except Exception as error:  # a forward that asks for values, which fake tensors have not
+            raise InputError(f"the model cannot be counted: {error!r}"[:500]) from error
+
+    # Micro-batches: as runtime/rehearsal.py measures what fits.
+    longest = sorted(range(len(costs)), key=lambda i: -costs[i])
+    usable = gpu.memory - CONTEXT[gpus == 1]
+    one = take(longest[:1])
+    taken = functools.partial(parts_of_memory, sizes, alone, shards)
+    fits = sum(taken(one.peak, True).values()) <= usable
+    tokens = recipe.micro_batch_tokens
+    if not tokens:
+        two, sizes_of_two = take(longest[:2]), (cost(longest[:1]), cost(longest[:2]))
+
+        def room(tokens: int) -> float:
+            """What so many leave of the memory, a share of which stays free."""
+            times = (tokens - sizes_of_two[0]) / (sizes_of_two[1] - sizes_of_two[0])
+            parts = taken(one.extended(two, times).peak, True)
+            return (1 - KEPT_FREE) * usable - sum(parts.values())
+
+        candidates = range(sizes_of_two[0], sum(costs[i] for i in longest[: recipe.batch_size]) + 1)
+        tokens = candidates[max(0, bisect.bisect(candidates, 0, key=lambda n: -room(n)) - 1)]
     slowest = []
     for start in range(0, len(segments), recipe.batch_size):
         step = range(start, start + recipe.batch_size)
-        for shares in spread_rows(step, pair_tokens, gpus, tokens_in_a_forward):
-            share = max(shares, key=lambda indices: sum(pair_tokens[i] for i in indices))
-            slowest.append([segments[i] for i in share])
-    largest = max(slowest, key=lambda rank: sum(map(sum, rank)))
-    largest_tokens = sum(map(sum, largest))
-    response_tokens = sum(c + r for _, c, r in largest)
+        for shares in spread_rows(step, costs, gpus, tokens, padded):
+            slowest.append(max(shares, key=cost))
+    largest = max(slowest, key=cost)
+    counts = take(largest)
     micro_batches = len(slowest) / STEPS
+    memory = taken(counts.peak, micro_batches > 1)
+    if recipe.micro_batch_tokens:
+        fits = sum(memory.values()) <= usable
 
     # Time: in each micro-batch, the longer of the slowest rank's computation and the transfers.
+    gathers, gathered, reductions, reduced = fsdp_traffic(
+        sizes.layers, sizes.whole - sizes.root, sizes.whole
+    )
+    copied = 0 if alone else SHARD_BYTES * sizes.local + GATHERED_BYTES * sizes.whole
+    slower = SEVERAL.get(gpu.name, SEVERAL_OTHERS) if gpus > 1 else 1
+    speed = (COMPILED if recipe.compile else 1) / slower
+    attends = attended([segments[i] for i in largest]).sum()
     compute = []
-    for rank in slowest:
-        body, head = flops(model, rank)
-        # A second forward pass adds a third: in the blocks under activation checkpointing, in the
-        # head for all chunks except one.
-        chunks = -(-4 * vocabulary * sum(c + r for _, c, r in rank) // LOGITS_BYTES["cuda"])
-        body *= 4 / 3 if recipe.activation_checkpointing == "true" else 1
-        head *= 1 + (1 - 1 / chunks) / 3
-        compute.append((body + head) / speed(gpu, recipe.compile))
+    for share in slowest:
+        part = cost(share) / cost(largest)
+        looks = part if padded else attended([segments[i] for i in share]).sum() / attends
+        compute.append(seconds(counts, part, looks, copied, gpu) / speed)
     # A ring over several nodes enters and leaves each node once and has the node's whole network.
-    gathers, gathered, reductions, reduced = fsdp_traffic(layers, inside, whole)
-    link = LINK_EFFICIENCY * (gpu.nvlink if shards <= 8 else min(gpu.nvlink, gpu.network))
+    link = LINK_EFFICIENCY * (gpu.link if shards <= 8 else min(gpu.link, gpu.network))
     transfer = (shards - 1) * ((gathered + reduced) / shards / link + (gathers + reductions) * HOP)
     if recipe.replicas > 1:
         # Between replicas, every GPU has its share of the node's network. The all-reduce of each
         # shard is a reduction and a gather.
-        across = LINK_EFFICIENCY * (gpu.network / 8 if gpus > 8 else gpu.nvlink)
+        across = LINK_EFFICIENCY * (gpu.network / 8 if gpus > 8 else gpu.link)
         one_way = reduced / shards / recipe.replicas / across + reductions * HOP
         transfer += 2 * (recipe.replicas - 1) * one_way / micro_batches  # once a step
-    # Reads and writes of parameters, gradients and moments in float32, by AdamW and for the norm.
-    adam = 32 * local / gpu.memory_speed
+    # What AdamW, the clipped norm, and the renewal of the weights read and write.
+    adam = (50 if alone else 40) * sizes.local / gpu.copies
     step_seconds = sum(max(seconds, transfer) for seconds in compute) / STEPS + adam
-
-    # Memory of a GPU in the largest micro-batch.
-    per_block, outside = kept_bytes(model.model.config, largest)  # this config is without dropout
-    activations = layers * per_block
-    if (
-        recipe.activation_checkpointing == "true"
-    ):  # the inputs of all blocks, in bfloat16, and one block
-        activations = layers * 2 * config.get_text_config().hidden_size * largest_tokens + per_block
-    turn = {  # where the forward pass turns into the backward pass
-        "gradients": 4 * local if micro_batches > 1 else 0,  # of earlier micro-batches
-        # In bfloat16 two blocks (one is fetched ahead), what is outside them, the head's gradient.
-        "gathered": 2 * 2 * block + 2 * root + 2 * head_size,
-        "activations": activations + outside,
-        # A chunk's logits in float32, and in bfloat16 as the head gives them or as their gradient
-        # goes back to it.
-        "logits": min(LOGITS_BYTES["cuda"], 4 * response_tokens * vocabulary) * 1.5,
-    }
-    # At the end of the backward pass: what is outside the blocks and its gradient in bfloat16, and
-    # input and output of its reduction in float32.
-    end = {"gradients": 4 * local, "gathered": 4 * root + 4 * root * (1 + 1 / shards)}
-    memory = {"parameters": 4 * local, "Adam": 8 * local}
-    memory |= max(turn, end, key=lambda part: sum(part.values()))
+    needed = take_needed(config, setting, tuple(segments[i] for i in largest), gpu.memory)
+    needed *= sum(map(cost, slowest)) / cost(largest) / STEPS
     return {
+        "alone": alone,
+        "how": how,
+        "checkpointing": recipe.activation_checkpointing,
+        "tokens": tokens,
         "micro_batches": micro_batches,
-        "largest_tokens": largest_tokens,
+        "largest_tokens": cost(largest),
         "memory": memory,
+        "peak": counts.peak,
         "compute": sum(compute) / STEPS,
         "transfer": transfer * micro_batches,
         "adam": adam,
         "step": step_seconds,
         "epoch": step_seconds * (pairs // recipe.batch_size),
-        "model_flops": sum(flops(model, segments)) / STEPS / gpus / gpu.flops / step_seconds,
-        # The CUDA context, nccl's buffers and fragmentation take the remaining 8 %.
-        "fits": sum(memory.values()) < 0.92 * gpu.memory,
+        "model_flops": needed / gpu.flops / step_seconds,
+        "fits": fits,
         "bound": "computation" if sum(compute) > transfer * len(slowest) else "transfers",
     }
+
+
+def seconds(counts: Counts, part: float, looks: float, copied: float, gpu: GPU) -> float:
+    """Of a micro-batch that has `part` of the counted tokens and `looks` of the counted attention,
+    in which FSDP moves `copied` bytes."""
+    products = counts.products * part / gpu.products
+    attention = counts.attention * looks / (ATTENTION * gpu.flops)
+    return IDLE + products + attention + (counts.moved * part + copied) / gpu.copies
+
+
+def take_needed(config, setting: Setting, segments: tuple, memory: float) -> float:
+    """Operations without those that are computed again."""
+    found = count(config, replace(setting, checkpointing="false"), segments, memory)
+    return found.products + found.attention
+
+
+def cheapest(recipe: Config, config, gpus: int, gpu: GPU, **rest) -> dict:
+    """The fastest plan that fits, of all values of activation_checkpointing; or the smallest."""
+    found = []
+    for value in ("false", "selective", "true"):
+        recipe = replace(recipe, activation_checkpointing=value)
+        try:
+            found.append(plan(recipe, config, gpus, gpu, **rest))
+        except InputError:  # some models change a product that would be kept
+            if value != "selective":
+                raise
+    fitting = [result for result in found if result["fits"]]
+    if fitting:
+        return min(fitting, key=lambda result: result["step"])
+    return min(found, key=lambda result: sum(result["memory"].values()))
+
+
+def alternatives(recipe: Config, config, gpus: int, gpu: GPU, **rest) -> list[str]:
+    """What would fit, where nothing does: more of these GPUs, one of another, adapters."""
+    found, recipe = [], replace(recipe, activation_checkpointing="true")
+
+    def fits(number: int, card: GPU) -> bool:
+        return plan(recipe, config, number, card, **rest)["fits"]
+
+    counts = [n for n in (2, 4, 8, 16, 32, 64) if gpus < n <= recipe.batch_size]
+    if enough := next((n for n in counts if fits(n, gpu)), None):
+        found.append(f"--gpus {enough}")
+    larger = sorted((c for c in GPUS.values() if c.memory > gpu.memory), key=lambda c: c.memory)
+    if card := next((card for card in larger if fits(gpus, card)), None):
+        found.append(f"--gpu {card.name}")
+    sizes = sizes_of(config, 1, 1)
+    adapters = 2 * sizes.whole + 4 * sizes.others + plan(recipe, config, 1, gpu, **rest)["peak"]
+    if gpus == 1 and adapters < gpu.memory:
+        found.append(f"adapters, forks/lora.patch: about {adapters / 1e9:.0f} GB")
+    return found
 
 
 def row(result: dict) -> str:
@@ -269,34 +595,43 @@ def row(result: dict) -> str:
 
 
 REPORT = """\
-together      {total:8.1f} GB of {capacity:.0f}: {fits_or_not}
-a step: {micro_batches:.1f} micro-batches, the largest of {largest_tokens} tokens a GPU
+a step: {micro_batches:.1f} micro-batches, the largest of {largest_tokens} tokens a GPU ({how})
 computation   {compute:8.2f} s
 transfers     {transfer:8.2f} s, hidden behind computation where that is longer
 optimizer     {adam:8.3f} s
-together      {step:8.2f} s, bound by {bound}; {model_flops:.0%} of the peak
-an epoch      {hours:8.2f} h"""
+together      {step:8.2f} s, bound by {bound}; {model_flops:.0%} of the datasheet's operations
+an epoch      {hours:8.2f} h
+with          --activation_checkpointing {checkpointing}"""
 
 
 def report(result: dict, gpu: GPU) -> str:
-    """The prediction in full."""
+    """The prediction in full; of what does not fit, its memory."""
+    total = sum(result["memory"].values()) / 1e9
     memory = [f"{name:<14}{size / 1e9:8.1f} GB\n" for name, size in result["memory"].items()]
-    return "".join(memory) + REPORT.format(
-        **result,
-        total=sum(result["memory"].values()) / 1e9,
-        capacity=gpu.memory / 1e9,
-        fits_or_not="fits" if result["fits"] else "DOES NOT FIT",
-        hours=result["epoch"] / 3600,
-    )
+    memory.append(f"together      {total:8.1f} GB of {gpu.memory / 1e9:.0f}: ")
+    memory.append("fits\n" if result["fits"] else "DOES NOT FIT")
+    hours = result["epoch"] / 3600
+    return "".join(memory) + (REPORT.format(**result, hours=hours) if result["fits"] else "")
+
+
+def choose_gpu(args) -> GPU:
+    """The card of the table, or the one that flags describe."""
+    gpu = GPUS[args.gpu]
+    given = {"memory": args.gpu_memory, "flops": args.tflops, "bandwidth": args.bandwidth}
+    scales = {"memory": 1e9, "flops": 1e12, "bandwidth": 1e12}
+    return replace(gpu, **{key: value * scales[key] for key, value in given.items() if value})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe")
-    parser.add_argument("--gpus", type=at_least(1), required=True, help="GPUs in all")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="80 GB each, eight in a node")
+    parser.add_argument("model", help="folder, hub id, or a recipe with its values")
+    parser.add_argument("--gpus", type=at_least(1), default=1, help="GPUs in all, eight in a node")
+    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--gpu_memory", type=float, help="GB, of another card")
+    parser.add_argument("--tflops", type=float, help="its datasheet's, dense, bfloat16")
+    parser.add_argument("--bandwidth", type=float, help="of its memory, TB/s")
     parser.add_argument(
         "--lengths",
         choices=LENGTHS,
@@ -305,11 +640,21 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=at_least(1), default=60_000, help="pairs in an epoch")
     parser.add_argument("--row", action="store_true", help="print one line of docs/plan.md's table")
-    args, train_flags = parser.parse_known_args()
-    recipe = parse_args([args.recipe, *train_flags])
+    args, flags = parser.parse_known_args()
+    base = [args.model] if args.model.endswith(".yaml") else [PAPER, "--model", args.model]
+    recipe, gpu = parse_args([*base, *flags]), choose_gpu(args)
     config = load_config(resolve_model(recipe.model))
-    result = plan(recipe, config, args.gpus, GPUS[args.gpu], args.lengths, args.pairs)
-    print(row(result) if args.row else report(result, GPUS[args.gpu]))
+    how = forward_of(config.model_type)
+    rest = {"lengths": args.lengths, "pairs": args.pairs, "how": how}
+    given = any(flag.startswith("--activation_checkpointing") for flag in flags)
+    result = (plan if given else cheapest)(recipe, config, args.gpus, gpu, **rest)
+    if args.row:
+        print(row(result))
+        return
+    print(report(result, gpu))
+    if not result["fits"]:
+        found = alternatives(recipe, config, args.gpus, gpu, **rest)
+        print("what fits:", "; or ".join(found) or "nothing that is known here")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import types
 
 import torch
@@ -20,6 +21,8 @@ def fuse_norms(model: torch.nn.Module, device: torch.device, dtype: torch.dtype)
         if eps is None or weight is None or weight.ndim != 1 or len(module._parameters) > 1:
             continue
         if "forward" in vars(module):  # of a fork
+            continue
+        if len(inspect.signature(module.forward).parameters) > 1:  # a gate, too, as Mamba 2's
             continue
         kind = (type(module), tuple(weight.shape), eps)
         if kind not in found:
@@ -44,7 +47,7 @@ def is_rms_norm(module, width: int, device: torch.device, dtype: torch.dtype) ->
     vars(probe)["_parameters"] = {"weight": torch.nn.Parameter(weight)}
     try:
         own = type(module).forward(probe, x)
-    except Exception:  # it takes a gate, too
+    except Exception:  # it takes other shapes
         return False
     exact = F.rms_norm(x.double(), weight.shape, weight.double(), epsilon(module))
     error, fused = ((y.double() - exact).norm() / exact.norm() for y in (own, rms_norm(probe, x)))

@@ -54,8 +54,8 @@ def rehearse(model, data, device: torch.device) -> None:
 
 def tokens_that_fit(model, data, device: torch.device, batch_size: int) -> int:
     """The most tokens of a micro-batch, the same on every rank, with which KEPT_FREE of the GPU
-    stays free: by the memory that its longest row takes, and twice as many tokens. On the CPU
-    8,192; at least the longest row. Collective.
+    stays free: by the memory that its longest row takes, and twice as many tokens each time, until
+    what fits is near. On the CPU 8,192; at least the longest row. Collective.
 
     data: a DataSet; its schedule does not matter.
     """
@@ -63,33 +63,44 @@ def tokens_that_fit(model, data, device: torch.device, batch_size: int) -> int:
     if device.type != "cuda":
         return max(8192, longest)
     by_cost = np.argsort(-data.costs, kind="stable")
-    counts = [1, 2]
-    while len(by_cost) > counts[1] and data.cost(by_cost[: counts[1]]) < 2 * longest:
-        counts[1] += 1
-    sizes, peaks = [], []
+    whole = int(data.costs[by_cost[:batch_size]].sum())  # of any step
+    sizes, peaks, count, fits = [], [], 1, longest
     with memory_of_a_step(model, several=True):
-        for count in counts:
-            torch.cuda.reset_peak_memory_stats()
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        base = torch.cuda.memory_allocated()
+        free, base = (-value for value in max_over_ranks(device, -free, -base))
+        while True:
             rows = by_cost[:count].tolist()
+            torch.cuda.reset_peak_memory_stats()
             try:
                 model(data.pack(rows).to(device)).sum().backward()
             except torch.OutOfMemoryError as error:
                 if dist.get_world_size() > 1 or count == 1:
                     explain(error, data.cost(rows), longest)
                     raise
-                return longest
+                fits = sizes[-1]
+                break
             sizes.append(data.cost(rows))
-            peaks.append(torch.cuda.max_memory_allocated())
-        available = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    slope = max(1.0, (peaks[1] - peaks[0]) / max(1, sizes[1] - sizes[0]))
-    fits = sizes[0] + ((1 - KEPT_FREE) * available - peaks[0]) / slope
-    (fewest,) = max_over_ranks(device, -fits)
-    whole = int(data.costs[by_cost[:batch_size]].sum())  # of any step
-    return max(longest, min(int(-fewest) // 256 * 256, whole))
+            peaks.extend(max_over_ranks(device, torch.cuda.max_memory_allocated()))
+            # What it takes grows no faster than its tokens: all that is known after the first.
+            (size0, peak0), (size1, peak1) = [(0, base), *zip(sizes, peaks)][-2:]
+            slope = max(1.0, (peak1 - peak0) / (size1 - size0))
+            fits = size1 + ((1 - KEPT_FREE) * free - peak1) / slope
+            if size1 >= whole or len(sizes) > 1 and fits <= 1.5 * size1:
+                break
+            goal = size1 * min(2, (free - base) / max(1, peak1 - base))
+            while count < len(by_cost) and data.cost(by_cost[: count + 1]) <= goal:
+                count += 1
+            if len(rows) == count:
+                break
+    return max(longest, min(int(fits) // 256 * 256, whole))
 
 
 def explain(error: RuntimeError, tokens: int, longest: int) -> None:
-    """Add a note on what to lower, if it is memory that is lacking."""
+    """Add a note on what to lower, if it is memory that is lacking, or to set, if the model changes
+    the result of a product in place."""
+    if "selective activation checkpoint has been mutated" in str(error):
+        error.add_note("This model needs --activation_checkpointing true, or false.")
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         error.add_note(
             f"The run's largest micro-batch, {tokens} tokens on a rank, needs too much memory: "
