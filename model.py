@@ -24,6 +24,7 @@ from data import MicroBatch
 from runtime.errors import InputError
 from runtime.masters import (
     add_product,
+    check_memory,
     gives_float32,
     keep_masters,
     lighten,
@@ -32,6 +33,7 @@ from runtime.masters import (
     renew,
 )
 from runtime.norms import fuse_norms
+from runtime.streaming import check_host, settle
 from runtime.templates import end_of_turn
 from runtime.weights import (
     check_surgery,
@@ -130,10 +132,14 @@ class PackedModel(torch.nn.Module):
     def optimized(self, part: torch.nn.Module | None = None) -> dict[str, torch.nn.Parameter]:
         """What the optimizer moves, by name, or what it moves of one module: float32 parameters
         that are not frozen, with their gradients; of a sharded model, this rank's shards. They may
-        be others than the parameters of the modules, which then have no gradients."""
+        be others than the parameters of the modules, which then have no gradients, and on the host,
+        with their gradients on the GPU (see streaming.py)."""
         inside = {*(self if part is None else part).parameters()}
         own = {n: p for n, p in self.named_parameters() if p.requires_grad and p in inside}
-        return own if self.masters is None else {name: self.masters[name] for name in own}
+        if self.masters is None:
+            return own
+        settle(self.masters)
+        return {name: self.masters[name] for name in own}
 
     def refresh(self) -> None:
         """Called whenever the optimized parameters have changed: what is computed with is renewed,
@@ -168,11 +174,13 @@ def load_model(
     dtype: torch.dtype,
     replicas: int = 1,
     activation_checkpointing: str = "false",
+    stream_optimizer: bool = False,
 ) -> PackedModel:
     """Load a model from a folder or hub id and shard it; every rank reads its own shards only. It
     computes in `dtype`. activation_checkpointing: "true" keeps the inputs of blocks alone for the
     backward pass, "selective" also their matrix products and attention; all else is computed again.
-    Collective. Raises InputError if weights are missing, or if the model cannot be built."""
+    stream_optimizer: keep what the optimizer moves on the host. Collective. Raises InputError if
+    weights are missing, if the model cannot be built, or if there is no memory for it."""
     with torch.device("meta"):
         model = build_model(load_config(name))
         needed = stored_tensors(model.model)
@@ -190,17 +198,23 @@ def load_model(
         (enable or model.model.gradient_checkpointing_enable)(options)
     alone = dist.get_world_size() == replicas == 1
     # A single process has nothing to shard, and FSDP would copy every weight and gradient.
-    alone = alone and (dtype == torch.float32 or masters_fit(model, device))
+    if stream_optimizer:
+        if not alone or dtype == torch.float32:
+            raise InputError("stream_optimizer is for one process that computes in bfloat16")
+        check_host(model)
+    check_memory(model, device, dist.get_world_size() // replicas, stream_optimizer)
+    alone = alone and (dtype == torch.float32 or stream_optimizer or masters_fit(model, device))
     if not alone:
         shard(model, device.type, dtype, replicas)
     elif dtype != torch.float32:
         lighten(model, dtype, [*other_parts(model.model).values()])
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if stream_optimizer else device)
     model.model.tie_weights()  # to_empty may have given tied weights a tensor each
     read_weights(model.model, weights_folder(name, needed), values)
     if alone and dtype != torch.float32:
         model.dtype = dtype
-        model.masters = keep_masters(model, dtype, [*other_parts(model.model).values()])
+        kept, home = [*other_parts(model.model).values()], device if stream_optimizer else None
+        model.masters = keep_masters(model, dtype, kept, home)
     fuse_norms(model, device, dtype)
     return model.train()
 

@@ -36,6 +36,7 @@ from runtime.log import Logger
 from runtime.processes import Stopped, say
 from runtime.reference import add_reference
 from runtime.rehearsal import rehearse, tokens_that_fit
+from runtime.streaming import stream
 from runtime.weights import load_tokenizer, resolve_model
 
 
@@ -76,6 +77,9 @@ class Config:
         "false", "recompute in backward: true (blocks), selective (not their products), or false"
     )
     compile: bool = option(False, "torch.compile every transformer block")
+    stream_optimizer: bool = option(
+        False, "masters and AdamW's moments on the host: one GPU keeps 6 bytes a parameter of 18"
+    )
     replicas: int = option(1, "copies of the sharded model (HSDP); must divide the ranks")
     eval_every: int = option(100, "steps between evaluations; 0: only before and after training")
     save_every: int = option(100, "steps between checkpoints; 0: only when a signal stops the run")
@@ -106,10 +110,13 @@ def train(config: Config) -> None:
         return
     log = Logger(config, start, made_of | commits(config, source))
     torch.manual_seed(config.seed % 2**63)  # for the first values of what surgery() adds
-    model = load_model(source, device, dtype, config.replicas, config.activation_checkpointing)
+    how = (config.replicas, config.activation_checkpointing, config.stream_optimizer)
+    model = load_model(source, device, dtype, *how)
     optimizer = torch.optim.AdamW(
         model.optimized().values(), lr=config.learning_rate, weight_decay=0.0, fused=True
     )
+    if config.stream_optimizer:
+        stream(optimizer)
     check_trainable(model, optimizer, source)
     choose_forward(model, data, heldout)
     config = fit_to_memory(config, start, log, model, data, heldout)
@@ -228,7 +235,8 @@ def fit_to_memory(
     """The config with the micro_batch_tokens in use, if it has none: those of the run that goes on,
     so that it stays the same to the last bit, or as many as fit. Collective."""
     if model.masters is not None:
-        log.note("weights", "one process, float32 masters in place of FSDP")
+        masters = "on the host" if config.stream_optimizer else "in place of FSDP"
+        log.note("weights", f"one process, float32 masters {masters}")
     if config.micro_batch_tokens:
         return config
     if start.checkpoint and not start.changed:

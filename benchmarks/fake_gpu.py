@@ -49,7 +49,7 @@ from benchmarks.baselines import shard_plain
 from benchmarks.counter import PROPAGATING, Recorder, to_empty
 from benchmarks.plan import LENGTHS, forward_of, sample_lengths
 from data import DataSet, truncate
-from runtime import masters, norms, processes, rehearsal
+from runtime import masters, norms, processes, rehearsal, streaming
 from runtime.command_line import run_command
 from runtime.weights import load_config, resolve_model
 
@@ -126,6 +126,19 @@ def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     return flash(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
 
 
+class FakeHostMaster(FakeTensor):
+    """HostMaster, of a fake tensor."""
+
+    grad = streaming.HostMaster.grad
+
+    def __new__(cls, tensor):
+        made = torch.nn.Parameter(tensor)
+        made.__class__ = cls
+        return made
+
+    def __init__(self, tensor): ...
+
+
 IS_RMS_NORM = norms.is_rms_norm
 
 
@@ -142,6 +155,7 @@ PARTS = [
     ("sums and casts", model_module, ("renew",)),
     ("head", model_module.TokenLogps, ("forward", "backward")),
     ("AdamW, norm", torch.optim.AdamW, ("step",)),
+    ("AdamW, norm", streaming, ("streamed_step",)),
     ("AdamW, norm", train, ("gradient_metrics", "clip_grads_with_norm_")),
 ]
 
@@ -217,6 +231,8 @@ def fake_cuda(ranks: int):
     patches += [(torch.cuda, "reset_peak_memory_stats", recorder.restart)]
     patches += [(rehearsal, "max_over_ranks", lambda device, *values: values)]
     patches += [(norms, "is_rms_norm", rounds_no_more)]
+    patches += [(module, "HostMaster", FakeHostMaster) for module in (masters, rehearsal)]
+    patches += [(streaming, "free_memory", lambda: 10**13), (FakeTensor, "is_pinned", bool)]
     patches += [(dist, "broadcast_object_list", lambda *args, **kwargs: None)]
     patches += [
         (dist, "all_gather_object", lambda every, mine: every.__setitem__(slice(None), [mine]))
@@ -370,10 +386,12 @@ def main() -> None:
     parser.add_argument(
         "--without", nargs="*", default=[], choices=["masters", "norms"], help="as it was before"
     )
+    parser.add_argument("--gpu_memory", type=int, default=80, help="of a GPU, GiB")
     parser.add_argument("--row", action="store_true", help="print one line of docs/gpu.md's table")
     args, rest = parser.parse_known_args()
     if not torch.version.cuda:
         sys.exit("this needs a CUDA build of torch; a GPU is not needed")
+    A100["total_memory"] = args.gpu_memory << 30
     output = tempfile.mkdtemp()
     flags = ["--max_steps", "3", "--eval_data", "", "--save_every", "0", "--resume", "never"]
     flags += ["--wandb", "off", "--output_dir", f"{output}/run", "--train_data", "random"]

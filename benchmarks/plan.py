@@ -44,7 +44,7 @@ from data import pack, spread_rows, truncate
 from eval.report import at_least
 from model import PackedModel, blocks, build_model, keep_products, shape_logits, shard
 from model import varlen_attention as one_kernel
-from runtime import masters, norms
+from runtime import masters, norms, streaming
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.rehearsal import KEPT_FREE
@@ -70,6 +70,7 @@ class GPU:
     memory: float  # bytes
     flops: float  # dense bfloat16 operations/s with float32 sums
     bandwidth: float  # of its memory, bytes/s
+    pcie: float  # to the host, bytes/s in one direction
     link: float  # between the GPUs of a node, bytes/s in one direction, of each GPU: NVLink or PCIe
     network: float = 12.5e9  # bytes/s in one direction, of each node of eight GPUs
 
@@ -88,15 +89,15 @@ class GPU:
 # RTX A6000, and the white papers of Ada and RTX Blackwell (4090, 5090). Where a sheet gives
 # operations with sparsity, half of them.
 GPUS = [
-    GPU("4090", 24e9, 165e12, 1.008e12, link=32e9),
-    GPU("5090", 32e9, 209.5e12, 1.792e12, link=64e9),
-    GPU("a100-40", 40e9, 312e12, 1.555e12, link=300e9, network=8 * 25e9),
-    GPU("a6000", 48e9, 154.8e12, 0.768e12, link=32e9),
-    GPU("l40s", 48e9, 362e12, 0.864e12, link=32e9),
-    GPU("a100", 80e9, 312e12, 2.039e12, link=300e9, network=8 * 25e9),
-    GPU("h100", 80e9, 989e12, 3.35e12, link=450e9, network=8 * 50e9),
-    GPU("h200", 141e9, 989e12, 4.8e12, link=450e9, network=8 * 50e9),
-    GPU("b200", 180e9, 2250e12, 8e12, link=900e9, network=8 * 50e9),
+    GPU("4090", 24e9, 165e12, 1.008e12, 32e9, link=32e9),
+    GPU("5090", 32e9, 209.5e12, 1.792e12, 64e9, link=64e9),
+    GPU("a100-40", 40e9, 312e12, 1.555e12, 32e9, link=300e9, network=8 * 25e9),
+    GPU("a6000", 48e9, 154.8e12, 0.768e12, 32e9, link=32e9),
+    GPU("l40s", 48e9, 362e12, 0.864e12, 32e9, link=32e9),
+    GPU("a100", 80e9, 312e12, 2.039e12, 32e9, link=300e9, network=8 * 25e9),
+    GPU("h100", 80e9, 989e12, 3.35e12, 64e9, link=450e9, network=8 * 50e9),
+    GPU("h200", 141e9, 989e12, 4.8e12, 64e9, link=450e9, network=8 * 50e9),
+    GPU("b200", 180e9, 2250e12, 8e12, 64e9, link=900e9, network=8 * 50e9),
 ]
 GPUS = {gpu.name: gpu for gpu in GPUS}
 # An 8,192³ product reached 795e12 on the H100 and 790e12 on the H200 (docs/speed.md), 0.80 of the
@@ -395,13 +396,14 @@ def masters_fit(sizes: Sizes, gpu: GPU) -> bool:
 
 
 def parts_of_memory(
-    sizes: Sizes, alone: bool, shards: int, peak: float, several: bool
+    sizes: Sizes, way: str, shards: int, peak: float, several: bool
 ) -> dict[str, float]:
-    """Bytes on a GPU. alone: without FSDP; peak: of the activations, and of all else that a
-    micro-batch takes; several: whether a step has several."""
+    """Bytes on a GPU. way: "FSDP", or "alone" without it, or "streamed"; peak: of the activations,
+    and of all else that a micro-batch takes; several: whether a step has several."""
     others = {"other parts": 4 * sizes.others / shards} if sizes.others else {}
-    if alone:
-        parts = {"weights": 2, "masters": 4, "gradients": 4, "Adam": 8}
+    if way != "FSDP":
+        parts = {"weights": 2, "gradients": 4}
+        parts |= {"masters": 4, "Adam": 8} if way == "alone" else {}
         memory = {name: size * sizes.whole for name, size in parts.items()}
         return memory | others | {"activations": peak}
     memory = {"parameters": 4 * sizes.local, "Adam": 8 * sizes.local} | others
@@ -427,18 +429,20 @@ def plan(
     pairs: int,
     how: str = "packed",
     fused: bool = True,
-    alone: bool | None = None,
+    way: str = "",
 ) -> dict:
     """The prediction for a recipe on a model of transformers' `config`: figures by name, in bytes,
     seconds and operations.
 
-    lengths: a name in LENGTHS; pairs: how many an epoch has; how: see Setting; fused, alone: as in
-    Setting and parts_of_memory, by default what train.py does. Raises InputError if the batch
-    cannot be spread over the GPUs, or if the model cannot be counted.
+    lengths: a name in LENGTHS; pairs: how many an epoch has; how, fused: see Setting; way: see
+    parts_of_memory, by default train.py's. Raises InputError if the batch cannot be spread over the
+    GPUs, or if the model cannot be counted.
     """
     sizes = sizes_of(config, gpus, recipe.replicas)
     shards = gpus // recipe.replicas
-    alone = gpus == 1 and masters_fit(sizes, gpu) if alone is None else alone
+    if not way:
+        way = "alone" if gpus == 1 and masters_fit(sizes, gpu) else "FSDP"
+        way = "streamed" if recipe.stream_optimizer else way
     setting = Setting(how, recipe.activation_checkpointing, fused)
 
     # Pairs, and what each costs alone.
@@ -463,7 +467,7 @@ def plan(
     longest = sorted(range(len(costs)), key=lambda i: -costs[i])
     usable = gpu.memory - CONTEXT[gpus == 1]
     one = take(longest[:1])
-    taken = functools.partial(parts_of_memory, sizes, alone, shards)
+    taken = functools.partial(parts_of_memory, sizes, way, shards)
     fits = sum(taken(one.peak, True).values()) <= usable
     tokens = recipe.micro_batch_tokens
     if not tokens:
@@ -493,7 +497,7 @@ def plan(
     gathers, gathered, reductions, reduced = fsdp_traffic(
         sizes.layers, sizes.whole - sizes.root, sizes.whole
     )
-    copied = 0 if alone else SHARD_BYTES * sizes.local + GATHERED_BYTES * sizes.whole
+    copied = 0 if way != "FSDP" else SHARD_BYTES * sizes.local + GATHERED_BYTES * sizes.whole
     slower = SEVERAL.get(gpu.name, SEVERAL_OTHERS) if gpus > 1 else 1
     speed = (COMPILED if recipe.compile else 1) / slower
     attends = attended([segments[i] for i in largest]).sum()
@@ -512,12 +516,14 @@ def plan(
         one_way = reduced / shards / recipe.replicas / across + reductions * HOP
         transfer += 2 * (recipe.replicas - 1) * one_way / micro_batches  # once a step
     # What AdamW, the clipped norm, and the renewal of the weights read and write.
-    adam = (50 if alone else 40) * sizes.local / gpu.copies
+    adam = (40 if way == "FSDP" else 50) * sizes.local / gpu.copies
+    if way == "streamed":  # there and back at the same time
+        adam = max(adam, streaming.HOST_BYTES * sizes.local / (LINK_EFFICIENCY * gpu.pcie))
     step_seconds = sum(max(seconds, transfer) for seconds in compute) / STEPS + adam
     needed = take_needed(config, setting, tuple(segments[i] for i in largest), gpu.memory)
     needed *= sum(map(cost, slowest)) / cost(largest) / STEPS
     return {
-        "alone": alone,
+        "way": way,
         "how": how,
         "checkpointing": recipe.activation_checkpointing,
         "tokens": tokens,
@@ -525,6 +531,7 @@ def plan(
         "largest_tokens": cost(largest),
         "memory": memory,
         "peak": counts.peak,
+        "host_memory": streaming.HOST_BYTES * sizes.local if way == "streamed" else 0,
         "compute": sum(compute) / STEPS,
         "transfer": transfer * micro_batches,
         "adam": adam,
@@ -551,18 +558,19 @@ def take_needed(config, setting: Setting, segments: tuple, memory: float) -> flo
 
 
 def cheapest(recipe: Config, config, gpus: int, gpu: GPU, **rest) -> dict:
-    """The fastest plan that fits, of all values of activation_checkpointing; or the smallest."""
+    """The fastest plan that fits, of all values of activation_checkpointing, and, where that is
+    not enough, of stream_optimizer; or the smallest."""
     found = []
-    for value in ("false", "selective", "true"):
-        recipe = replace(recipe, activation_checkpointing=value)
-        try:
-            found.append(plan(recipe, config, gpus, gpu, **rest))
-        except InputError:  # some models change a product that would be kept
-            if value != "selective":
-                raise
-    fitting = [result for result in found if result["fits"]]
-    if fitting:
-        return min(fitting, key=lambda result: result["step"])
+    for streamed in (recipe.stream_optimizer, gpus == 1):
+        for value in ("false", "selective", "true"):
+            values = {"activation_checkpointing": value, "stream_optimizer": streamed}
+            try:
+                found.append(plan(replace(recipe, **values), config, gpus, gpu, **rest))
+            except InputError:  # some models change a product that would be kept
+                if value != "selective":
+                    raise
+        if fitting := [result for result in found if result["fits"]]:
+            return min(fitting, key=lambda result: result["step"])
     return min(found, key=lambda result: sum(result["memory"].values()))
 
 
@@ -571,7 +579,8 @@ def alternatives(recipe: Config, config, gpus: int, gpu: GPU, **rest) -> list[st
     found, recipe = [], replace(recipe, activation_checkpointing="true")
 
     def fits(number: int, card: GPU) -> bool:
-        return plan(recipe, config, number, card, **rest)["fits"]
+        streamed = replace(recipe, stream_optimizer=number == 1)
+        return plan(streamed, config, number, card, **rest)["fits"]
 
     counts = [n for n in (2, 4, 8, 16, 32, 64) if gpus < n <= recipe.batch_size]
     if enough := next((n for n in counts if fits(n, gpu)), None):
@@ -601,7 +610,7 @@ transfers     {transfer:8.2f} s, hidden behind computation where that is longer
 optimizer     {adam:8.3f} s
 together      {step:8.2f} s, bound by {bound}; {model_flops:.0%} of the datasheet's operations
 an epoch      {hours:8.2f} h
-with          --activation_checkpointing {checkpointing}"""
+with          --activation_checkpointing {checkpointing}{streaming}"""
 
 
 def report(result: dict, gpu: GPU) -> str:
@@ -610,8 +619,11 @@ def report(result: dict, gpu: GPU) -> str:
     memory = [f"{name:<14}{size / 1e9:8.1f} GB\n" for name, size in result["memory"].items()]
     memory.append(f"together      {total:8.1f} GB of {gpu.memory / 1e9:.0f}: ")
     memory.append("fits\n" if result["fits"] else "DOES NOT FIT")
-    hours = result["epoch"] / 3600
-    return "".join(memory) + (REPORT.format(**result, hours=hours) if result["fits"] else "")
+    more = {"hours": result["epoch"] / 3600, "streaming": ""}
+    if result["way"] == "streamed":
+        host = f" and {result['host_memory'] / 1e9:.0f} GB of the host's memory"
+        more["streaming"] = " --stream_optimizer true" + host
+    return "".join(memory) + (REPORT.format(**result, **more) if result["fits"] else "")
 
 
 def choose_gpu(args) -> GPU:

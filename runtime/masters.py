@@ -9,6 +9,9 @@ import types
 import torch
 import torch.nn.functional as F
 
+from runtime.errors import InputError
+from runtime.streaming import HostMaster, pinned, settle
+
 LINEAR = torch.nn.Linear.forward
 BYTES = 18  # a parameter, with AdamW: master, sum of gradients and two moments, and the weight
 SHARE = 0.85  # of the device's memory that these may take; the rest is for activations
@@ -23,20 +26,27 @@ def lighten(model: torch.nn.Module, dtype: torch.dtype, kept: list) -> None:
 
 
 @torch.no_grad()
-def keep_masters(model: torch.nn.Module, dtype: torch.dtype, kept: list) -> dict:
+def keep_masters(
+    model: torch.nn.Module, dtype: torch.dtype, kept: list, device: torch.device | None = None
+) -> dict:
     """Give the modules weights of `dtype`. Returns the float32 masters of those that are trained,
     by name. Their .grad is the sum of the weights' gradients since `renew`, in float32: the product
     that is a linear layer's gradient is added to it unrounded; any other gradient is computed in
-    `dtype`, and then added. kept: parameters that stay as they are."""
+    `dtype`, and then added.
+
+    kept: parameters that stay as they are. device: of the weights, if the model is on the host and
+    its masters are to stay there, as HostMasters."""
     weights, masters = {parameter: parameter for parameter in kept}, {}
     for name, master in model.named_parameters():  # tied ones once
         if master in weights:
             continue
-        weight = torch.nn.Parameter(master.to(dtype), requires_grad=master.requires_grad)
+        weight = torch.nn.Parameter(master.to(device, dtype), master.requires_grad)
         weights[master] = weight
         if master.requires_grad:
+            if device is not None:
+                master = HostMaster(pinned(master.detach(), device))
             master.weight, masters[name] = weight, master
-            weight.total = torch.zeros_like(master)
+            weight.total = torch.zeros_like(weight, dtype=master.dtype)
             weight.register_post_accumulate_grad_hook(add_gradient)
     for module in model.modules():
         for name, master in module._parameters.items():
@@ -45,6 +55,11 @@ def keep_masters(model: torch.nn.Module, dtype: torch.dtype, kept: list) -> dict
         plain = getattr(module.forward, "__func__", None) is LINEAR
         if plain and hasattr(module.weight, "total"):
             module.forward = types.MethodType(sum_linear, module)
+    for parameter in kept if device is not None else ():
+        parameter.data = parameter.data.to(device)
+    for module in model.modules() if device is not None else ():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
     renew(masters)
     return masters
 
@@ -53,13 +68,19 @@ def keep_masters(model: torch.nn.Module, dtype: torch.dtype, kept: list) -> dict
 def renew(masters: dict) -> None:
     """Make the weights of the masters anew, and set the sums of their gradients to 0."""
     for master in masters.values():
-        master.weight.copy_(master)
+        if not vars(master).pop("renewed", False):  # by the optimizer's step
+            master.weight.copy_(master)
         master.grad = master.weight.total.zero_()
 
 
 def put_back(model: torch.nn.Module, masters: dict) -> None:
     """Give the modules the masters themselves, which are then float32 again; for the export."""
+    settle(masters)
     found = {master.weight: master for master in masters.values()}
+    if any(isinstance(master, HostMaster) for master in masters.values()):
+        for weight in found:  # merge() wants all on one device, which has the memory of the sums
+            del weight.total
+        found = {w: torch.nn.Parameter(master.detach().to(w.device)) for w, master in found.items()}
     for module in model.modules():
         if getattr(module.forward, "__func__", None) is sum_linear:
             del module.forward
@@ -127,3 +148,22 @@ def masters_fit(model: torch.nn.Module, device: torch.device) -> bool:
         return True
     size = sum((BYTES if p.requires_grad else 2) * p.numel() for p in model.parameters())
     return size <= SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def check_memory(model: torch.nn.Module, device: torch.device, ranks: int, streamed: bool) -> None:
+    """Raise InputError if the parameters of a model, with gradients and AdamW's moments, leave
+    nothing of a GPU's memory."""
+    if device.type != "cuda":
+        return
+    trained, each = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        6 if streamed else 16,
+    )
+    memory = torch.cuda.get_device_properties(device).total_memory
+    if (needed := each * trained / ranks) > memory:
+        ways = "more GPUs" if streamed or ranks > 1 else "more GPUs, or --stream_optimizer true"
+        raise InputError(
+            f"{trained / 1e9:.1f} billion parameters take {needed / 1e9:.0f} GB of each GPU, which "
+            f"has {memory / 1e9:.0f}: {ways}, or fewer that are trained (forks/lora.patch). "
+            "benchmarks/plan.py says what fits"
+        )

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.processes import max_over_ranks
+from runtime.streaming import HostMaster
 
 KEPT_FREE = 0.1  # of a GPU's memory: lengths differ, and so fragments lie unused
 
@@ -16,7 +17,8 @@ def memory_of_a_step(model, several: bool):
     """What a step finds in memory: AdamW's two moments, which exist from the first step on, and, of
     one of `several` micro-batches, gradients of earlier ones. All is forgotten again."""
     weights = [*model.optimized().values()]
-    moments = [torch.zeros_like(weight) for weight in weights for _ in range(2)]
+    there = [weight for weight in weights if not isinstance(weight, HostMaster)]
+    moments = [torch.zeros_like(weight) for weight in there for _ in range(2)]
     for weight in weights if several else ():
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     yield
@@ -35,21 +37,19 @@ def rehearse(model, data, device: torch.device) -> None:
     """
     steps = range(min(len(data.schedule), 20_000))  # seconds' work; a longer run has many alike
     micro_batches = [shares for step in steps for shares in data.schedule[step]]
-
     responses = data.lengths[:, 1:].sum(axis=1)
 
-    def largest(cost) -> int:
-        costs = [max(map(cost, shares)) for shares in micro_batches]
-        return costs.index(max(costs))
+    def largest(cost) -> list[list[int]]:
+        return max(micro_batches, key=lambda shares: max(map(cost, shares)))
 
-    with memory_of_a_step(model, len(micro_batches) > len(steps)):
-        try:
-            for number in {largest(data.cost), largest(lambda share: responses[share].sum())}:
-                shares = micro_batches[number]
+    heaviest = [largest(data.cost), largest(lambda share: responses[share].sum())]
+    try:
+        with memory_of_a_step(model, len(micro_batches) > len(steps)):
+            for shares in heaviest[: 1 if heaviest[0] is heaviest[1] else 2]:
                 model(data.pack(shares[dist.get_rank()]).to(device)).sum().backward()
-        except RuntimeError as error:
-            explain(error, max(map(data.cost, shares)), data.costs.max())
-            raise
+    except RuntimeError as error:
+        explain(error, max(map(data.cost, heaviest[0])), data.costs.max())
+        raise
 
 
 def tokens_that_fit(model, data, device: torch.device, batch_size: int) -> int:
@@ -102,8 +102,9 @@ def explain(error: RuntimeError, tokens: int, longest: int) -> None:
     if "selective activation checkpoint has been mutated" in str(error):
         error.add_note("This model needs --activation_checkpointing true, or false.")
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        streaming = ", or --stream_optimizer true" if dist.get_world_size() == 1 else ""
         error.add_note(
             f"The run's largest micro-batch, {tokens} tokens on a rank, needs too much memory: "
             f"lower --micro_batch_tokens (the longest pair has {longest}), or set "
-            "--activation_checkpointing selective, or true."
+            f"--activation_checkpointing selective, or true{streaming}."
         )

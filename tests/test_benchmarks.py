@@ -220,11 +220,11 @@ def test_plan_of_an_8b_model():
     assert 0.2 < result["model_flops"] < 0.5
     assert result["epoch"] == result["step"] * 468
     without = plan(recipe, config, **workload)
-    assert without["memory"]["activations"] > 5 * memory["activations"]
+    assert without["peak"] > 3 * result["peak"]
     assert without["compute"] < result["compute"]
     # As many tokens as leave a tenth free; the fastest setting that fits.
     found = cheapest(replace(recipe, micro_batch_tokens=0), config, **workload)
-    assert sum(found["memory"].values()) == pytest.approx(0.9 * 78e9, rel=0.05)
+    assert 0.7 * 78e9 < sum(found["memory"].values()) < 0.9 * 78e9
     assert found["step"] <= without["step"] and found["fits"]
 
 
@@ -233,11 +233,14 @@ def test_plan_of_one_gpu():
     config, parameters = llama3()
     workload = {"gpus": 1, "gpu": GPUS["h100"], "lengths": "hh", "pairs": 1600}
     result = plan(Config(batch_size=16, activation_checkpointing="true"), config, **workload)
-    assert result["transfer"] == 0 and not result["fits"] and not result["alone"]
+    assert result["transfer"] == 0 and not result["fits"] and result["way"] == "FSDP"
     assert result["memory"]["parameters"] == pytest.approx(4 * parameters, rel=1e-3)
+    result = cheapest(Config(batch_size=16), config, **workload)  # but with AdamW on the host
+    assert result["way"] == "streamed" and result["fits"]
+    assert result["host_memory"] == pytest.approx(12 * parameters, rel=1e-3)
     few, _ = llama3(num_hidden_layers=8)
     result = plan(Config(batch_size=16), few, **workload)
-    assert result["fits"] and result["alone"]
+    assert result["fits"] and result["way"] == "alone"
     size = sum(p.numel() for p in build(few).parameters())
     parts = {"weights": 2, "masters": 4, "gradients": 4, "Adam": 8}
     assert all(result["memory"][name] == each * size for name, each in parts.items())
@@ -262,7 +265,7 @@ def test_counted_products_are_those_that_torch_counts(kind, how):
     products = counter.get_flop_counts()["Global"]
     products = {str(operator): number for operator, number in products.items()}
     expected = sum(number for operator, number in products.items() if "bmm" not in operator)
-    head = 6 * 320 * 64 * 100
+    head = (6 if how == "packed" else 8) * 320 * 64 * 100  # capped logits are computed again
     if how == "packed":  # attention's own products are counted apart
         assert counts.products == expected + head
         looks = sum((p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2 for p, c, r in segments)
@@ -281,7 +284,7 @@ def test_plan_of_a_multimodal_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*command, *card])
     plan_main()
     shown = capsys.readouterr().out
-    assert "GB of 0: DOES NOT FIT\nwhat fits: --gpu 4090" in shown and "a step" not in shown
+    assert "GB of 0: DOES NOT FIT\nwhat fits: " in shown and "a step" not in shown
     result = plan(Config(batch_size=4), config, 1, GPUS["4090"], "hh", 16)
     model = build(config)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -335,7 +338,7 @@ def test_plan_agrees_with_runs(gpu, layers, checkpointing, step, gigabytes):
     config, _ = llama3(num_hidden_layers=layers)
     recipe = Config(batch_size=32, micro_batch_tokens=4096, activation_checkpointing=checkpointing)
     workload = {"gpus": 1, "gpu": GPUS[gpu], "lengths": "ultrafeedback", "pairs": 60_000}
-    result = plan(recipe, config, **workload, fused=False, alone=False)
+    result = plan(recipe, config, **workload, fused=False, way="FSDP")
     assert result["step"] == pytest.approx(step, rel=0.15)
     assert sum(result["memory"].values()) / 1e9 == pytest.approx(gigabytes, rel=0.05)
 
