@@ -14,7 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AttentionInterface
@@ -76,6 +81,7 @@ class PackedModel(torch.nn.Module):
         self.model, self.stock_attention, self.dtype = model, stock_attention, torch.float32
         self.logit_scale, self.logit_cap = logit_scale(model.config), logit_cap(model.config)
         self.packed, self.own_logits = True, False
+        self.kept = False  # weights are gathered once a step
         self.masters = None  # by name, if the modules' weights are not float32: see masters.py
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
@@ -147,9 +153,26 @@ class PackedModel(torch.nn.Module):
         if self.masters is not None:
             renew(self.masters)
 
-    def reshard(self) -> None:
-        """Free the parameters that a forward without a backward leaves gathered: in a sharded model
-        FSDP's method of this name replaces this one. A model that is not sharded gathers none."""
+    def keep_gathered(self) -> None:
+        """From now on, a sharded model's weights are gathered once a step instead of twice in every
+        micro-batch: 2 bytes a parameter more on every rank."""
+        self.kept = True
+        self.set_reshard_after_forward(False)
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Called before every micro-batch of a step, also the `last`. FSDP's methods: replicas
+        exchange a step's gradient once, and weights that are kept go after the last backward."""
+        if isinstance(self, FSDPModule):
+            self.set_requires_all_reduce(last)
+            if self.kept:
+                self.set_reshard_after_backward(last)
+
+    def free_gathered(self) -> None:
+        """Free what a forward without a backward, or one that was not the last of its step, leaves
+        gathered. A model that is not sharded gathers nothing."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 # ---- Build, surgery, shard -----------------------------------------------------------------------

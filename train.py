@@ -35,7 +35,7 @@ from runtime.errors import InputError
 from runtime.log import Logger
 from runtime.processes import Stopped, say
 from runtime.reference import add_reference
-from runtime.rehearsal import rehearse, tokens_that_fit
+from runtime.rehearsal import gathered_fits, rehearse, tokens_that_fit
 from runtime.streaming import stream
 from runtime.weights import load_tokenizer, resolve_model
 
@@ -145,8 +145,7 @@ def train(config: Config) -> None:
             meter.start()
             set_learning_rate(optimizer, share_of_peak(step, last, config.warmup_ratio))
             for number, batch in enumerate(batches, 1):
-                if config.replicas > 1:  # FSDP's method: replicas exchange a step's gradient once
-                    model.set_requires_all_reduce(number == len(batches))
+                model.begin_micro_batch(last=number == len(batches))
                 batch = batch.to(device)
                 logps = model(batch)  # (R,) float32: the log-prob of each of R response tokens
                 logps.retain_grad()  # for the metrics
@@ -239,6 +238,9 @@ def fit_to_memory(
         log.note("weights", f"one process, float32 masters {masters}")
     if config.micro_batch_tokens:
         return config
+    if gathered_fits(model, next(model.parameters()).device):
+        model.keep_gathered()
+        log.note("weights", "gathered once a step")
     if start.checkpoint and not start.changed:
         tokens = read_state(start.checkpoint)["config"]["micro_batch_tokens"]
     else:
@@ -397,7 +399,7 @@ def evaluate(
                 losses.sum().backward()
             rows.append(pair_metrics(logps, losses, logps.grad, batch))
     finally:
-        model.reshard()  # after forwards without a backward, whose parameters stay gathered
+        model.free_gathered()  # after forwards without a backward
     return {f"eval/{name}": mean for name, mean in mean_over_ranks(rows).items()}
 
 

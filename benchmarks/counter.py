@@ -104,8 +104,10 @@ class Recorder(TorchDispatchMode):
         self.products = self.attention = 0  # floating-point operations
         self.moved = collections.Counter()  # by part: see `within`
 
-    def restart_peak(self) -> None:
-        self.peak = self.live
+    def restart_peak(self) -> int:
+        """The peak so far; the next begins with what lives."""
+        peak, self.peak = self.peak, self.live
+        return peak
 
     @property
     def flops(self) -> float:

@@ -226,7 +226,10 @@ def fake_cuda(ranks: int):
     patches += [(torch.nn.Module, "to_empty", to_empty)]
     memory = A100["total_memory"]
     patches += [(torch.cuda, "mem_get_info", lambda: (memory - recorder.live, memory))]
-    patches += [(torch.cuda, "memory_reserved", lambda: recorder.live)]
+    patches += [
+        (torch.cuda, name, lambda: recorder.live)
+        for name in ("memory_reserved", "memory_allocated")
+    ]
     patches += [(torch.cuda, "max_memory_allocated", lambda device=None: recorder.peak)]
     patches += [(torch.cuda, "reset_peak_memory_stats", recorder.restart)]
     patches += [(rehearsal, "max_over_ranks", lambda device, *values: values)]

@@ -312,7 +312,7 @@ def compare(kind: str, dtype: torch.dtype, std: float, folder: Path) -> dict:
     simper_loss(logps, batch.lengths).sum().backward()
     gradients = {key.removeprefix("model."): p.grad for key, p in model.optimized().items()}
     gradients = {key: gradient for key, gradient in gradients.items() if gradient is not None}
-    model.reshard()
+    model.free_gathered()
 
     plain = plain_model(base, dtype=torch.float64)
     try:

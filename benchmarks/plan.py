@@ -174,10 +174,11 @@ class Setting:
 @dataclass(frozen=True)
 class Counts:
     """What forward and backward of a micro-batch take, beside the weights: bytes at the peak until
-    the first block's backward pass begins, and at that after it, bytes moved, floating-point
-    operations of products and of attention."""
+    the last block's backward pass begins, from there until the first block's, and at that after it;
+    bytes moved, floating-point operations of products and of attention."""
 
-    turn: float
+    head: float
+    blocks: float
     end: float
     moved: float
     products: float
@@ -185,7 +186,7 @@ class Counts:
 
     @property
     def peak(self) -> float:
-        return max(self.turn, self.end)
+        return max(self.head, self.blocks, self.end)
 
     def extended(self, other: "Counts", times: float) -> "Counts":
         """This, and `times` the difference of the other to it."""
@@ -275,27 +276,22 @@ def count(config, setting: Setting, segments: tuple, memory: float) -> Counts:
             norms.fuse_norms(model, torch.device("cpu"), dtype)
         model.train()
         recorder.attended = attended(segments).sum()  # a query sees half of its own keys
-        turn = []
+        peaks = []
 
-        def begin_first(module, inputs, out):
+        def begins(module, inputs, out):
             out = out if isinstance(out, torch.Tensor) else out[0]
-            out.register_hook(
-                lambda gradient: turn.append((recorder.peak, recorder.restart_peak()))
-            )
+            out.register_hook(lambda gradient: peaks.append(recorder.restart_peak()))
 
-        text_blocks(model)[0].register_forward_hook(begin_first)
+        for block in text_blocks(model)[-1], text_blocks(model)[0]:
+            block.register_forward_hook(begins)
         for tensor in (*model.parameters(), *model.buffers()):
             recorder.add(tensor)
         weights = recorder.live
         with recorder:
             model(pack([[[0] * n for n in sizes] for sizes in segments])).sum().backward()
-    return Counts(
-        turn[0][0] - weights,
-        recorder.peak - weights,
-        sum(recorder.moved.values()),
-        recorder.products,
-        recorder.attention,
-    )
+    before = [peak - weights for peak in (*peaks[:2], recorder.peak)]
+    moved = sum(recorder.moved.values())
+    return Counts(*before, moved, recorder.products, recorder.attention)
 
 
 def alike(config) -> bool:
@@ -396,28 +392,39 @@ def masters_fit(sizes: Sizes, gpu: GPU) -> bool:
 
 
 def parts_of_memory(
-    sizes: Sizes, way: str, shards: int, peak: float, several: bool
+    sizes: Sizes, way: str, shards: int, counts: Counts, several: bool
 ) -> dict[str, float]:
-    """Bytes on a GPU. way: "FSDP", or "alone" without it, or "streamed"; peak: of the activations,
-    and of all else that a micro-batch takes; several: whether a step has several."""
+    """Bytes on a GPU. way: "FSDP", or "alone" without it, or "streamed"; several: whether a step
+    has several micro-batches."""
     others = {"other parts": 4 * sizes.others / shards} if sizes.others else {}
     if way != "FSDP":
         parts = {"weights": 2, "gradients": 4}
         parts |= {"masters": 4, "Adam": 8} if way == "alone" else {}
         memory = {name: size * sizes.whole for name, size in parts.items()}
-        return memory | others | {"activations": peak}
+        return memory | others | {"activations": counts.peak}
     memory = {"parameters": 4 * sizes.local, "Adam": 8 * sizes.local} | others
-    turn = {  # where the forward pass turns into the backward pass
-        "gradients": 4 * sizes.local if several else 0,  # of earlier micro-batches
-        # In bfloat16 a block, what is outside of the blocks, the head's gradient.
-        "gathered": 2 * sizes.block + 2 * sizes.root + 2 * sizes.head,
-        "activations": peak,
-    }
-    # At the end of the backward pass: what is outside the blocks and its gradient in bfloat16, and
-    # input and, on several ranks, output of its reduction in float32.
-    reduced = 4 * sizes.root * (1 + (shards > 1) / shards)
-    end = {"gradients": 4 * sizes.local, "gathered": 4 * sizes.root + reduced}
-    return memory | max(turn, end, key=lambda part: sum(part.values()))
+    earlier = 4 * sizes.local if several else 0  # gradients of earlier micro-batches
+    once = 1 + (shards > 1) / shards  # input and, on several ranks, output of a reduction
+    root = 2 * sizes.root + 2 * sizes.head  # gathered, and the gradient of the head
+    moments = [
+        # The head: one block is gathered.
+        {"gradients": earlier, "gathered": 2 * sizes.block + root, "activations": counts.head},
+        # The blocks: two are gathered, one has a gradient, and that of the one before, whose
+        # activations are gone, is reduced in float32.
+        {
+            "gradients": earlier,
+            "gathered": 3 * 2 * sizes.block + root,
+            "reduced": max(0, 4 * sizes.block * once - counts.blocks / sizes.layers),
+            "activations": counts.blocks,
+        },
+        # The end: what is outside of the blocks, and its gradient.
+        {
+            "gradients": 4 * sizes.local,
+            "gathered": (2 if shards > 1 else 4) * sizes.root,
+            "reduced": 4 * sizes.root * once,
+        },
+    ]
+    return memory | max(moments, key=lambda parts: sum(parts.values()))
 
 
 def plan(
@@ -468,7 +475,7 @@ def plan(
     usable = gpu.memory - CONTEXT[gpus == 1]
     one = take(longest[:1])
     taken = functools.partial(parts_of_memory, sizes, way, shards)
-    fits = sum(taken(one.peak, True).values()) <= usable
+    fits = sum(taken(one, True).values()) <= usable
     tokens = recipe.micro_batch_tokens
     if not tokens:
         two, sizes_of_two = take(longest[:2]), (cost(longest[:1]), cost(longest[:2]))
@@ -476,7 +483,7 @@ def plan(
         def room(tokens: int) -> float:
             """What so many leave of the memory, a share of which stays free."""
             times = (tokens - sizes_of_two[0]) / (sizes_of_two[1] - sizes_of_two[0])
-            parts = taken(one.extended(two, times).peak, True)
+            parts = taken(one.extended(two, times), True)
             return (1 - KEPT_FREE) * usable - sum(parts.values())
 
         candidates = range(sizes_of_two[0], sum(costs[i] for i in longest[: recipe.batch_size]) + 1)
@@ -489,7 +496,7 @@ def plan(
     largest = max(slowest, key=cost)
     counts = take(largest)
     micro_batches = len(slowest) / STEPS
-    memory = taken(counts.peak, micro_batches > 1)
+    memory = taken(counts, micro_batches > 1)
     if recipe.micro_batch_tokens:
         fits = sum(memory.values()) <= usable
 

@@ -251,7 +251,7 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
         raise
     except Exception as error:
         raise InputError(f"{name} cannot be trained {how}: {error!r}") from error
-    model.reshard()
+    model.free_gathered()
     if not all(found[key] <= limits[key] for key in found):
         figures = ", ".join(f"{key} {found[key]:.1e} ({limits[key]:.1e})" for key in found)
         kind = AttentionError if found.get("attention", 0) > limits["attention"] else InputError

@@ -58,8 +58,8 @@ def keep_masters(
     for parameter in kept if device is not None else ():
         parameter.data = parameter.data.to(device)
     for module in model.modules() if device is not None else ():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     renew(masters)
     return masters
 

@@ -20,7 +20,7 @@ def response_logps(model, data: DataSet, micro_batches: list) -> torch.Tensor:
     for shares in tqdm(micro_batches, "log-probs", disable=rank > 0, dynamic_ncols=True):
         batch = data.pack(shares[rank]).to(device)
         sums[shares[rank]] = sum_logps(model(batch).double(), batch.lengths)
-    model.reshard()
+    model.free_gathered()
     dist.all_reduce(sums)  # every row is on one rank, and 0 on the others
     return sums
 

@@ -10,6 +10,7 @@ from runtime.processes import max_over_ranks
 from runtime.streaming import HostMaster
 
 KEPT_FREE = 0.1  # of a GPU's memory: lengths differ, and so fragments lie unused
+GATHERED = 0.6  # of it, for parameters, gradients, moments and weights that stay gathered
 
 
 @contextlib.contextmanager
@@ -21,8 +22,10 @@ def memory_of_a_step(model, several: bool):
     moments = [torch.zeros_like(weight) for weight in there for _ in range(2)]
     for weight in weights if several else ():
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    model.begin_micro_batch(last=False)
     yield
     del moments
+    model.free_gathered()
     model.zero_grad()
     model.refresh()
 
@@ -50,6 +53,16 @@ def rehearse(model, data, device: torch.device) -> None:
     except RuntimeError as error:
         explain(error, max(map(data.cost, heaviest[0])), data.costs.max())
         raise
+
+
+def gathered_fits(model, device: torch.device) -> bool:
+    """Whether the weights of a sharded model may stay gathered for a step, by its size alone."""
+    weights = model.optimized().values()
+    if device.type != "cuda" or dist.get_world_size() == 1:
+        return False
+    shards = sum(weight.to_local().numel() for weight in weights)
+    size = 16 * shards + 2 * sum(p.numel() for p in model.parameters())
+    return size <= GATHERED * torch.cuda.get_device_properties(device).total_memory
 
 
 def tokens_that_fit(model, data, device: torch.device, batch_size: int) -> int:

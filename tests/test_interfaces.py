@@ -35,11 +35,16 @@ INTERFACES = {
             "model.py",
             lambda: takes("torch.distributed.fsdp.register_fsdp_forward_method", "method_name"),
         ),
-        "FSDPModule.set_requires_all_reduce, .reshard": (
-            "train.py",
+        "FSDPModule.set_requires_all_reduce, .reshard, .set_reshard_after_...": (
+            "model.py",
             lambda: all(
                 hasattr(found("torch.distributed.fsdp.FSDPModule"), name)
-                for name in ("set_requires_all_reduce", "reshard")
+                for name in (
+                    "set_requires_all_reduce",
+                    "reshard",
+                    "set_reshard_after_forward",
+                    "set_reshard_after_backward",
+                )
             ),
         ),
         "torch.ops.torch_attn._varlen_attn": (
@@ -198,7 +203,8 @@ def test_the_list_of_private_interfaces_is_whole():
             missing |= set() if known else {f"{path.name}: {name}"}
     tools = {
         "fake_gpu.py: _tools",
-        "fake_gpu.py: _buffers",
+        "fake_gpu.py: _fully_shard",
+        "fake_gpu.py: _fsdp_param_group",
         "fake_gpu.py: _sharding_prop",
         "fake_gpu.py: _internal",
         "plan.py: _internal",

@@ -1,13 +1,25 @@
 """One device in bfloat16 without FSDP: its gradient, its norms, and how much fits."""
 
 import functools
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import GQA, TINY, interrupt, make_model, read_checkpoint, run, timeless
+from conftest import (
+    GQA,
+    TINY,
+    interrupt,
+    make_model,
+    read_checkpoint,
+    read_metrics,
+    run,
+    run_several,
+    same_weights,
+    timeless,
+)
 from safetensors.torch import load_file
 
 import train
@@ -197,6 +209,64 @@ def test_what_fits_is_decided_by_memory(monkeypatch):
     assert masters_fit(model, cuda)
 
 
+# ---- Several ranks -------------------------------------------------------------------------------
+
+KEEP_IN_SECOND = """
+train.gathered_fits, train.tokens_that_fit = lambda *args: number % 2 == 1, lambda *args: 250
+from torch.distributed.fsdp import FSDPModule
+import model
+begin = model.PackedModel.begin_micro_batch
+def begin_micro_batch(self, last):
+    gathered = [isinstance(p, torch.distributed.tensor.DTensor) for p in self.parameters()]
+    seen.append(not any(gathered))
+    begin(self, last)
+import torch
+seen = []
+model.PackedModel.begin_micro_batch = begin_micro_batch
+end = train.export
+def export(*args):
+    print(f"run {number}: {sum(seen)} of {len(seen)}", flush=True)
+    seen.clear()
+    end(*args)
+train.export = export
+"""
+
+
+@pytest.mark.parametrize("more", [{"dtype": "bfloat16"}, {"replicas": 2}])
+def test_weights_that_stay_gathered_change_no_bit(base, tmp_path, more):
+    """Metrics, checkpoints and export, with evaluations between steps. All weights are gathered
+    when a micro-batch begins that is not the first of its step, and are there to save."""
+    values = base | {"micro_batch_tokens": 0, "save_every": 1, "eval_every": 1} | more
+    folders = tmp_path / "freed", tmp_path / "kept"
+    printed = run_several([(values, folder) for folder in folders], tmp_path, code=KEEP_IN_SECOND)
+    freed, kept = re.findall(r"run \d: (\d+) of (\d+)", printed)[:2]
+    assert freed[0] == "0" and 0 < int(kept[0]) < int(kept[1])
+    assert timeless(read_metrics(folders[0])) == timeless(read_metrics(folders[1]))
+    assert "# weights: gathered once a step" in (folders[1] / "config.yaml").read_text()
+    one, other = (read_checkpoint(folder / "checkpoints" / "step_3") for folder in folders)
+    assert all(torch.equal(one[name], other[name]) for name in {*one, *other})
+    assert same_weights(*folders)
+
+
+def test_weights_stay_gathered_where_memory_is_left(group, monkeypatch):
+    """8 B on 8 GPUs of 80 GB take 16 GB of shards and 16 GB more; on 2 GPUs 64 and 16."""
+
+    class Card:
+        total_memory = 80 * 10**9
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    whole = torch.nn.Parameter(torch.empty(8 * 10**9, device="meta"))
+    for ranks, fits in ((1, False), (2, False), (8, True)):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda ranks=ranks: ranks)
+        shard = SimpleNamespace(numel=lambda ranks=ranks: 8 * 10**9 // ranks)
+        weight = SimpleNamespace(to_local=lambda shard=shard: shard)
+        model = SimpleNamespace(
+            optimized=lambda weight=weight: {"w": weight}, parameters=lambda: [whole]
+        )
+        assert rehearsal.gathered_fits(model, torch.device("cuda", 0)) == fits
+        assert not rehearsal.gathered_fits(model, CPU)
+
+
 # ---- Norms ---------------------------------------------------------------------------------------
 
 
@@ -275,6 +345,8 @@ class Model:
             raise torch.OutOfMemoryError
         return torch.zeros(1, requires_grad=True)
 
+    def begin_micro_batch(self, last: bool) -> None: ...
+    def free_gathered(self) -> None: ...
     def zero_grad(self) -> None: ...
     def refresh(self) -> None: ...
 

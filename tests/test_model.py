@@ -538,7 +538,7 @@ def test_compiled_blocks_are_compiled_once(checkpointing, group, tmp_path, monke
         plain.zero_grad(), compiled.zero_grad()
         with torch.no_grad():  # as evaluate
             assert_near(compiled(batch), plain(batch), 1e-6)
-            plain.reshard(), compiled.reshard()
+            plain.free_gathered(), compiled.free_gathered()
         found.append(graphs["unique_graphs"])
     assert found[0] > 0 and found == found[:1] * len(found)
 
