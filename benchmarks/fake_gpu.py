@@ -20,8 +20,10 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import json
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -281,6 +283,7 @@ def simper(
     pairs = DataSet(datasets.Dataset.from_dict(rows), report="random pairs")
     varlen, rehearse = model_module.varlen_attention, train.rehearse
     set_learning_rate, begun = train.set_learning_rate, []
+    begin = model_module.PackedModel.begin_micro_batch
     with multiprocessing.get_context("fork").Pool(1) as pool:  # a backward pass there is for CPUs
         how = pool.apply(forward_of, (load_config(config.model).model_type,))
     with fake_cuda(ranks) as recorder:
@@ -299,7 +302,12 @@ def simper(
             if len(begun) == 3:
                 raise Counted
             recorder.restart()
+            recorder.micro_batches = 0
             set_learning_rate(*args)
+
+        def begin_micro_batch(model, last):
+            recorder.micro_batches = getattr(recorder, "micro_batches", 0) + 1
+            begin(model, last)
 
         def choose_forward(model, data, heldout):
             model.packed, model.own_logits = how == "packed", "all logits" in how
@@ -335,6 +343,7 @@ def simper(
             replaced[model_module]["masters_fit"] = lambda *args: False
         if "norms" in without:
             replaced[model_module]["fuse_norms"] = lambda *args: None
+        model_module.PackedModel.begin_micro_batch = begin_micro_batch
         for module, functions in replaced.items():
             for name, function in functions.items():
                 setattr(module, name, function)
@@ -391,6 +400,7 @@ def main() -> None:
     )
     parser.add_argument("--gpu_memory", type=int, default=80, help="of a GPU, GiB")
     parser.add_argument("--row", action="store_true", help="print one line of docs/gpu.md's table")
+    parser.add_argument("--json", action="store_true", help="print all counts, in GB (of simper)")
     args, rest = parser.parse_known_args()
     if not torch.version.cuda:
         sys.exit("this needs a CUDA build of torch; a GPU is not needed")
@@ -411,7 +421,12 @@ def main() -> None:
     figures = [recorder.flops / 1e12, recorder.peak / 1e9, recorder.operators]
     figures += [sum(recorder.waits.values())]
     moved = {part: size / 1e9 for part, size in recorder.moved.items()}
-    if args.row:
+    if args.json:
+        found = {"products": recorder.products, "attention": recorder.attention, "moved": moved}
+        found |= dict(zip(("tflop", "peak", "operators", "waits"), figures))
+        found |= {"micro_batches": recorder.micro_batches, "sizes": sizes}
+        print(json.dumps(found))
+    elif args.row:
         print("{:.0f} | {:.1f} | {:,} | {}".format(*figures[:4]))
     else:
         text = "{:.4g} Tflop, peak {:.2f} GB, {:,} operators, {} host waits".format(*figures)
@@ -420,6 +435,7 @@ def main() -> None:
         print(f"GB moved by other operators than products: {sum(moved.values()):.0f} ({parts})")
         if args.arm == "simper":
             print(f"the rehearsal peaks at {recorder.rehearsed / 1e9:.2f} GB")
+    shutil.rmtree(output)
     sys.stdout.flush()
     os._exit(0)  # the interpreter's own end would ask for a device
 
