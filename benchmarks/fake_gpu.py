@@ -267,6 +267,36 @@ def sample_pairs(config: train.Config, lengths: str) -> list[tuple[int, int, int
     return [tuple(map(len, pair)) for pair in cut]
 
 
+def random_pairs(sizes: list[tuple[int, int, int]]) -> DataSet:
+    """Pairs of such lengths, of one token."""
+    rows = {"prompt": [[5] * p for p, _, _ in sizes]}
+    rows |= {"responses": [[[5] * c, [5] * r] for _, c, r in sizes]}
+    rows |= {"lengths": [[*size] for size in sizes], "row": [*range(len(sizes))]}
+    rows |= {"columns": [[]] * len(sizes), "source": ["random"] * len(sizes)}
+    return DataSet(datasets.Dataset.from_dict(rows), report="random pairs")
+
+
+def without_files(config: train.Config, pairs: DataSet, choose_forward: Callable) -> dict:
+    """What train.train does without, by module: files of a model and of pairs, and checks that need
+    a tokenizer or weights. config.model is a folder with a config."""
+    return {
+        train: {
+            "resolve_model": lambda name: config.model,
+            "load_tokenizer": lambda *args: types.SimpleNamespace(chat_template=""),
+            "load_data": lambda *args: pairs,
+            "digests": lambda *args: {},
+            "commits": lambda *args: {},
+            "check_loss": lambda *args: None,
+            "check_trainable": lambda *args: None,
+            "choose_forward": choose_forward,
+        },
+        model_module: {
+            "weights_folder": lambda *args: config.model,
+            "read_weights": lambda *args: None,
+        },
+    }
+
+
 class Counted(Exception):
     """The second step has ended."""
 
@@ -276,11 +306,7 @@ def simper(
 ) -> Recorder:
     """The second step of train.train: Adam's state is in place, as in all later ones. without: see
     main."""
-    rows = {"prompt": [[5] * p for p, _, _ in sizes]}
-    rows |= {"responses": [[[5] * c, [5] * r] for _, c, r in sizes]}
-    rows |= {"lengths": [[*size] for size in sizes], "row": [*range(len(sizes))]}
-    rows |= {"columns": [[]] * len(sizes), "source": ["random"] * len(sizes)}
-    pairs = DataSet(datasets.Dataset.from_dict(rows), report="random pairs")
+    pairs = random_pairs(sizes)
     varlen, rehearse = model_module.varlen_attention, train.rehearse
     set_learning_rate, begun = train.set_learning_rate, []
     begin = model_module.PackedModel.begin_micro_batch
@@ -315,29 +341,15 @@ def simper(
             model.set_attention()
 
         device = torch.device("cuda", 0)
-        replaced = {
-            train: {
-                "resolve_model": lambda name: config.model,
-                "load_tokenizer": lambda *args: None,
-                "load_data": lambda *args: pairs,
-                "digests": lambda *args: {},
-                "commits": lambda *args: {},
-                "check_loss": lambda *args: None,
-                "check_trainable": lambda *args: None,
-                "choose_forward": choose_forward,
-                "rehearse": count_rehearsal,
-                "set_learning_rate": begin_step,
-            },
-            processes: {
-                "start_process": lambda: (0, ranks, device),
-                "start_group": lambda device: None,
-            },
-            model_module: {
-                "weights_folder": lambda *args: config.model,
-                "read_weights": lambda *args: None,
-                "varlen_works": lambda dtype, head_dim: dtype == torch.bfloat16,
-                "varlen_attention": count_attention,
-            },
+        replaced = without_files(config, pairs, choose_forward)
+        replaced[train] |= {"rehearse": count_rehearsal, "set_learning_rate": begin_step}
+        replaced[processes] = {
+            "start_process": lambda: (0, ranks, device),
+            "start_group": lambda device: None,
+        }
+        replaced[model_module] |= {
+            "varlen_works": lambda dtype, head_dim: dtype == torch.bfloat16,
+            "varlen_attention": count_attention,
         }
         if "masters" in without:
             replaced[model_module]["masters_fit"] = lambda *args: False

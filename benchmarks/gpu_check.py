@@ -1,28 +1,47 @@
-"""What only a GPU can show, checked in a few minutes, shortest first; one line each.
+"""What only a GPU can show, in under nine minutes, shortest first; one line each.
 
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py --model FOLDER --train_data my_pairs.jsonl [flags of train.py]
 
-On all GPUs of the machine. Each line says what was compared, the figure, and what it may be at
-most; the exit code is the number of checks that failed. `--device cpu` runs the same on the CPU.
-Two of the short trainings are on one GPU, which a model of 16 bytes a parameter must fit.
+First what is computed, on all GPUs of the machine: each line says what was compared, the figure,
+and what it may be at most; the exit code is the number of checks that failed. Two of the short
+trainings are on one GPU, which a model of 16 bytes a parameter must fit. Then, on one GPU, the
+speed of train.train itself with a random model of Llama-3-8B's shape, of 8 of its layers or as many
+as --layers says: with each of this code's choices and without, by turns, as a share of a large
+matrix product's speed; the textbook's step and, if it is installed, TRL's; all 32 layers with AdamW
+on the host. What there is no time for is left out by name. `--device cpu` runs the same on the CPU;
+--log FILE adds a line of JSON for each line.
 """
 
 import argparse
+import contextlib
+import gc
+import importlib.util
+import io
+import json
 import os
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import model as model_module
+import train
+from benchmarks import fake_gpu
+from benchmarks.plan import PAPER, flops
+from benchmarks.throughput import matmul_speed, random_config
 from data import pack
 from runtime import checks, masters, norms
 from runtime.command_line import run_command
@@ -113,6 +132,130 @@ def difference(some: list[dict], others: list[dict], name: str) -> float:
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
+# ---- Speed ---------------------------------------------------------------------------------------
+
+FIXED = ["--micro_batch_tokens", "4096"]
+SELECTIVE = ["--activation_checkpointing", "selective"]
+# What a run is without, and its flags.
+CHOICES = {
+    "FSDP, transformers' norms, 4,096 tokens": ("masters norms", FIXED),
+    "without FSDP": ("norms", FIXED),
+    "norms of one kernel": ("", FIXED),
+    "norms of one kernel, pageable copies": ("pinning", FIXED),
+    "micro-batches by memory": ("", []),
+    "selective checkpointing": ("", SELECTIVE),
+    "AdamW on the host": ("", ["--stream_optimizer", "true", *SELECTIVE]),
+}
+WITHOUT = {
+    "masters": (model_module, "masters_fit", lambda *args: False),
+    "norms": (model_module, "fuse_norms", lambda *args: None),
+    "pinning": (torch.Tensor, "pin_memory", lambda tensor: tensor),
+}
+
+
+@torch.no_grad()
+def draw_weights(model, folder: str, values: dict) -> None:
+    """read_weights, of random values, drawn on the GPU if there is one."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.initialize_weights()  # buffers
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for parameter in model.parameters():
+        mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        mine.copy_(torch.randn(mine.shape, device=device) * 0.02)
+
+
+def speed(layers: int, pairs: int, choice: str, steps: int, dtype: str) -> dict[str, float]:
+    """Of `steps` steps of train.train, but for the first two: the median of seconds and the highest
+    peak. layers: see random_config; the pairs have UltraFeedback's lengths."""
+    without, flags = CHOICES[choice]
+    shape = random_config(f"llama-3-8b:{layers}" if layers else "random-32k")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        shape.save_pretrained(folder)
+        flags = [
+            PAPER,
+            "--model",
+            folder,
+            "--output_dir",
+            f"{folder}/run",
+            "--wandb",
+            "off",
+            *flags,
+        ]
+        flags += ["--batch_size", str(pairs), "--max_steps", str(steps), "--dtype", dtype]
+        flags += ["--eval_data", "", "--save_every", "0", "--train_data", "random"]
+        config = train.parse_args(flags)
+        sizes = fake_gpu.sample_pairs(config, "ultrafeedback")
+        random = fake_gpu.random_pairs(sizes)
+        replaced = fake_gpu.without_files(config, random, lambda *args: None)
+        replaced[model_module] |= {"read_weights": draw_weights}
+        replaced[train] |= {"model_card": lambda *args: "", "export": lambda *args: None}
+        for module, functions in replaced.items():
+            for name, function in functions.items():
+                stack.enter_context(patch.object(module, name, function))
+        for name in without.split():
+            stack.enter_context(patch.object(*WITHOUT[name]))
+        for stream in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            stack.enter_context(stream(io.StringIO()))
+        train.train(config)
+        lines = read_lines(Path(folder) / "run" / "metrics.jsonl")
+        head = (Path(folder) / "run" / "config.yaml").read_text()
+    gc.collect()
+    torch.cuda.empty_cache()
+    with torch.device("meta"):
+        needed = sum(flops(model_module.build_model(shape), sizes))
+    seconds = statistics.median(pairs / line["pairs_per_second"] for line in lines[2:])
+    found = {"seconds": seconds, "pairs_per_second": pairs / seconds, "needed": needed}
+    found["peak_gb"] = max(line["peak_memory_gb"] for line in lines)
+    tokens = re.search(r"micro_batch_tokens in use: (\d+)", head)
+    return found | {"tokens": int(tokens[1]) if tokens else config.micro_batch_tokens}
+
+
+def speeds(args, dtype: str, show: Callable) -> None:
+    """Print a line for each choice, as long as there is time."""
+    began = time.perf_counter()
+    matmul = matmul_speed()
+    print(f"a large matrix product: {matmul / 1e12:.3g} TFLOP/s")
+    smaller = [choice for choice in CHOICES if choice != "AdamW on the host"]
+    plans = [(args.layers, pairs, choice) for pairs in args.pairs for choice in smaller]
+    plans = plans[: len(smaller)] * 2 + plans[len(smaller) :]  # the first number twice, by turns
+    if args.layers:
+        plans.insert(2 * len(smaller), (4 * args.layers, args.pairs[0], "AdamW on the host"))
+    longest = 0.0
+    for layers, pairs, choice in plans:
+        name = f"{layers} layers, {pairs} pairs, {choice}"
+        if time.perf_counter() - began + 1.2 * longest > args.seconds:
+            print(f"left out: {name}")
+            continue
+        start = time.perf_counter()
+        try:
+            found = speed(layers, pairs, choice, args.steps, dtype)
+        except Exception as error:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            show(name, f"{type(error).__name__}: {error}"[:300], {"error": str(error)})
+            continue
+        share = found["needed"] / found["seconds"] / matmul
+        text = f"{found['seconds']:.3f} s a step, {share:.3f} of the product, "
+        text += f"{found['peak_gb']:.1f} GB, {found['tokens']} tokens a micro-batch"
+        show(name, text, found | {"share": share, "matmul": matmul})
+        longest = max(longest, time.perf_counter() - start)
+
+
+def baselines(args, show: Callable) -> None:
+    """The textbook's step and TRL's beside train.py's, by throughput.py."""
+    arms = ["simper,micro_batch_tokens=0", "textbook,pairs_a_forward=2"]
+    arms += ["trl,pairs_a_forward=2"] if importlib.util.find_spec("trl") else []
+    model, pairs = f"llama-3-8b:{args.layers}" if args.layers else "random-32k", str(args.pairs[0])
+    command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--model", model]
+    command += ["--data", "ultrafeedback", "--max_length", "2048", "--pairs", pairs]
+    command += ["--repeats", "1", "--steps", str(args.steps), "--arms", *arms]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    show("beside the textbook", "\n".join(rows) or done.stderr[-300:], {"table": rows})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,6 +263,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--model", default="demo", help="folder or hub id")
     parser.add_argument("--train_data", default="demo/train.jsonl")
+    parser.add_argument("--layers", type=int, default=8, help="0: a small model")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[32, 128], help="in a step")
+    parser.add_argument("--steps", type=int, default=5, help="of a run; the first two do not count")
+    parser.add_argument("--seconds", type=float, default=300, help="for the choices' speeds")
+    parser.add_argument("--log", help="file to which lines of JSON are added")
     args, flags = parser.parse_known_args()
     args.flags = flags  # of train.py
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -132,6 +280,12 @@ def main() -> None:
         works = model_module.varlen_works(dtype, 128)
         print(f"attention in one kernel call a layer: {'yes' if works else 'no, pair by pair'}")
         print(f"products of bfloat16 in float32: {'yes' if masters.gives_float32() else 'no'}")
+
+    def show(name: str, text: str, values: dict) -> None:
+        print(f"{name}: {text}", flush=True)
+        if args.log:
+            with open(args.log, "a") as file:
+                print(json.dumps({"name": name} | values), file=file)
 
     def train_once(name: str, ranks: int, *flags: str) -> list[dict]:
         if name not in runs:
@@ -155,7 +309,8 @@ def main() -> None:
         except Exception as error:
             verdict, text = "FAILED", f"{type(error).__name__}: {error}"
         failures += verdict == "FAILED"
-        print(f"{verdict} {what}: {text}, {time.perf_counter() - began:.0f} s", flush=True)
+        values = {"verdict": verdict.strip(), "figure": text}
+        show(f"{verdict} {what}", f"{text}, {time.perf_counter() - began:.0f} s", values)
 
     attention = "attention and its gradients, relative error"
     check(
@@ -180,6 +335,8 @@ def main() -> None:
             f"{last['pairs_per_second']:.1f} pairs/s, {last['tokens_per_second']:.0f} tokens/s, "
             f"{last['peak_memory_gb']:.1f} GB on one"
         )
+    speeds(args, "auto" if args.device == "cuda" else "bfloat16", show)
+    baselines(args, show)
     sys.exit(failures)
 
 

@@ -47,7 +47,7 @@ from model import varlen_attention as one_kernel
 from runtime import masters, norms, streaming
 from runtime.command_line import run_command
 from runtime.errors import InputError
-from runtime.rehearsal import KEPT_FREE
+from runtime.rehearsal import GATHERED, KEPT_FREE
 from runtime.weights import load_config, other_parts, resolve_model
 from train import Config, parse_args
 
@@ -394,10 +394,10 @@ def masters_fit(sizes: Sizes, gpu: GPU) -> bool:
 def parts_of_memory(
     sizes: Sizes, way: str, shards: int, counts: Counts, several: bool
 ) -> dict[str, float]:
-    """Bytes on a GPU. way: "FSDP", or "alone" without it, or "streamed"; several: whether a step
-    has several micro-batches."""
+    """Bytes on a GPU. way: "FSDP", or "gathered" if weights stay so for a step, or "alone" without
+    it, or "streamed"; several: whether a step has several micro-batches."""
     others = {"other parts": 4 * sizes.others / shards} if sizes.others else {}
-    if way != "FSDP":
+    if way in ("alone", "streamed"):
         parts = {"weights": 2, "gradients": 4}
         parts |= {"masters": 4, "Adam": 8} if way == "alone" else {}
         memory = {name: size * sizes.whole for name, size in parts.items()}
@@ -424,6 +424,10 @@ def parts_of_memory(
             "reduced": 4 * sizes.root * once,
         },
     ]
+    if way == "gathered":
+        for moment, gradients in zip(moments, (2 * sizes.head, 2 * (sizes.head + sizes.block), 0)):
+            moment["gathered"] = 2 * sizes.whole + gradients
+        moments[2]["gathered"] = 2 * sizes.whole + 2 * sizes.root
     return memory | max(moments, key=lambda parts: sum(parts.values()))
 
 
@@ -450,6 +454,9 @@ def plan(
     if not way:
         way = "alone" if gpus == 1 and masters_fit(sizes, gpu) else "FSDP"
         way = "streamed" if recipe.stream_optimizer else way
+        kept = 16 * sizes.local + 2 * sizes.whole <= GATHERED * gpu.memory
+        if gpus > 1 and kept and not recipe.micro_batch_tokens:
+            way = "gathered"
     setting = Setting(how, recipe.activation_checkpointing, fused)
 
     # Pairs, and what each costs alone.
@@ -464,7 +471,7 @@ def plan(
         mine = [costs[i] for i in share]
         return len(mine) * max(mine) if padded else sum(mine)
 
-    def take(share) -> Counts:
+    def take(share, setting: Setting = setting) -> Counts:
         try:
             return count(config, setting, tuple(segments[i] for i in share), gpu.memory)
         except Exception as error:  # a forward that asks for values, which fake tensors have not
@@ -504,7 +511,11 @@ def plan(
     gathers, gathered, reductions, reduced = fsdp_traffic(
         sizes.layers, sizes.whole - sizes.root, sizes.whole
     )
-    copied = 0 if way != "FSDP" else SHARD_BYTES * sizes.local + GATHERED_BYTES * sizes.whole
+    copied = SHARD_BYTES * sizes.local + GATHERED_BYTES * sizes.whole
+    copied = 0 if way in ("alone", "streamed") else copied
+    if way == "gathered":  # about half of it is of weights, now once a step
+        copied *= (1 + 1 / micro_batches) / 2
+        gathers, gathered = (sizes.layers + 1) / micro_batches, 2 * sizes.whole / micro_batches
     slower = SEVERAL.get(gpu.name, SEVERAL_OTHERS) if gpus > 1 else 1
     speed = (COMPILED if recipe.compile else 1) / slower
     attends = attended([segments[i] for i in largest]).sum()
@@ -523,11 +534,14 @@ def plan(
         one_way = reduced / shards / recipe.replicas / across + reductions * HOP
         transfer += 2 * (recipe.replicas - 1) * one_way / micro_batches  # once a step
     # What AdamW, the clipped norm, and the renewal of the weights read and write.
-    adam = (40 if way == "FSDP" else 50) * sizes.local / gpu.copies
+    adam = (50 if way in ("alone", "streamed") else 40) * sizes.local / gpu.copies
     if way == "streamed":  # there and back at the same time
         adam = max(adam, streaming.HOST_BYTES * sizes.local / (LINK_EFFICIENCY * gpu.pcie))
     step_seconds = sum(max(seconds, transfer) for seconds in compute) / STEPS + adam
-    needed = take_needed(config, setting, tuple(segments[i] for i in largest), gpu.memory)
+    once = counts  # without what is computed again
+    if setting.checkpointing != "false":
+        once = take(largest, replace(setting, checkpointing="false"))
+    needed = once.products + once.attention
     needed *= sum(map(cost, slowest)) / cost(largest) / STEPS
     return {
         "way": way,
@@ -556,12 +570,6 @@ def seconds(counts: Counts, part: float, looks: float, copied: float, gpu: GPU) 
     products = counts.products * part / gpu.products
     attention = counts.attention * looks / (ATTENTION * gpu.flops)
     return IDLE + products + attention + (counts.moved * part + copied) / gpu.copies
-
-
-def take_needed(config, setting: Setting, segments: tuple, memory: float) -> float:
-    """Operations without those that are computed again."""
-    found = count(config, replace(setting, checkpointing="false"), segments, memory)
-    return found.products + found.attention
 
 
 def cheapest(recipe: Config, config, gpus: int, gpu: GPU, **rest) -> dict:
@@ -658,7 +666,7 @@ def main() -> None:
         help="the pairs' lengths, before truncation",
     )
     parser.add_argument("--pairs", type=at_least(1), default=60_000, help="pairs in an epoch")
-    parser.add_argument("--row", action="store_true", help="print one line of docs/plan.md's table")
+    parser.add_argument("--row", action="store_true", help="the recipe as it is, in a line")
     args, flags = parser.parse_known_args()
     base = [args.model] if args.model.endswith(".yaml") else [PAPER, "--model", args.model]
     recipe, gpu = parse_args([*base, *flags]), choose_gpu(args)
@@ -666,7 +674,7 @@ def main() -> None:
     how = forward_of(config.model_type)
     rest = {"lengths": args.lengths, "pairs": args.pairs, "how": how}
     given = any(flag.startswith("--activation_checkpointing") for flag in flags)
-    result = (plan if given else cheapest)(recipe, config, args.gpus, gpu, **rest)
+    result = (plan if given or args.row else cheapest)(recipe, config, args.gpus, gpu, **rest)
     if args.row:
         print(row(result))
         return

@@ -20,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.plan import GPUS, PAPER, Counts, flops, seconds
+from benchmarks.plan import GPUS, LINK_EFFICIENCY, PAPER, Counts, flops, seconds
 from benchmarks.throughput import random_config
 from model import build_model
 from runtime.command_line import run_command
+from runtime.streaming import HOST_BYTES
 
 FIXED, SELECTIVE = ["--micro_batch_tokens", "4096"], ["--activation_checkpointing", "selective"]
 STREAMED = ["--stream_optimizer", "true", *SELECTIVE]
@@ -44,21 +45,26 @@ EIGHT = [
     ("norms of one kernel", 32, ["--ranks", "8", *FIXED]),
     ("gathered once a step, micro-batches by memory", 32, ["--ranks", "8"]),
     ("selective checkpointing", 32, ["--ranks", "8", *SELECTIVE]),
-    ("one GPU, AdamW on the host, selective checkpointing", 32, ["--ranks", "1", *STREAMED]),
+    ("one GPU, AdamW on the host, selective checkpointing", 32, STREAMED),
 ]
 PARTS = ("FSDP", "sums and casts", "blocks", "head", "AdamW, norm")
 CARDS = ("h100", "h200")
 
 
-def share(found: dict, config, ranks: int, card: str) -> float:
-    """Needed operations a second, of a large product's."""
+def share(found: dict, config, ranks: int, streamed: bool, card: str) -> float:
+    """Needed operations a second, of a large product's. streamed: whether masters and moments
+    travel to the GPU and back, at the same time, in each step."""
     gpu, moved = GPUS[card], 1e9 * sum(found["moved"].values())
     # Attention is counted as whole rectangles: half of it is computed.
     counts = Counts(0, 0, 0, moved, found["products"], found["attention"] / 2)
     idle = seconds(Counts(0, 0, 0, 0, 0, 0), 1, 1, 0, gpu)
     time = seconds(counts, 1, 1, 0, gpu) + (found["micro_batches"] - 1) * idle
     with torch.device("meta"):
-        needed = sum(flops(build_model(config), found["sizes"])) / ranks
+        model = build_model(config)
+    needed = sum(flops(model, found["sizes"])) / ranks
+    if streamed:
+        host = HOST_BYTES * sum(parameter.numel() for parameter in model.parameters())
+        time += host / (LINK_EFFICIENCY * gpu.pcie)
     return needed / time / (0.80 * gpu.flops)
 
 
@@ -93,7 +99,10 @@ def main() -> None:
             cells = [pairs, what, *(f"{size:,.0f}" for size in (*moved, sum(moved)))]
             cells += [f"{found['operators']:,}", str(found["waits"]), f"{found['peak']:.1f}"]
             number = int(given[given.index("--ranks") + 1])
-            cells += [f"{share(found, config, number, card):.2f}" for card in CARDS]
+            cells += [
+                f"{share(found, config, number, own[:2] == STREAMED[:2], card):.2f}"
+                for card in CARDS
+            ]
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
