@@ -38,6 +38,7 @@ from runtime.masters import (
     renew,
 )
 from runtime.norms import fuse_norms
+from runtime.processes import say
 from runtime.streaming import check_host, settle
 from runtime.templates import end_of_turn
 from runtime.weights import (
@@ -483,6 +484,8 @@ def packed_attention(
     one_width = query.shape[-1] == value.shape[-1]
     if query.is_cuda and one_width and varlen_works(query.dtype, query.shape[-1]):
         return varlen_attention(query, key, value, sliding_window, micro_batch, options), None
+    if query.is_cuda:
+        say_once(f"attention in {query.dtype}, heads of {query.shape[-1]}: a call a response, slow")
 
     def attend(q, k, v):
         """Causal attention of the last n of m tokens to all m: (1, heads, n, d)."""
@@ -506,6 +509,11 @@ def packed_attention(
             k, v = (torch.cat(both, dim=2) for both in zip(prompt, own))
             outputs.append(attend(q, k, v))
     return torch.cat([out.transpose(1, 2) for out in outputs], dim=1), None
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    say(text)
 
 
 def varlen_attention(query, key, value, sliding_window, micro_batch: MicroBatch, options: dict):

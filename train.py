@@ -158,8 +158,9 @@ def train(config: Config) -> None:
             weights = model.optimized().values()
             clip_grads_with_norm_(weights, config.max_grad_norm, norms["grad_norm"])
             batches = data.batches(step + 1, rank)  # before the host waits for the GPU
-            mine = norms["grad_norm"], signals(), processes.peak_memory(device)
-            norm, stop, memory = processes.max_over_ranks(device, *mine)
+            memory = processes.peak_memory(device)
+            mine = norms["grad_norm"], signals(), *memory.values()
+            norm, stop, *peaks = processes.max_over_ranks(device, *mine)
             if not math.isfinite(norm):
                 places = ", ".join(map(data.place, data.indices(step)))
                 raise FloatingPointError(f"step {step + 1}: gradient norm {norm}. Pairs: {places}")
@@ -180,7 +181,7 @@ def train(config: Config) -> None:
                 norms["grad_norm"] = norm  # on the host already
                 line |= {name: float(value) for name, value in norms.items()}
                 line["learning_rate"] = optimizer.param_groups[0]["lr"]
-                log.write(line | meter.speed() | {"peak_memory_gb": memory})
+                log.write(line | meter.speed() | dict(zip(memory, peaks)))
                 meter = Meter()
             if saves:
                 state.save(done)

@@ -146,7 +146,8 @@ def textbook(config: Config, pairs_a_forward: int) -> None:
         seconds = seconds_since(began)
         means = mean_over_ranks(metrics)
         means |= {"grad_norm": norm, "pairs_per_second": config.batch_size / seconds}
-        (means["peak_memory_gb"],) = max_over_ranks(DEVICE, peak_memory(DEVICE))
+        memory = peak_memory(DEVICE)
+        means |= dict(zip(memory, max_over_ranks(DEVICE, *memory.values())))
         if rank == 0:
             write_metrics(config, {"step": step + 1, **means})
 
@@ -171,7 +172,7 @@ class Timer(TrainerCallback):
                 "grad_norm": logs["grad_norm"],
                 "logps/chosen": logs["logps/chosen"],
             }
-            write_metrics(self.config, line | {"peak_memory_gb": peak_memory(DEVICE)})
+            write_metrics(self.config, line | peak_memory(DEVICE))
 
 
 def trl(config: Config, pairs_a_forward: int) -> None:

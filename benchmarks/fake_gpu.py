@@ -232,7 +232,10 @@ def fake_cuda(ranks: int):
         (torch.cuda, name, lambda: recorder.live)
         for name in ("memory_reserved", "memory_allocated")
     ]
-    patches += [(torch.cuda, "max_memory_allocated", lambda device=None: recorder.peak)]
+    patches += [
+        (torch.cuda, name, lambda device=None: recorder.peak)
+        for name in ("max_memory_allocated", "max_memory_reserved")
+    ]
     patches += [(torch.cuda, "reset_peak_memory_stats", recorder.restart)]
     patches += [(rehearsal, "max_over_ranks", lambda device, *values: values)]
     patches += [(norms, "is_rms_norm", rounds_no_more)]

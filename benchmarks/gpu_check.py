@@ -40,6 +40,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import model as model_module
 import train
 from benchmarks import fake_gpu
+from benchmarks.baselines import seconds_since
 from benchmarks.plan import PAPER, flops
 from benchmarks.throughput import matmul_speed, random_config
 from data import pack
@@ -89,6 +90,25 @@ def sum_error(device: str, dtype: torch.dtype) -> float:
     exact = total.double() + a.double() @ b.double()
     masters.add_product(total, a, b)
     return ((total - exact).norm() / exact.norm()).item()
+
+
+def sum_speed(device: str, dtype: torch.dtype) -> float:
+    """Seconds of masters.add_product, relative to a product that is added afterwards."""
+    a, b = (
+        torch.randn(shape, device=device, dtype=dtype) for shape in ((4096, 8192), (8192, 4096))
+    )
+    total, seconds = torch.zeros(4096, 4096, device=device), {}
+    for name, add in {
+        "at once": lambda: masters.add_product(total, a, b),
+        "afterwards": lambda: total.add_(a @ b),
+    }.items():
+        times = []
+        for _ in range(10):
+            began = time.perf_counter()
+            add()
+            times.append(seconds_since(began))
+        seconds[name] = min(times)
+    return seconds["at once"] / seconds["afterwards"]
 
 
 def norm_error(device: str, dtype: torch.dtype) -> float:
@@ -324,6 +344,11 @@ def main() -> None:
     check("log-probs of the chunked head, nats", 0.02, lambda: head_error(args.device, dtype))
     check(
         "a product added to its float32 sum, relative", 1e-5, lambda: sum_error(args.device, dtype)
+    )
+    check(
+        "its time, to that of a product added afterwards",
+        1.2,
+        lambda: sum_speed(args.device, dtype),
     )
     check("a fused norm and its gradients, relative", 0.01, lambda: norm_error(args.device, dtype))
     check("training against float32, mean log-prob, relative", 0.02, against_float32)

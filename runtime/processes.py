@@ -156,11 +156,14 @@ def gather(mine) -> list:
     return every
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB that this process had at most: allocated on its GPU, or resident on the host."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """{metric: GB that this process had at most}: allocated on its GPU, and what torch reserved for
+    that, with the gaps between; or resident on the host."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"peak_memory_gb": peaks[0] / 1e9, "peak_reserved_gb": peaks[1] / 1e9}
     if sys.platform == "linux":  # whose ru_maxrss counts the process that started this one, too
         status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # in bytes on macOS
+        return {"peak_memory_gb": int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    return {"peak_memory_gb": peak / 1e9}

@@ -443,7 +443,8 @@ def timeless(lines: list[dict]) -> list[dict]:
         {
             k: v
             for k, v in line.items()
-            if k not in ("pairs_per_second", "tokens_per_second", "peak_memory_gb")
+            if k
+            not in ("pairs_per_second", "tokens_per_second", "peak_memory_gb", "peak_reserved_gb")
         }
         for line in lines
     ]

@@ -309,9 +309,16 @@ def test_peak_memory_is_of_this_process_alone():
     block = bytearray(2**31)
     del block
     code = "import torch\nfrom runtime import processes\nones = torch.ones(2**26)  # 0.27 GB\n"
-    code += "print(processes.peak_memory(torch.device('cpu')))"
+    code += "print(processes.peak_memory(torch.device('cpu'))['peak_memory_gb'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert 0.27 < float(done.stdout) < 2
+
+
+def test_peak_memory_of_a_gpu_is_what_is_allocated_and_what_is_reserved(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 4 * 10**9)
+    found = processes.peak_memory(torch.device("cuda", 0))
+    assert found == {"peak_memory_gb": 3, "peak_reserved_gb": 4}
 
 
 def test_memory_is_the_most_of_any_rank(base, tmp_path, monkeypatch):
