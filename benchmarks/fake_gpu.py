@@ -240,7 +240,11 @@ def fake_cuda(ranks: int):
     patches += [(rehearsal, "max_over_ranks", lambda device, *values: values)]
     patches += [(norms, "is_rms_norm", rounds_no_more)]
     patches += [(module, "HostMaster", FakeHostMaster) for module in (masters, rehearsal)]
-    patches += [(streaming, "free_memory", lambda: 10**13), (FakeTensor, "is_pinned", bool)]
+    patches += [
+        (streaming, "free_memory", lambda: 10**13),
+        (streaming, "pinned", lambda x, device: x),
+    ]
+    patches += [(masters, "pinned", lambda x, device: x)]
     patches += [(dist, "broadcast_object_list", lambda *args, **kwargs: None)]
     patches += [
         (dist, "all_gather_object", lambda every, mine: every.__setitem__(slice(None), [mine]))

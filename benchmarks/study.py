@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM
 
 from demo.smollm2 import demo_model
 from eval.generate import generate_tokens, load_prompts, prompt_ids, stop_tokens
-from eval.plots import new_figure, plot
+from eval.plots import COLORS, new_figure, plot
 from eval.report import at_least, read_records
 from eval.score import load_scorer, score_answers
 from loss import LOSSES
@@ -58,6 +58,9 @@ START, START_RATE = "start", 1e-12
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
 # Where more lines could not be told apart.
 SHOWN = ("simper", "simper_log", "simper_reference", "dpo", "kto", "simpo", "slic_hf", "sft")
+# The README's figure: each loss's name, and where it stands, in points from the end of its line.
+FIVE = {"simper": ("SimPER", (4, -9)), "dpo": ("DPO", (-15, 7)), "simpo": ("SimPO", (5, 5))}
+FIVE |= {"kto": ("KTO", (-28, 5)), "sft": ("SFT", (5, 0))}
 DYNAMICS_RATE = 3e-5
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 SEEDS = 3  # of the order of the pairs and of the sampled answers
@@ -275,8 +278,8 @@ def tables(setting: dict, results: list[dict]) -> str:
 
 
 def figures(results: list[dict], folder: Path) -> None:
-    """study-differences.png, at EQUAL_KL; study-frontier.png, study-rates.png; study-dynamics.png.
-    An arm is shown where it has all its seeds."""
+    """study-differences.png, at EQUAL_KL; study-frontier.png, and of it study-five.png, the
+    README's; study-rates.png; study-dynamics.png. An arm is shown where it has all its seeds."""
     groups = group_runs(results)
     minus = {a: v for a in ARMS if len(v := minus_simper(groups, a, EQUAL_KL)) == SEEDS}
     title = f"reward at {EQUAL_KL:g} nats, minus SimPER's"
@@ -295,14 +298,14 @@ def figures(results: list[dict], folder: Path) -> None:
     with new_figure(folder / "study-frontier.png", list(panels), (4.6, 4.0)) as axes:
         from matplotlib import colormaps
 
-        colors = dict(zip(rivals, colormaps["tab10"].colors))
-        colors |= dict(zip((*ABLATIONS[1:], *VARIANTS), colormaps["Dark2"].colors))
+        palette = [*colormaps["tab20"].colors, *colormaps["Dark2"].colors]
+        colors = dict(zip((*rivals, *ABLATIONS[1:], *VARIANTS), palette)) | COLORS
         for axis, arms in zip(axes, panels.values()):
             for arm in arms:
                 runs = with_all_seeds(groups, arm)
                 line = [[mean(of_rate, key) for of_rate in runs] for key in ("kl", "reward")]
-                style = {"color": colors.get(arm, "black"), "lw": 1 if arm in colors else 2.5}
-                axis.plot(*line, label=arm, **style)
+                style = {"color": colors[arm], "lw": 2.5 if arm == "simper" else 1}
+                axis.plot(*line, label=arm, zorder=3 if arm == "simper" else 2, **style)
                 dots = [[mean([run], key) for run in sum(runs, [])] for key in ("kl", "reward")]
                 axis.plot(*dots, ".", ms=4, color=style["color"])  # seeds differ in both
             start = mean(groups[START, START_RATE], "reward")
@@ -310,6 +313,24 @@ def figures(results: list[dict], folder: Path) -> None:
             axis.set(xscale="log", xlabel="KL from the starting model, nats", ylabel="mean reward")
             axis.set_xticks(ticks := (0.3, 1, 3, 10, 30), ticks)
             axis.minorticks_off()
+    with new_figure(folder / "study-five.png", [""], (3.3, 2.5)) as (axis,):
+        for arm, (name, offset) in FIVE.items():
+            runs = with_all_seeds(groups, arm)
+            line = [[mean(of_rate, key) for of_rate in runs] for key in ("kl", "reward")]
+            width, order = (2.2, 3) if arm == "simper" else (1.1, 2)
+            axis.plot(*line, "o-", ms=3, color=COLORS[arm], lw=width, zorder=order)
+            if runs:
+                end = (line[0][-1], line[1][-1])
+                label = {"xytext": offset, "textcoords": "offset points", "fontsize": 8}
+                axis.annotate(name, end, color=COLORS[arm], va="center", **label)
+        axis.axhline(start, color="0.5", ls=":", lw=0.8)
+        axis.annotate("before training", (0.25, start), color="0.4", fontsize=7, va="bottom")
+        axis.set(xscale="log", xlim=(0.2, 100), ylim=(None, 1.02))
+        axis.set_xticks((0.3, 1, 3, 10, 30), (0.3, 1, 3, 10, 30), fontsize=8)
+        axis.tick_params(axis="y", labelsize=8)
+        axis.minorticks_off()
+        axis.set_xlabel("change of the model (KL, nats an answer)", fontsize=8)
+        axis.set_ylabel("reward of new answers (−1 to 1)", fontsize=8)
     by_rate, by_step = {}, {}
     for arm in SHOWN:
         if runs := with_all_seeds(groups, arm):

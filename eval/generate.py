@@ -35,7 +35,7 @@ from eval.report import (
     print_scores,
     read_records,
 )
-from eval.score import load_scorer, score_answers, summary
+from eval.score import item_values, load_scorer, score_answers, summary
 from runtime.command_line import printable, run_command
 from runtime.errors import InputError
 from runtime.log import open_alone
@@ -501,7 +501,8 @@ def main() -> None:
         print(f"\n{len(prompts)} prompts, scored by {args.score}")
         load_engine.cache_clear()  # makes room for a reward model
         scored = [(answers, score_answers(scorer, prompts, answers)) for answers in columns]
-        print_scores([(n, *summary(*s, args.threshold)) for n, s in zip(args.models, scored)])
+        columns = [(n, *summary(*s, args.threshold)) for n, s in zip(args.models, scored)]
+        print_scores(columns, [item_values(*s, args.threshold) for s in scored])
 
 
 if __name__ == "__main__":

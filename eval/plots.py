@@ -25,6 +25,17 @@ from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.log import read_lines
 
+# A loss has one color everywhere: those of Okabe and Ito (2008), which the color-blind can tell
+# apart; what is no loss, or none of these, gets one of matplotlib's.
+COLORS = {
+    "simper": "#D55E00",
+    "dpo": "#0072B2",
+    "simpo": "#009E73",
+    "kto": "#CC79A7",
+    "sft": "#000000",
+    "ipo": "#56B4E9",
+    "orpo": "#E69F00",
+}
 CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
 PANELS = {
     "mean log-prob, chosen": lambda line: line["logps/chosen"],
@@ -87,8 +98,9 @@ def new_figure(
     longest = max(map(len, handles), default=0)
     per_row = max(1, int(size[0] * 10 / (longest + 8)))  # ten characters an inch
     where = {"loc": "outside lower center", "ncols": per_row, "frameon": False}
-    figure.legend(handles.values(), handles.keys(), **where)
-    figure.savefig(path, dpi=110)
+    if handles:
+        figure.legend(handles.values(), handles.keys(), **where)
+    figure.savefig(path, dpi=200)
     pyplot.close(figure)
 
 
@@ -123,22 +135,26 @@ def plot(
     with new_figure(path, list(panels)) as axes:
         from matplotlib import colormaps
 
-        colors = colormaps["tab10" if len(curves) <= 10 else "tab20"].colors
+        others = itertools.cycle(colormaps["tab20"].colors)
+        colors = {label: COLORS.get(label.split()[0]) or next(others) for label in curves}
         for axis, metric in zip(axes, panels.values()):
-            for color, (label, runs) in zip(itertools.cycle(colors), curves.items()):
+            for label, runs in curves.items():
+                color, order = colors[label], 3 if label.split()[0] == "simper" else 2
                 xs = [line[x] for line in runs[0]]
                 if any([line[x] for line in run] != xs for run in runs):
                     raise InputError(f"the runs of {label} do not have the same values of {x}")
                 values = np.array([[metric(line) for line in run] for run in runs])
                 mean = values.mean(axis=0)
                 smooth = moving_average(mean, window)
-                axis.plot(xs, smooth, color=color, label=label, linewidth=1.5)
+                axis.plot(xs, smooth, color=color, label=label, linewidth=1.5, zorder=order)
                 if window > 1:
                     axis.plot(xs, mean, color=color, alpha=0.25, linewidth=0.8, zorder=1)
                 if len(runs) > 1:
                     low, high = values.min(axis=0), values.max(axis=0)
                     axis.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
             axis.set_xlabel(x.replace("_", " "))
+            if x == "step":
+                axis.xaxis.get_major_locator().set_params(integer=True)
             if x == "learning_rate":
                 axis.set_xscale("log")
                 rates = sorted({line[x] for runs in curves.values() for line in runs[0]})

@@ -67,6 +67,19 @@ def score(
     and the prompt's term do not matter), whose margin over β is given in nats. inverse_perplexity,
     logps (per token) and length: means over the pairs.
     """
+    values = pair_values(sums, lengths, reference)
+    scores = {name: float(np.mean(value)) for name, value in values.items()}
+    errors = {}
+    if len(sums) > 1:
+        root = math.sqrt(len(sums))
+        errors = {name: float(np.std(value, ddof=1)) / root for name, value in values.items()}
+    return scores | {"pairs": len(sums)}, errors
+
+
+def pair_values(
+    sums: np.ndarray, lengths: np.ndarray, reference: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Of which `score` gives the means: {name: (pairs,)}."""
     means = sums / lengths
     inverse = np.exp(means)
     values = {"accuracy": means[:, 0] > means[:, 1], "accuracy_sum": sums[:, 0] > sums[:, 1]}
@@ -80,12 +93,7 @@ def score(
         values[f"length/{name}"] = lengths[:, side]
     values["inverse_perplexity/margin"] = inverse[:, 0] - inverse[:, 1]
     values["logps/margin"] = means[:, 0] - means[:, 1]
-    scores = {name: float(np.mean(value)) for name, value in values.items()}
-    errors = {}
-    if len(sums) > 1:
-        root = math.sqrt(len(sums))
-        errors = {name: float(np.std(value, ddof=1)) / root for name, value in values.items()}
-    return scores | {"pairs": len(sums)}, errors
+    return values
 
 
 def density_figure(inverse: dict[str, np.ndarray], path: Path) -> None:
@@ -149,7 +157,7 @@ def main() -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     settings = {"data": args.data, **limits, "reference": args.reference}
-    columns, inverse, reference = {}, {}, None
+    columns, inverse, items, seen, reference = {}, {}, [], [], None
     if args.reference:
         reference = pair_logps(args.reference, reference_pairs, args.micro_batch_tokens)
     for model, name, pairs in zip(args.models, names, inputs):
@@ -184,8 +192,11 @@ def main() -> None:
                 print(json.dumps(line), file=file)
         lacking = {} if reference is None else dict.fromkeys(IMPLICIT - scores.keys())
         columns[name], inverse[name] = (scores | lacking, errors), np.exp(sums / lengths)
+        items.append(pair_values(sums, lengths, reference))
+        seen.append(places)
     dist.destroy_process_group()
-    print_scores([(name, *values) for name, values in columns.items()])
+    same = all(places == seen[0] for places in seen)  # a tokenizer may have led to drop some
+    print_scores([(name, *values) for name, values in columns.items()], items if same else None)
     figure = Path(args.output_dir) / "preference.png"
     try:
         density_figure(inverse, figure)

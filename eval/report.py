@@ -8,9 +8,10 @@ of them.
 Every benchmark of eval/ writes one JSON file, OUTPUT_DIR/MODEL/BENCHMARK.json. A table has a row
 for each model and a column for each score, with its standard error where that is known. A column
 whose scores were obtained under different conditions (judge, template, decoding, data) gets a
-footnote that names them, and takes no part in ranks. The last column is the mean of the model's
-ranks, where models with equal scores share the mean of their ranks; it is blank for a model without
-all of the scores.
+footnote that names them. Bold is a score that is resolved: better than every other of its column,
+by more than chance gives once in twenty such tables (Bonferroni). Standard errors are taken as
+those of independent items, which is too careful where models have answered the same ones:
+eval.preference and eval.generate compare these item by item.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import csv
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import statistics
 import sys
@@ -26,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import yaml
 
 from eval.judge import TIMEOUT, URL
@@ -204,18 +207,60 @@ def made_by(model: str) -> dict[str, str]:
     return {name: config[name] for name in ("code", "commit") if name in config}
 
 
-def print_scores(columns: list[tuple[str, dict[str, float], dict[str, float]]]) -> None:
+def threshold(comparisons: int) -> float:
+    """How many standard errors a difference must have to be resolved at 5 %, of so many that are
+    looked at (Bonferroni; normal approximation). One comparison: 1.96."""
+    return statistics.NormalDist().inv_cdf(1 - 0.025 / max(1, comparisons))
+
+
+def paired_differences(
+    values: dict[str, np.ndarray], first: dict[str, np.ndarray]
+) -> dict[str, tuple[float, float]]:
+    """{score: (mean difference to the first model, its standard error)}, item by item, of the
+    scores that both have. values, first: {score: (items,)}, the same items in the same order."""
+    found = {}
+    for name in values.keys() & first.keys():
+        difference = np.asarray(values[name], dtype=float) - np.asarray(first[name], dtype=float)
+        error = difference.std(ddof=1) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        found[name] = (float(difference.mean()), float(error))
+    return found
+
+
+def print_scores(
+    columns: list[tuple[str, dict[str, float], dict[str, float]]],
+    items: list[dict[str, np.ndarray]] | None = None,
+) -> None:
     """Print [(model, scores, standard errors)] side by side, with a row for each score; "–" for one
-    that a model does not have, or that is None."""
+    that a model does not have, or that is None. items: of each model, {score: a value for each
+    item}, if all have the same items: then a column after each model but the first has its
+    difference to the first with the 95 % interval, and a star where that is resolved."""
     names = list(dict.fromkeys(name for _, scores, _ in columns for name in scores))
     width = max(map(len, names)) + 2
-    print(" " * width + "".join(f"{model[-26:]:>28}" for model, _, _ in columns))
+    header, differences = " " * width, []
+    for number, (model, _, _) in enumerate(columns):
+        header += f"{model[-26:]:>28}"
+        differences.append(paired_differences(items[number], items[0]) if items and number else {})
+        header += f"{'− first [95 %]':>32}" if differences[number] else ""
+    least = threshold(sum(error > 0 for found in differences for _, error in found.values()))
+    print(header)
     for name in names:
         line = f"{name:<{width}}"
-        for _, scores, errors in columns:
+        for (_, scores, errors), found in zip(columns, differences):
             cell = "–" if scores.get(name) is None else f"{scores[name]:.4f}"
             line += f"{cell + (f' ± {errors[name]:.4f}' if name in errors else ''):>28}"
-        print(line)
+            if found:
+                line += f"{difference_text(*found.get(name, (0, 0)), least):>32}"
+        print(line.rstrip())
+    if any(differences):
+        print(f"* resolved at 5 %, of all differences in this table ({least:.2f} standard errors)")
+
+
+def difference_text(mean: float, error: float, least: float) -> str:
+    """A difference with its 95 % interval, and a star if it is resolved; "" if there is none."""
+    if not error:
+        return f"{mean:+.4f} in each" if mean else ""
+    low, high = mean - 1.96 * error, mean + 1.96 * error
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]{'*' if abs(mean) > least * error else ' '}"
 
 
 def write_result(
@@ -321,20 +366,26 @@ def check_result(path: Path, content: dict) -> None:
             raise InputError(f"{path}: {name} is {score}, no number to rank: evaluate again")
 
 
-def average_ranks(rows: list[list[float | None]]) -> list[float | None]:
-    """The mean over columns of each row's rank: 1 is the largest value, and equal values share the
-    mean of their ranks. A row without all values has None, and the others are ranked without it.
+def resolved(column: list[tuple[float, float | None] | None], comparisons: int) -> int | None:
+    """The index of a column's best (score, standard error), if it is above every other by
+    `threshold` standard errors of their difference; None if it is not, if an error is not known, or
+    if there is nothing to compare.
 
-    >>> average_ranks([[3.0, 5.0], [1.0, 5.0], [9.0, None]])
-    [1.25, 1.75, None]
+    >>> resolved([(60.0, 1.0), (50.0, 1.0), None], 1), resolved([(60.0, 1.0), (58.0, 1.0)], 1)
+    (0, None)
     """
+    known = [(score, error, index) for index, (score, error) in enumerate_known(column)]
+    if len(known) < 2 or any(error is None for _, error, _ in known):
+        return None
+    (best, error, index), *others = sorted(known, reverse=True)
+    least = threshold(comparisons)
+    clear = (best - score > least * math.hypot(error, its) for score, its, _ in others)
+    return index if all(clear) else None
 
-    def rank(value: float, column: tuple[float, ...]) -> float:
-        return sum(other > value for other in column) + (column.count(value) + 1) / 2
 
-    complete = [row for row in rows if row and None not in row]
-    columns = list(zip(*complete))
-    return [statistics.mean(map(rank, row, columns)) if row in complete else None for row in rows]
+def enumerate_known(column: list) -> list[tuple[int, tuple[float, float | None]]]:
+    """Index and value of what is not None."""
+    return [(index, value) for index, value in enumerate(column) if value is not None]
 
 
 def conditions(result: dict, score: str) -> dict:
@@ -364,10 +415,9 @@ def footnote(by_model: dict[str, dict]) -> str:
 
 def tables(results: dict[str, dict[str, dict]]) -> list[tuple[str, list[str], list[list], list]]:
     """[(title, columns, rows, footnotes)]: one row for each model that has any of the table's
-    scores, its name first and its average rank last; scores as (value, standard error or None), or
-    None where there is none. footnotes: one for each score's column, empty if its scores can be
-    compared; the others are not ranked. Columns that no model has and tables without rows are left
-    out."""
+    scores, its name first; scores as (value, standard error or None), or None where there is none.
+    footnotes: one for each score's column, empty if its scores can be compared. Columns that no
+    model has and tables without rows are left out."""
     nonempty = []
     for title, columns in TABLES.items():
         rows, header, footnotes = {}, [], []
@@ -384,41 +434,32 @@ def tables(results: dict[str, dict[str, dict]]) -> list[tuple[str, list[str], li
                 rows.setdefault(model, {})[column] = value
             header.append(column)
             footnotes.append(footnote({m: conditions(r, name) for m, r in having.items()}))
-        ranked = [column for column, note in zip(header, footnotes) if not note]
-        values = [[row[c][0] if c in row else None for c in ranked] for row in rows.values()]
-        lines = [
-            [model, *map(row.get, header), rank]
-            for (model, row), rank in zip(rows.items(), average_ranks(values))
-        ]
+        lines = [[model, *map(row.get, header)] for model, row in rows.items()]
         if lines:
-            nonempty.append((title, ["model", *header, "average rank"], lines, footnotes))
+            nonempty.append((title, ["model", *header], lines, footnotes))
     return nonempty
 
 
 def markdown(title: str, columns: list[str], rows: list[list], footnotes: list[str]) -> str:
-    """One table in Markdown. The best value of a column with at least two comparable values is
+    """One table in Markdown. A score that is `resolved` among all comparisons of the table is
     bold."""
     cells, notes, header = [[row[0] for row in rows]], [], [columns[0]]
-    for column, values, note in zip(columns[1:-1], list(zip(*rows))[1:-1], footnotes):
-        given = [value for value, _ in filter(None, values)]
+    comparable = [len(enumerate_known(c)) for c, n in zip(list(zip(*rows))[1:], footnotes) if not n]
+    comparisons = sum(count - 1 for count in comparable)
+    for column, values, note in zip(columns[1:], list(zip(*rows))[1:], footnotes):
         # Percentages and ratings with two digits; shares and differences with four.
         digits = 4 if title.startswith("Held-out") else 2
-        top = max(given) if len(given) > 1 and not note else None
+        best = None if note else resolved(values, comparisons)
         texts = []
-        for value, error in (value or (None, None) for value in values):
+        for index, (value, error) in enumerate(value or (None, None) for value in values):
             text = "–" if value is None else f"{value:.{digits}f}"
-            text = f"**{text}**" if value is not None and value == top else text
+            text = f"**{text}**" if index == best else text
             texts.append(text + (f" ± {error:.{digits}f}" if error is not None else ""))
         cells.append(texts)
         if note:
             notes.append(f"{column}: not comparable. {note}")
         header.append(f"{column} ({len(notes)})" if note else column)
-    ranks = [row[-1] for row in rows]
-    ranked = [rank for rank in ranks if rank is not None]
-    best = min(ranked) if len(ranked) > 1 else None
-    texts = ["–" if rank is None else f"{rank:.2f}" for rank in ranks]
-    cells.append([f"**{t}**" if r is not None and r == best else t for t, r in zip(texts, ranks)])
-    lines = [f"**{title}**\n", f"| {' | '.join([*header, columns[-1]])} |"]
+    lines = [f"**{title}**\n", f"| {' | '.join(header)} |"]
     lines.append("|---" * len(columns) + "|")
     lines += [f"| {' | '.join(line)} |" for line in zip(*cells)]
     lines += [f"\n({number}) {note}" for number, note in enumerate(notes, 1)]
@@ -451,12 +492,12 @@ def main() -> None:
         Path(f"{args.output}.md").write_text(text)
         with open(f"{args.output}.csv", "w", newline="") as file:
             writer = csv.writer(file)
-            for title, (first, *scores, last), rows, footnotes in nonempty:
+            for title, (first, *scores), rows, footnotes in nonempty:
                 header = [c for score in scores for c in (score, f"{score} standard error")]
-                writer.writerows([[title], [first, *header, last]])
-                for model, *values, rank in rows:
+                writer.writerows([[title], [first, *header]])
+                for model, *values in rows:
                     pairs = (value or (None, None) for value in values)
-                    writer.writerow([model, *(x for pair in pairs for x in pair), rank])
+                    writer.writerow([model, *(x for pair in pairs for x in pair)])
                 writer.writerows([[score, note] for score, note in zip(scores, footnotes) if note])
                 writer.writerow([])
 

@@ -154,14 +154,23 @@ def summary(
     answers themselves changed: their words, the share that ended within --max_new_tokens, and the
     share of distinct answers.
     """
-    above = [float(score > threshold) for score in scores]
-    words = [float(len(text.split())) for text, _ in answers]
-    columns = {"score": scores, f"share above {threshold:g}": above, "words": words}
+    columns = item_values(answers, scores, threshold)
     values = {name: statistics.mean(column) for name, column in columns.items()}
-    values["share finished"] = statistics.mean(float(finished) for _, finished in answers)
     values["share distinct"] = len({text for text, _ in answers}) / len(answers)
     errors = {}
     if len(scores) > 1:
         root = math.sqrt(len(scores))
         errors = {name: statistics.stdev(column) / root for name, column in columns.items()}
     return values | {"answers": len(answers)}, errors
+
+
+def item_values(
+    answers: list[tuple[str, bool]], scores: list[float], threshold: float
+) -> dict[str, list[float]]:
+    """Of which `summary` gives the means: {name: a value for each answer}."""
+    return {
+        "score": scores,
+        f"share above {threshold:g}": [float(score > threshold) for score in scores],
+        "words": [float(len(text.split())) for text, _ in answers],
+        "share finished": [float(finished) for _, finished in answers],
+    }

@@ -44,7 +44,7 @@ def keep_masters(
         weights[master] = weight
         if master.requires_grad:
             if device is not None:
-                master = HostMaster(pinned(master.detach(), device))
+                master = pinned(HostMaster(master.detach()), device)
             master.weight, masters[name] = weight, master
             weight.total = torch.zeros_like(weight, dtype=master.dtype)
             weight.register_post_accumulate_grad_hook(add_gradient)

@@ -16,7 +16,8 @@ def fuse_norms(model: torch.nn.Module, device: torch.device, dtype: torch.dtype)
     """Let every module of `model` that computes x / rms(x) · weight do so by F.rms_norm, unless
     that is further from float64 than the module itself, on random input of `dtype`."""
     found = {}
-    for module in model.modules() if device.type in DEVICES else ():
+    # (On some of AMD's cards, which torch calls "cuda" too, its gradients are wrong.)
+    for module in model.modules() if device.type in DEVICES and not torch.version.hip else ():
         weight, eps = module._parameters.get("weight"), epsilon(module)
         if eps is None or weight is None or weight.ndim != 1 or len(module._parameters) > 1:
             continue

@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from runtime.processes import max_over_ranks
 from runtime.streaming import HostMaster
@@ -22,7 +23,9 @@ def memory_of_a_step(model, several: bool):
     moments = [torch.zeros_like(weight) for weight in there for _ in range(2)]
     for weight in weights if several else ():
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    model.begin_micro_batch(last=False)
+    model.begin_micro_batch(last=False)  # weights that are kept stay gathered
+    if isinstance(model, FSDPModule):  # what replicas do not reduce now, the first step would add
+        model.set_requires_all_reduce(True)
     yield
     del moments
     model.free_gathered()
@@ -56,13 +59,18 @@ def rehearse(model, data, device: torch.device) -> None:
 
 
 def gathered_fits(model, device: torch.device) -> bool:
-    """Whether the weights of a sharded model may stay gathered for a step, by its size alone."""
-    weights = model.optimized().values()
+    """Whether the weights of a sharded model may stay gathered for a step, by its size alone.
+    Collective."""
     if device.type != "cuda" or dist.get_world_size() == 1:
         return False
-    shards = sum(weight.to_local().numel() for weight in weights)
-    size = 16 * shards + 2 * sum(p.numel() for p in model.parameters())
-    return size <= GATHERED * torch.cuda.get_device_properties(device).total_memory
+    size = 0
+    for parameter in model.parameters():
+        size += (16 if parameter.requires_grad else 4) * parameter.to_local().numel()
+        size += model.dtype.itemsize * parameter.numel()
+    # Ranks may have other shards, and other cards: one answer for all.
+    share = size / torch.cuda.get_device_properties(device).total_memory
+    (largest,) = max_over_ranks(device, share)
+    return largest <= GATHERED
 
 
 def tokens_that_fit(model, data, device: torch.device, batch_size: int) -> int:
@@ -82,13 +90,15 @@ def tokens_that_fit(model, data, device: torch.device, batch_size: int) -> int:
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
         base = torch.cuda.memory_allocated()
         free, base = (-value for value in max_over_ranks(device, -free, -base))
+        most = (1 - KEPT_FREE) * free
         while True:
             rows = by_cost[:count].tolist()
             torch.cuda.reset_peak_memory_stats()
             try:
                 model(data.pack(rows).to(device)).sum().backward()
             except torch.OutOfMemoryError as error:
-                if dist.get_world_size() > 1 or count == 1:
+                # FSDP does not recover from a backward pass that has ended early.
+                if isinstance(model, FSDPModule) or count == 1:
                     explain(error, data.cost(rows), longest)
                     raise
                 fits = sizes[-1]
@@ -98,10 +108,10 @@ def tokens_that_fit(model, data, device: torch.device, batch_size: int) -> int:
             # What it takes grows no faster than its tokens: all that is known after the first.
             (size0, peak0), (size1, peak1) = [(0, base), *zip(sizes, peaks)][-2:]
             slope = max(1.0, (peak1 - peak0) / (size1 - size0))
-            fits = size1 + ((1 - KEPT_FREE) * free - peak1) / slope
+            fits = size1 + (most - peak1) / slope
             if size1 >= whole or len(sizes) > 1 and fits <= 1.5 * size1:
                 break
-            goal = size1 * min(2, (free - base) / max(1, peak1 - base))
+            goal = size1 * min(2, (most - base) / max(1, peak1 - base))
             while count < len(by_cost) and data.cost(by_cost[: count + 1]) <= goal:
                 count += 1
             if len(rows) == count:

@@ -4,6 +4,7 @@ Sealed; the docstrings of HostMaster and `stream` are enough.
 """
 
 import types
+import weakref
 from pathlib import Path
 
 import torch
@@ -60,7 +61,9 @@ def streamed_step(self) -> None:
         for master in group["params"]:
             state = self.state[master]
             for name in MOMENTS:
-                state[name] = pinned(state.get(name, torch.zeros(master.shape)), device)
+                if name not in state:
+                    state[name] = torch.zeros(master.shape)
+                state[name] = pinned(state[name], device)
             state.setdefault("step", torch.zeros(()))
             on_host = [tensor.view(-1) for tensor in (master, *(state[name] for name in MOMENTS))]
             weight, total = master.weight.view(-1), master.weight.total.view(-1)
@@ -89,7 +92,8 @@ def streamed_step(self) -> None:
             state["step"] += 1
             master.renewed = True
     compute.wait_stream(outgoing)
-    masters[0].copied = emptied[(number - 1) % 2]
+    for master in masters:
+        master.copied = emptied[(number - 1) % 2]
 
 
 def settle(masters: dict) -> None:
@@ -99,8 +103,17 @@ def settle(masters: dict) -> None:
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor in memory of the host that a GPU reads by itself."""
-    return tensor.pin_memory() if device.type == "cuda" and not tensor.is_pinned() else tensor
+    """The tensor in memory of the host that a GPU reads by itself, as long as the object lives."""
+    if device.type != "cuda" or tensor.is_pinned():
+        return tensor
+    # pin_memory rounds up to a power of two, and copies: only for what shares its pages.
+    if tensor.nbytes >= 2**20:
+        cuda, place = torch.cuda.cudart(), tensor.data_ptr()
+        if int(cuda.cudaHostRegister(place, tensor.nbytes, 0)) == 0:
+            weakref.finalize(tensor, cuda.cudaHostUnregister, place)
+            return tensor
+    copy = tensor.pin_memory()
+    return HostMaster(copy) if isinstance(tensor, HostMaster) else copy
 
 
 def check_host(model: torch.nn.Module) -> None:

@@ -191,12 +191,33 @@ def write(folder: Path, model_folder: Path, benchmark: str, scores: dict, **more
     report.write_result(folder, benchmark, str(model_folder), scores, **more)
 
 
-def test_average_ranks_by_hand():
-    # First column: 1st, 2nd and 3rd; second: two share 1st and 2nd. The last row, without a value
-    # in the second column, is not ranked.
-    assert report.average_ranks([[3, 5], [2, 5], [1, 0], [9, None]]) == [1.25, 1.75, 3.0, None]
-    assert report.average_ranks([[1, 1], [1, 1]]) == [1.5, 1.5]
-    assert report.average_ranks([[None]]) == [None]
+def test_only_what_is_resolved_is_bold():
+    """By hand: of one comparison, 10 is 2.0 of the errors of the difference of 0 and 10, √(3² + 4²)
+    = 5, and resolved (1.96); of two comparisons it is not (2.24); nor without an error."""
+    column = [(0.0, 3.0), None, (10.0, 4.0)]
+    assert report.resolved(column, 1) == 2 and report.resolved(column, 2) is None
+    assert report.resolved([*column, (9.0, 1.0)], 1) is None
+    assert report.resolved([(0.0, 3.0), (10.0, None)], 1) is None
+    assert report.resolved([(10.0, 1.0), None], 1) is None
+
+
+def test_differences_are_paired(capsys):
+    """Against values worked out by hand: the items differ by 0.1, 0.3, 0.2 and 0.2 while they
+    themselves vary by much more; their mean is 0.2, its standard error √(0.02 / 3 / 4)."""
+    first = {"a": np.array([0.0, 1.0, 5.0, 9.0]), "b": np.array([1.0, 2.0, 1.0, 2.0])}
+    other = {"a": first["a"] + [0.1, 0.3, 0.2, 0.2], "b": first["b"][::-1], "c": np.zeros(4)}
+    found = report.paired_differences(other, first)
+    assert found["a"] == pytest.approx((0.2, (0.02 / 3 / 4) ** 0.5))
+    assert found.keys() == {"a", "b"} and found["b"][0] == 0
+    assert report.threshold(1) == pytest.approx(1.96, abs=1e-3)
+    assert report.threshold(2) == pytest.approx(2.2414, abs=1e-3)
+    columns = [("m", {"a": 3.75, "b": 1.5}, {}), ("n", {"a": 3.95, "b": 1.5}, {})]
+    report.print_scores(columns, [first, other])
+    header, a, b, note = capsys.readouterr().out.splitlines()
+    assert header.endswith("− first [95 %]") and "+0.2000 [+0.1200, +0.2800]*" in a
+    assert not b.endswith("*") and "2.24 standard errors" in note
+    report.print_scores(columns)
+    assert "first" not in capsys.readouterr().out
 
 
 def test_report(model_folder, other_folder, tmp_path):
@@ -207,14 +228,14 @@ def test_report(model_folder, other_folder, tmp_path):
     done = command("report", *sorted(tmp_path.iterdir()), "--output", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     assert done.stdout == (tmp_path / "report.md").read_text()
-    assert "| model | BBH | GSM8K | average rank |" in done.stdout
-    assert "| a | 0.50 | **60.00** | 1.00 |" in done.stdout
-    assert "| b | – | 50.00 | – |" in done.stdout
-    assert "| model | MT-Bench | average rank |" in done.stdout and "7.12" in done.stdout
+    assert "| model | BBH | GSM8K |\n" in done.stdout
+    assert "| a | 0.50 | 60.00 |\n" in done.stdout  # nobody knows the error
+    assert "| b | – | 50.00 |\n" in done.stdout
+    assert "| model | MT-Bench |\n" in done.stdout and "7.12" in done.stdout
     rows = list(csv.reader(open(tmp_path / "report.csv")))
-    header = ["model", "BBH", "BBH standard error", "GSM8K", "GSM8K standard error", "average rank"]
+    header = ["model", "BBH", "BBH standard error", "GSM8K", "GSM8K standard error"]
     assert rows[:2] == [["Open LLM Leaderboard"], header]
-    assert rows[2:4] == [["a", "0.5", "", "60.0", "", "1.0"], ["b", "", "", "50.0", "", ""]]
+    assert rows[2:4] == [["a", "0.5", "", "60.0", ""], ["b", "", "", "50.0", ""]]
 
 
 DAMAGED = {
@@ -245,7 +266,7 @@ def test_a_damaged_result_is_named(model_folder, tmp_path, damage):
 def test_a_score_of_zero_per_cent_has_two_digits(model_folder, tmp_path):
     write(tmp_path / "a", model_folder, "leaderboard", {"GSM8K": 0.0})
     (table,) = report.tables(report.read_results([str(tmp_path / "a")]))
-    assert "| a | 0.00 | 1.00 |" in report.markdown(*table)
+    assert "| a | 0.00 |" in report.markdown(*table)
 
 
 def test_help_shows_the_defaults(capsys):
@@ -257,8 +278,7 @@ def test_help_shows_the_defaults(capsys):
 
 
 def test_report_footnotes_what_it_cannot_compare(model_folder, tmp_path):
-    """Two judges, and two chat templates in one of two benchmarks: these columns are not ranked,
-    and no best value is marked."""
+    """Two judges, and two chat templates in one of two benchmarks: these columns are not ranked."""
     judges, shots = {"a": "new", "b": "old", "c": "new"}, {"shots": 5, "lm_eval": "0.4"}
     for number, (name, judge) in enumerate(judges.items()):
         settings = {"judge": judge, "judge_version": "1", "reference": "gpt-4", "repeats": 1}
@@ -272,15 +292,15 @@ def test_report_footnotes_what_it_cannot_compare(model_folder, tmp_path):
     results = report.read_results(sorted(str(path) for path in tmp_path.iterdir()))
     board, chat = (report.markdown(*table) for table in report.tables(results))
     assert board.splitlines()[2:] == [
-        "| model | GSM8K (1) | ARC-Challenge | average rank |",
-        "|---|---|---|---|",
-        "| a | 60.00 | 0.50 ± 0.12 | 3.00 |",
-        "| b | 61.00 | 1.50 ± 0.12 | 2.00 |",
-        "| c | 62.00 | **2.50** ± 0.12 | **1.00** |",
+        "| model | GSM8K (1) | ARC-Challenge |",
+        "|---|---|---|",
+        "| a | 60.00 | 0.50 ± 0.12 |",
+        "| b | 61.00 | 1.50 ± 0.12 |",
+        "| c | 62.00 | **2.50** ± 0.12 |",
         "",
         "(1) GSM8K: not comparable. a, c: apply_chat_template False; b: apply_chat_template True",
     ]
-    assert "| b | 8.00 ± 0.25 | – |" in chat and "a, c: judge new; b: judge old" in chat
+    assert "| b | 8.00 ± 0.25 |" in chat and "a, c: judge new; b: judge old" in chat
 
 
 def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
@@ -305,7 +325,7 @@ def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
     assert pairs[3] == ["a: pairs 43; b: pairs 20"]
     assert normalized[:2] == (
         "Open LLM Leaderboard 2, normalized",
-        ["model", "GPQA", "average rank"],
+        ["model", "GPQA"],
     )
     assert normalized[3] == [""]
     references, files, data = chat[3]

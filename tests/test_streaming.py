@@ -1,6 +1,7 @@
 """AdamW whose masters and moments are on the host: the same bits as without."""
 
 import copy
+import gc
 import json
 
 import pytest
@@ -66,8 +67,34 @@ def test_a_master_on_the_host_has_its_weights_gradient():
         master.grad = torch.ones(3)
 
 
-def files(folder) -> dict:
-    return {path.name: path.read_bytes() for path in (folder / "final").iterdir()}
+def test_large_tensors_are_pinned_where_they_are(monkeypatch):
+    """And small ones, and those that CUDA does not take, are copied. (pin_memory alone would round
+    up to a power of two.)"""
+    calls, answer = [], 0
+
+    class Runtime:
+        def cudaHostRegister(self, place, size, flags):
+            calls.append(("in", place, size))
+            return answer
+
+        def cudaHostUnregister(self, place):
+            calls.append(("out", place))
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.detach().clone())
+    cuda, large, small = torch.device("cuda", 0), HostMaster(torch.ones(2**18)), torch.ones(9)
+    place = large.data_ptr()
+    assert streaming.pinned(large, cuda) is large and calls == [("in", place, 2**20)]
+    assert streaming.pinned(small, cuda) is not small and len(calls) == 1
+    assert streaming.pinned(small, CPU) is small
+    del large
+    gc.collect()
+    assert calls[1:] == [("out", place)]
+    answer = 712
+    large = HostMaster(torch.ones(2**18))
+    copy = streaming.pinned(large, cuda)
+    assert copy is not large and isinstance(copy, HostMaster) and torch.equal(copy, large)
 
 
 def test_a_streamed_run_is_that_without_and_goes_on_in_the_other_way(base, tmp_path):

@@ -125,7 +125,7 @@ def test_tables_are_those_of_the_results(tiny_study):
     assert page.startswith("# Study\n\nWords.\n") and page.endswith("\n\nMore words.\n")
     assert study.tables(setting, results) in page and "old" not in page
     figures = {path.name for path in folder.glob("*.png")}
-    names = ("differences", "frontier", "rates", "dynamics")
+    names = ("differences", "frontier", "five", "rates", "dynamics")
     assert figures == {f"study-{name}.png" for name in names}
 
 
