@@ -418,7 +418,9 @@ def main() -> None:
         "--without", nargs="*", default=[], choices=["masters", "norms"], help="as it was before"
     )
     parser.add_argument("--gpu_memory", type=int, default=80, help="of a GPU, GiB")
-    parser.add_argument("--row", action="store_true", help="print one line of docs/gpu.md's table")
+    parser.add_argument(
+        "--row", action="store_true", help="print one line of docs/notes/gpu.md's table"
+    )
     parser.add_argument("--json", action="store_true", help="print all counts, in GB (of simper)")
     args, rest = parser.parse_known_args()
     if not torch.version.cuda:

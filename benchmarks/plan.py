@@ -100,8 +100,8 @@ GPUS = [
     GPU("b200", 180e9, 2250e12, 8e12, 64e9, link=900e9, network=8 * 50e9),
 ]
 GPUS = {gpu.name: gpu for gpu in GPUS}
-# An 8,192³ product reached 795e12 on the H100 and 790e12 on the H200 (docs/speed.md), 0.80 of the
-# datasheet's; the step's products reach 0.97 of that, and copies 0.9 · 0.85 of the bandwidth,
+# An 8,192³ product reached 795e12 on the H100 and 790e12 on the H200 (docs/notes/speed.md), 0.80 of
+# the datasheet's; the step's products reach 0.97 of that, and copies 0.9 · 0.85 of the bandwidth,
 # fitted to the two runs' totals. Assumed for the other cards.
 MATMUL, COPY, ATTENTION = 0.80 * 0.97, 0.90 * 0.85, 0.25
 IDLE = 0.010  # s a micro-batch; fitted to the same runs
@@ -573,10 +573,10 @@ def seconds(counts: Counts, part: float, looks: float, copied: float, gpu: GPU) 
 
 
 def cheapest(recipe: Config, config, gpus: int, gpu: GPU, **rest) -> dict:
-    """The fastest plan that fits, of all values of activation_checkpointing, and, where that is
-    not enough, of stream_optimizer; or the smallest."""
+    """The fastest plan that fits, of all values of activation_checkpointing and, on one GPU, of
+    stream_optimizer; or the smallest."""
     found = []
-    for streamed in (recipe.stream_optimizer, gpus == 1):
+    for streamed in {recipe.stream_optimizer, gpus == 1}:
         for value in ("false", "selective", "true"):
             values = {"activation_checkpointing": value, "stream_optimizer": streamed}
             try:
@@ -584,8 +584,9 @@ def cheapest(recipe: Config, config, gpus: int, gpu: GPU, **rest) -> dict:
             except InputError:  # some models change a product that would be kept
                 if value != "selective":
                     raise
-        if fitting := [result for result in found if result["fits"]]:
-            return min(fitting, key=lambda result: result["step"])
+    fitting = [result for result in found if result["fits"]]
+    if fitting:
+        return min(fitting, key=lambda result: result["step"])
     return min(found, key=lambda result: sum(result["memory"].values()))
 
 

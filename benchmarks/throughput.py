@@ -21,9 +21,9 @@ anything that --train_data accepts.
 model: demo, a folder, random-32k, random-128k or random-256k (8 random layers of width 512 with
 a vocabulary of that size), or llama-3-8b:N (N random layers of its shape, and its vocabulary).
 
-With a GPU, the processes run there, in bfloat16 (docs/speed.md has a command). The model, and a
-trained one until its process has been measured, are written to the folder for temporary files:
-32 GB together for llama-3-8b:32.
+With a GPU, the processes run there, in bfloat16 (docs/notes/speed.md has a command). The model, and
+a trained one until its process has been measured, are written to the folder for temporary files: 32
+GB together for llama-3-8b:32.
 """
 
 import argparse

@@ -6,19 +6,22 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, read_metrics, run_python, write_pairs
+from transformers import LlamaConfig
 
+from benchmarks import plan
 from data import load_data
-from train import LOSSES, Config
+from train import LOSSES, Config, parse_args
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {
-    f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))
+    str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))
 }
 FORKING = (ROOT / "docs" / "forking.md").read_text()
 FORK = README.split("## How to fork it")[1].split("\n## ")[0] + FORKING
@@ -87,6 +90,48 @@ def test_the_loss_in_another_trainer():
     losses = names["simper_of_logits"](logits, labels)
     by_hand = [(expected[n + 3] - expected[n]).item() for n in range(3)]
     assert losses.tolist() == pytest.approx(by_hand, rel=1e-4)
+
+
+# Llama 3's shapes, by billions of parameters: layers, width, of the feed-forward part, heads.
+SHAPES = {"1 B": (16, 2048, 8192, 32), "3 B": (28, 3072, 8192, 24), "8 B": (32, 4096, 14336, 32)}
+CARDS = {"24 GB": (1, "4090"), "48 GB": (1, "l40s"), "80 GB": (1, "h100"), "141 GB": (1, "h200")}
+CARDS |= {"8 × 80 GB": (8, "h100")}
+
+
+@pytest.mark.repo
+@pytest.mark.parametrize("size", SHAPES)
+def test_what_fits_is_planned_so(size, monkeypatch):
+    """What the table says fits, does, and what it says needs the host's memory or adapters."""
+    monkeypatch.setattr(plan, "STEPS", 1)
+    layers, width, inner, heads = SHAPES[size]
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128 if size != "1 B" else 64,
+        tie_word_embeddings=size != "8 B",
+    )
+    (header,) = re.findall(r"^\| +\| (.*24 GB.*) \|$", README, re.MULTILINE)
+    (line,) = re.findall(rf"^\| {size}.*? \| (.*) \|$", README, re.MULTILINE)
+    cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    recipe = parse_args([plan.PAPER])
+
+    def fits(column: str, streamed: bool) -> bool:
+        gpus, card = next(CARDS[name] for name in reversed(CARDS) if name in column)
+        kept = {"activation_checkpointing": "true", "stream_optimizer": streamed}
+        where = (config, gpus, plan.GPUS[card], "ultrafeedback", 60_000)
+        return plan.plan(replace(recipe, **kept), *where)["fits"]
+
+    # Of cards with the same verdict, the largest that is too small, the smallest that is enough.
+    if adapters := [column for column, cell in cells.items() if "adapters" in cell]:
+        assert not fits(adapters[-1], streamed=True)
+    host = [column for column, cell in cells.items() if "host" in cell]
+    assert fits(host[0], streamed=True)
+    rest = [column for column in cells if column not in (*adapters, *host)]
+    assert fits(rest[0], streamed=False)
 
 
 @pytest.fixture
