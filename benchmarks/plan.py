@@ -441,13 +441,15 @@ def plan(
     how: str = "packed",
     fused: bool = True,
     way: str = "",
+    only_fits: bool = False,
 ) -> dict:
     """The prediction for a recipe on a model of transformers' `config`: figures by name, in bytes,
     seconds and operations.
 
     lengths: a name in LENGTHS; pairs: how many an epoch has; how, fused: see Setting; way: see
-    parts_of_memory, by default train.py's. Raises InputError if the batch cannot be spread over the
-    GPUs, or if the model cannot be counted.
+    parts_of_memory, by default train.py's. Of what does not fit, or with only_fits, the result is
+    "fits", "way", "memory" and "peak", with the longest pair alone. Raises InputError if the batch
+    cannot be spread over the GPUs, or if the model cannot be counted.
     """
     sizes = sizes_of(config, gpus, recipe.replicas)
     shards = gpus // recipe.replicas
@@ -482,8 +484,12 @@ def plan(
     usable = gpu.memory - CONTEXT[gpus == 1]
     one = take(longest[:1])
     taken = functools.partial(parts_of_memory, sizes, way, shards)
-    fits = sum(taken(one, True).values()) <= usable
+    memory = taken(one, True)
+    fits = sum(memory.values()) <= usable
     tokens = recipe.micro_batch_tokens
+    known = {"fits": fits, "way": way, "memory": memory, "peak": one.peak}
+    if only_fits or not (fits or tokens):
+        return known
     if not tokens:
         two, sizes_of_two = take(longest[:2]), (cost(longest[:1]), cost(longest[:2]))
 
@@ -596,7 +602,7 @@ def alternatives(recipe: Config, config, gpus: int, gpu: GPU, **rest) -> list[st
 
     def fits(number: int, card: GPU) -> bool:
         streamed = replace(recipe, stream_optimizer=number == 1)
-        return plan(streamed, config, number, card, **rest)["fits"]
+        return plan(streamed, config, number, card, **rest, only_fits=True)["fits"]
 
     counts = [n for n in (2, 4, 8, 16, 32, 64) if gpus < n <= recipe.batch_size]
     if enough := next((n for n in counts if fits(n, gpu)), None):
@@ -605,7 +611,11 @@ def alternatives(recipe: Config, config, gpus: int, gpu: GPU, **rest) -> list[st
     if card := next((card for card in larger if fits(gpus, card)), None):
         found.append(f"--gpu {card.name}")
     sizes = sizes_of(config, 1, 1)
-    adapters = 2 * sizes.whole + 4 * sizes.others + plan(recipe, config, 1, gpu, **rest)["peak"]
+    adapters = (
+        2 * sizes.whole
+        + 4 * sizes.others
+        + plan(recipe, config, 1, gpu, **rest, only_fits=True)["peak"]
+    )
     if gpus == 1 and adapters < gpu.memory:
         found.append(f"adapters, forks/lora.patch: about {adapters / 1e9:.0f} GB")
     return found
@@ -635,11 +645,13 @@ def report(result: dict, gpu: GPU) -> str:
     memory = [f"{name:<14}{size / 1e9:8.1f} GB\n" for name, size in result["memory"].items()]
     memory.append(f"together      {total:8.1f} GB of {gpu.memory / 1e9:.0f}: ")
     memory.append("fits\n" if result["fits"] else "DOES NOT FIT")
+    if not result["fits"]:
+        return "".join(memory)
     more = {"hours": result["epoch"] / 3600, "streaming": ""}
     if result["way"] == "streamed":
         host = f" and {result['host_memory'] / 1e9:.0f} GB of the host's memory"
         more["streaming"] = " --stream_optimizer true" + host
-    return "".join(memory) + (REPORT.format(**result, **more) if result["fits"] else "")
+    return "".join(memory) + REPORT.format(**result, **more)
 
 
 def choose_gpu(args) -> GPU:
@@ -676,7 +688,7 @@ def main() -> None:
     rest = {"lengths": args.lengths, "pairs": args.pairs, "how": how}
     given = any(flag.startswith("--activation_checkpointing") for flag in flags)
     result = (plan if given or args.row else cheapest)(recipe, config, args.gpus, gpu, **rest)
-    if args.row:
+    if args.row and result["fits"]:
         print(row(result))
         return
     print(report(result, gpu))

@@ -274,7 +274,7 @@ def test_plan_of_one_gpu():
     config, parameters = llama3()
     workload = {"gpus": 1, "gpu": GPUS["h100"], "lengths": "hh", "pairs": 1600}
     result = plan(Config(batch_size=16, activation_checkpointing="true"), config, **workload)
-    assert result["transfer"] == 0 and not result["fits"] and result["way"] == "FSDP"
+    assert not result["fits"] and result["way"] == "FSDP"
     assert result["memory"]["parameters"] == pytest.approx(4 * parameters, rel=1e-3)
     recipe = Config(batch_size=16, stream_optimizer=True)  # but with AdamW on the host
     result = plan(recipe, config, **workload)

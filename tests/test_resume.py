@@ -509,7 +509,7 @@ def test_resume_with_another_model_or_template_says_so(base, three_steps, model_
 MADE_OF = ("tokenizer", "chat template", "training tokens", "held-out tokens", "model files")
 MADE_OF += ("code", "dtype in use")
 FREE = "micro_batch_tokens activation_checkpointing compile replicas wandb eval_data eval_every "
-FREE += "save_every keep_checkpoints log_every chat_template template_args"
+FREE += "save_every keep_checkpoints log_every chat_template template_args stream_optimizer"
 
 
 def write_state(folder: Path, config: Config, made_of: dict, **changes) -> Path:

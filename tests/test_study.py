@@ -295,7 +295,7 @@ def test_figures_show_the_runs(at_root_8, monkeypatch, tmp_path):
     for rate, seed in itertools.product((1.0, 2.0), (0, 1)):
         results.append(result("dpo", rate, seed, [seed + 0.1] * 2) | {"steps": [after]})
     study.figures(results, tmp_path)
-    differences = axes[2][0]
+    differences = axes[3][0]  # of the second call's figures, the first
     assert [label.get_text() for label in differences.get_yticklabels()] == ["dpo"]
     (bar,) = differences.containers
     assert bar.lines[0].get_xydata()[0] == pytest.approx((0.1, 0))
