@@ -14,7 +14,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -160,7 +160,9 @@ def train(config: Config) -> None:
             batches = data.batches(step + 1, rank)  # before the host waits for the GPU
             memory = processes.peak_memory(device)
             mine = norms["grad_norm"], signals(), *memory.values()
-            norm, stop, *peaks = processes.max_over_ranks(device, *mine)
+            sums = sums_over_ranks(meter.rows)
+            # The step's one wait for the GPU.
+            (norm, stop, *peaks), sums = processes.max_over_ranks(device, *mine, beside=sums)
             if not math.isfinite(norm):
                 places = ", ".join(map(data.place, data.indices(step)))
                 raise FloatingPointError(f"step {step + 1}: gradient norm {norm}. Pairs: {places}")
@@ -175,7 +177,9 @@ def train(config: Config) -> None:
             ends = stop or saves or done == last or due(done)
             logs = ends or done % config.log_every == 0
             line = {"step": done, "epoch": done / (len(data.rows) // config.batch_size)}
-            line |= mean_over_ranks(meter.rows) if logs else {}  # waits for the optimizer, too
+            line |= means_of(meter.rows[0], sums) if logs else {}
+            if ends:  # what follows does not count as this step's time, the optimizer does
+                processes.wait_for(device)
             meter.stop(config.batch_size, data.tokens[data.indices(step)].sum())
             if logs:
                 norms["grad_norm"] = norm  # on the host already
@@ -345,14 +349,19 @@ def total_norm(parameters) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def mean_over_ranks(rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """pair_metrics of this rank's micro-batches → the means over the pairs of all ranks, which may
-    have different numbers of them. Collective. Raises FloatingPointError if one is not finite."""
+def sums_over_ranks(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """pair_metrics of this rank's micro-batches → (metrics + 1,) float64: the sums over the pairs
+    of all ranks, which may have different numbers of them, and their number. Collective."""
     table = torch.stack([torch.cat([row[name] for row in rows]).double() for name in rows[0]])
-    sums = torch.cat([table, torch.ones_like(table[:1])]).sum(dim=1)  # and the number of pairs
+    sums = torch.cat([table, torch.ones_like(table[:1])]).sum(dim=1)
     dist.all_reduce(sums)
-    *totals, count = sums.tolist()
-    means = {name: total / count for name, total in zip(rows[0], totals)}
+    return sums
+
+
+def means_of(names: Iterable[str], sums: list[float]) -> dict[str, float]:
+    """{name: mean} of sums_over_ranks. Raises FloatingPointError if one is not finite."""
+    *totals, count = sums
+    means = {name: total / count for name, total in zip(names, totals, strict=True)}
     if strange := [name for name, mean in means.items() if not math.isfinite(mean)]:
         raise FloatingPointError(f"the mean of {strange[0]} is {means[strange[0]]}")
     return means
@@ -401,7 +410,8 @@ def evaluate(
             rows.append(pair_metrics(logps, losses, logps.grad, batch))
     finally:
         model.free_gathered()  # after forwards without a backward
-    return {f"eval/{name}": mean for name, mean in mean_over_ranks(rows).items()}
+    means = means_of(rows[0], sums_over_ranks(rows).tolist())
+    return {f"eval/{name}": mean for name, mean in means.items()}
 
 
 def parse_args(args: list[str]) -> Config:

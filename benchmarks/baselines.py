@@ -44,7 +44,7 @@ from runtime.command_line import choose_loss, run_command
 from runtime.errors import InputError
 from runtime.processes import max_over_ranks, peak_memory, start_group
 from runtime.weights import fetch_weights, load_tokenizer, resolve_model
-from train import Config, mean_over_ranks, parse_args, share_of_peak, train
+from train import Config, means_of, parse_args, share_of_peak, sums_over_ranks, train
 
 DEVICE = torch.device("cpu")
 if torch.cuda.is_available():
@@ -144,7 +144,7 @@ def textbook(config: Config, pairs_a_forward: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         seconds = seconds_since(began)
-        means = mean_over_ranks(metrics)
+        means = means_of(metrics[0], sums_over_ranks(metrics).tolist())
         means |= {"grad_norm": norm, "pairs_per_second": config.batch_size / seconds}
         memory = peak_memory(DEVICE)
         means |= dict(zip(memory, max_over_ranks(DEVICE, *memory.values())))

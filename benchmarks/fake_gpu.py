@@ -111,6 +111,7 @@ STAND_INS = {
     "device_count": lambda: 8,
     "current_device": lambda: 0,
     "set_device": lambda device: None,
+    "synchronize": lambda device=None: None,
     "get_device_capability": lambda device=None: (8, 0),
     "get_device_properties": lambda device=None: types.SimpleNamespace(
         multi_processor_count=108, **A100

@@ -141,12 +141,21 @@ def watch_signals() -> Callable[[], int]:
     return lambda: received[0] if received else 0
 
 
-def max_over_ranks(device: torch.device, *values) -> list[float]:
-    """The largest over all ranks of each value, a number or a () tensor. Collective; one wait for
-    the GPU."""
+def max_over_ranks(device: torch.device, *values, beside: torch.Tensor | None = None):
+    """The largest over all ranks of each value, a number or a () tensor; and, if it is given, the
+    values of the (n,) tensor `beside`, which come with them. Collective; one wait for the GPU."""
     maxima = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    return maxima.tolist()
+    if beside is None:
+        return maxima.tolist()
+    found = torch.cat([maxima, beside]).tolist()
+    return found[: len(values)], found[len(values) :]
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def gather(mine) -> list:
