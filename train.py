@@ -86,7 +86,9 @@ class Config:
     keep_checkpoints: int = option(1, "newest checkpoints to keep; 0: all")
     log_every: int = option(1, "steps per line of metrics; fewer before a save or evaluation")
     resume: str = option("auto", "auto: newest checkpoint; anyway: despite changes; or never")
-    wandb: str = option("auto", "online, offline, off, or auto: online if logged in, otherwise off")
+    wandb: str = option(
+        "auto", "online, offline, off, trackio, or auto: online if logged in, or off"
+    )
 
 
 def train(config: Config) -> None:

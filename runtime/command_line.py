@@ -189,7 +189,7 @@ def check_config(config) -> None:
     not_negative = ("max_steps", "eval_every", "save_every", "keep_checkpoints", "seed")
     not_negative += ("micro_batch_tokens",)
     choices = {"loss": LOSSES, "dtype": ("auto", "float32", "bfloat16")}
-    choices |= {"wandb": ("auto", "online", "offline", "off")}
+    choices |= {"wandb": ("auto", "online", "offline", "off", "trackio")}
     choices |= {"resume": ("auto", "never", "anyway")}
     choices |= {"activation_checkpointing": ("false", "selective", "true")}
     for name, value in asdict(config).items():

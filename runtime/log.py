@@ -1,4 +1,4 @@
-"""The log of a run: config.yaml, code.diff, metrics.jsonl, wandb."""
+"""The log of a run: config.yaml, code.diff, metrics.jsonl, wandb or trackio."""
 
 import fcntl
 import json
@@ -61,7 +61,8 @@ class Logger:
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.evaluations = [line for line in kept if "eval/loss" in line]
         resumed = bool(start.checkpoint) and not start.changed
-        self.wandb = None if config.wandb == "off" else start_wandb(config, resumed)
+        start_it = start_trackio if config.wandb == "trackio" else start_wandb
+        self.wandb = None if config.wandb == "off" else start_it(config, resumed)
 
     def note(self, name: str, value) -> None:
         """Print a fact of the run, and add it to the head of config.yaml."""
@@ -186,6 +187,17 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def start_trackio(config, resumed: bool):
+    """A run of trackio, whose dashboard is on this machine (`trackio show`): that of the output_dir
+    if `resumed`. Raises InputError if it is not installed."""
+    try:
+        import trackio
+    except ImportError:
+        raise InputError("wandb=trackio, which is not installed (pip install trackio)") from None
+    name, resume = Path(config.output_dir).name, "allow" if resumed else "never"
+    return trackio.init(project="simper", name=name, config=asdict(config), resume=resume)
 
 
 def start_wandb(config, resumed: bool):

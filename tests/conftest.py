@@ -255,8 +255,9 @@ def run_python(
     failed = []
     if meanwhile:
         meanwhile(started)
-    while any(process.is_alive() for process in started) and not failed:
-        multiprocessing.connection.wait([p.sentinel for p in started if p.is_alive()])
+    # (Asked once: of none, wait would wait for ever.)
+    while not failed and (alive := [process for process in started if process.is_alive()]):
+        multiprocessing.connection.wait([process.sentinel for process in alive])
         failed = [p for p in started if p.exitcode]
     for process in started:
         process.join(1 if failed else None)  # as torchrun, which ends the ranks that are left

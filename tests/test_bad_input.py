@@ -250,7 +250,7 @@ FLAGS = [
     (
         "another wandb",
         "--wandb maybe",
-        ["wandb must be one of auto, online, offline, off, not may"],
+        ["wandb must be one of auto, online, offline, off, trackio, not may"],
     ),
     (
         "a folder as resume",

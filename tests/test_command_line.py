@@ -16,6 +16,7 @@ from conftest import CHATML, ROOT, as_flags, run, run_python, timeless
 import data
 from runtime import processes
 from runtime.errors import InputError
+from runtime.log import start_trackio
 from train import Config, parse_args
 
 # ---- Recipes and flags ---------------------------------------------------------------------------
@@ -229,6 +230,33 @@ def test_a_run_goes_on_when_the_process_of_wandb_is_gone(
         run(values, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "step_1" / "trainer.json").exists()
     assert capsys.readouterr().err.count("wandb ends here: ConnectionResetError") == 1
+
+
+def test_trackio_gets_what_wandb_gets(base, tmp_path, monkeypatch):
+    """And is asked for by name if it is not installed."""
+    seen = []
+
+    class Run:
+        def log(self, metrics: dict, step: int) -> None:
+            seen.append((step, metrics))
+
+        def finish(self) -> None:
+            seen.append("finish")
+
+    def init(project: str, name: str, config: dict, resume: str) -> Run:
+        seen.append((project, name, config["batch_size"], resume))
+        return Run()
+
+    values = base | {"max_steps": 1, "wandb": "trackio"}
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(InputError, match="wandb=trackio, which is not installed"):
+        start_trackio(Config(), resumed=False)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init))
+    lines = run(values, tmp_path / "run")
+    first, *logged, end = seen
+    assert first == ("simper", "run", 8, "never") and end == "finish"
+    assert [metrics for _, metrics in logged] == lines
+    assert [step for step, _ in logged] == [1, 2, 3]
 
 
 def test_wandb_holds_every_line_once_in_a_run_that_is_stopped_and_killed(
