@@ -1,4 +1,4 @@
-"""What only a GPU can show, in under nine minutes, shortest first; one line each.
+"""What only a GPU can show, in about nine minutes, shortest first; one line each.
 
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py --model FOLDER --train_data my_pairs.jsonl [flags of train.py]

@@ -103,7 +103,8 @@ GPUS = {gpu.name: gpu for gpu in GPUS}
 # An 8,192³ product reached 795e12 on the H100 and 790e12 on the H200 (docs/notes/speed.md), 0.80 of
 # the datasheet's; the step's products reach 0.97 of that, and copies 0.9 · 0.85 of the bandwidth,
 # fitted to the two runs' totals. Assumed for the other cards.
-MATMUL, COPY, ATTENTION = 0.80 * 0.97, 0.90 * 0.85, 0.25
+LARGE = 0.80  # of the datasheet's operations/s, by an 8,192³ product
+MATMUL, COPY, ATTENTION = LARGE * 0.97, 0.90 * 0.85, 0.25
 IDLE = 0.010  # s a micro-batch; fitted to the same runs
 COMPILED = 1.04  # what --compile true added on the one GPU where it was measured, an H200
 # On several GPUs everything takes so much longer: NCCL's kernels beside the computation, transfers

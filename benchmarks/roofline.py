@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.plan import GPUS, LINK_EFFICIENCY, PAPER, Counts, flops, seconds
+from benchmarks.plan import GPUS, LARGE, LINK_EFFICIENCY, PAPER, Counts, flops, seconds
 from benchmarks.throughput import random_config
 from model import build_model
 from runtime.command_line import run_command
@@ -65,7 +65,7 @@ def share(found: dict, config, ranks: int, streamed: bool, card: str) -> float:
     if streamed:
         host = HOST_BYTES * sum(parameter.numel() for parameter in model.parameters())
         time += host / (LINK_EFFICIENCY * gpu.pcie)
-    return needed / time / (0.80 * gpu.flops)
+    return needed / time / (LARGE * gpu.flops)
 
 
 def count(layers: int, flags: list[str]) -> tuple[dict, object]:

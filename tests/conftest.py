@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 os.environ.setdefault(
     "CUDA_VISIBLE_DEVICES", ""
@@ -376,6 +376,17 @@ class Signals:
     def __call__(self) -> int:
         self.quiet -= 1
         return signal.SIGTERM if self.quiet < 0 else 0
+
+
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """A function that lets every GPU have so many bytes."""
+
+    def has(size: int) -> None:
+        card = SimpleNamespace(total_memory=size)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+
+    return has
 
 
 @pytest.fixture

@@ -365,7 +365,8 @@ def test_plan_agrees_with_torchtitan(gpu, compiled, tokens_per_second):
     rows = ((4, 4094, 4094),) * 2
     counts = count(config, Setting("packed", "selective"), rows, gpu.memory)
     looks = 8192**2 / 2 / plan_module.attended(rows[:1]).sum()
-    copied = (30 / 8 + 11) * parameters + 40 * parameters / 8
+    shards, gathered = plan_module.SHARD_BYTES, plan_module.GATHERED_BYTES
+    copied = (shards / 8 + gathered + 40 / 8) * parameters  # 40: AdamW's
     slower = plan_module.SEVERAL.get(gpu.name, plan_module.SEVERAL_OTHERS)
     seconds = plan_module.seconds(counts, 1, looks, copied, gpu) * slower / compiled
     assert 2 * 8192 / seconds == pytest.approx(tokens_per_second, rel=0.15)

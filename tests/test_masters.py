@@ -196,11 +196,8 @@ def test_frozen_weights_are_read_as_bfloat16(folder, group, monkeypatch):
         assert torch.equal(model.model.get_parameter(name), parameter)
 
 
-def test_what_fits_is_decided_by_memory(monkeypatch):
-    class Card:
-        total_memory = 141 * 10**9
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+def test_what_fits_is_decided_by_memory(gpu_of):
+    gpu_of(141 * 10**9)
     with torch.device("meta"):
         model = torch.nn.Linear(10**5, 8 * 10**4, bias=False)  # 8 B
     cuda = torch.device("cuda", 0)
@@ -254,12 +251,9 @@ def test_weights_that_stay_gathered_change_no_bit(base, tmp_path):
     assert same_weights(*folders[:2])
 
 
-def test_weights_stay_gathered_where_memory_is_left(group, monkeypatch):
+def test_weights_stay_gathered_where_memory_is_left(group, monkeypatch, gpu_of):
     """8 B on 8 GPUs of 80 GB take 16 GB of shards and 16 GB more; on 2 GPUs 64 and 16; on 8 of
     which one has 40 GB, the same is too much for that one."""
-
-    class Card:
-        total_memory = 80 * 10**9
 
     class Weight:
         def __init__(self, ranks: int):
@@ -271,7 +265,7 @@ def test_weights_stay_gathered_where_memory_is_left(group, monkeypatch):
         def to_local(self):
             return SimpleNamespace(numel=lambda: 8 * 10**9 // self.ranks)
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    gpu_of(80 * 10**9)
     for ranks, other, fits in ((1, 0, False), (2, 0, False), (8, 0, True), (8, 0.8, False)):
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda ranks=ranks: ranks)
         most = lambda device, share, other=other: [max(share, other)]  # noqa: E731

@@ -190,11 +190,8 @@ def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
     check_host(copy.deepcopy(model).requires_grad_(False))
 
 
-def test_what_no_gpu_can_hold_is_refused_before_it_is_loaded(monkeypatch):
-    class Card:
-        total_memory = 80 * 10**9
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+def test_what_no_gpu_can_hold_is_refused_before_it_is_loaded(gpu_of):
+    gpu_of(80 * 10**9)
     with torch.device("meta"):
         model = torch.nn.Linear(10**5, 8 * 10**4, bias=False)  # 8 B
     cuda = torch.device("cuda", 0)
