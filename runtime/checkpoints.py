@@ -35,16 +35,9 @@ from runtime.weights import FINAL_DIGESTS
 # their gradient. (Of the held-out data and the chat template, the content is compared and not the
 # name.)
 FREE_TO_CHANGE = {"output_dir", "micro_batch_tokens", "activation_checkpointing", "compile"}
-FREE_TO_CHANGE |= {
-    "replicas",
-    "stream_optimizer",
-    "wandb",
-    "resume",
-    "eval_data",
-    "eval_every",
-    "save_every",
-}
+FREE_TO_CHANGE |= {"replicas", "wandb", "resume", "eval_data", "eval_every", "save_every"}
 FREE_TO_CHANGE |= {"keep_checkpoints", "log_every", "chat_template", "template_args"}
+FREE_TO_CHANGE |= {"stream_optimizer"}
 FORMAT = 2  # of trainer.json
 FILE_BYTES = 2**30  # tensors that begin in the same GiB share a file
 # What a run writes to its output_dir.

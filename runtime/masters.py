@@ -155,10 +155,8 @@ def check_memory(model: torch.nn.Module, device: torch.device, ranks: int, strea
     nothing of a GPU's memory."""
     if device.type != "cuda":
         return
-    trained, each = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        6 if streamed else 16,
-    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    each = 6 if streamed else 16
     memory = torch.cuda.get_device_properties(device).total_memory
     if (needed := each * trained / ranks) > memory:
         ways = "more GPUs" if streamed or ranks > 1 else "more GPUs, or --stream_optimizer true"
