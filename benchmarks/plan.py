@@ -41,7 +41,7 @@ from transformers import AttentionInterface
 import model as model_module
 from benchmarks.counter import Recorder, to_empty
 from data import pack, spread_rows, truncate
-from eval.report import at_least
+from eval.results import at_least
 from model import PackedModel, blocks, build_model, keep_products, shape_logits, shard
 from model import varlen_attention as one_kernel
 from runtime import masters, norms, streaming

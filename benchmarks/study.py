@@ -37,8 +37,8 @@ from transformers import AutoModelForCausalLM
 
 from demo.smollm2 import demo_model
 from eval.generate import generate_tokens, load_prompts, prompt_ids, stop_tokens
-from eval.plots import COLORS, new_figure, plot
-from eval.report import at_least, read_records
+from eval.plots import COLORS, label_lines, line_styles, new_figure, plot
+from eval.results import at_least, read_records
 from eval.score import load_scorer, score_answers
 from loss import LOSSES
 from runtime.command_line import run_command
@@ -58,9 +58,8 @@ START, START_RATE = "start", 1e-12
 ABLATIONS = ("simper", "simper_sum", "simper_log", "simper_reference")
 # Where more lines could not be told apart.
 SHOWN = ("simper", "simper_log", "simper_reference", "dpo", "kto", "simpo", "slic_hf", "sft")
-# The README's figure: each loss's name, and where it stands, in points from the end of its line.
-FIVE = {"simper": ("SimPER", (4, -9)), "dpo": ("DPO", (-15, 7)), "simpo": ("SimPO", (5, 5))}
-FIVE |= {"kto": ("KTO", (-28, 5)), "sft": ("SFT", (5, 0))}
+# Those of the README's figure, by their names: in color in the others, too, where the rest is gray.
+FIVE = {"simper": "SimPER", "dpo": "DPO", "simpo": "SimPO", "kto": "KTO", "sft": "SFT"}
 DYNAMICS_RATE = 3e-5
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 SEEDS = 3  # of the order of the pairs and of the sampled answers
@@ -283,73 +282,83 @@ def figures(results: list[dict], folder: Path) -> None:
     groups = group_runs(results)
     minus = {a: v for a in ARMS if len(v := minus_simper(groups, a, EQUAL_KL)) == SEEDS}
     title = f"reward at {EQUAL_KL:g} nats, minus SimPER's"
-    with new_figure(folder / "study-differences.png", [title], (7, 4.5)) as (axis,):
+    with new_figure(folder / "study-differences.png", [title], (4.6, 3.4)) as (axis,):
         axis.axvspan(-UNRESOLVED, UNRESOLVED, color="0.9", label="too small to resolve")
-        axis.axvline(0, color="black", lw=0.7)
+        axis.axvline(0, color=COLORS["simper"], lw=1.2)
         for arm in sorted(minus, key=lambda arm: minus[arm].mean()):
             middle, low, high = interval(minus[arm])
             bar = {"xerr": [[middle - low], [high - middle]], "fmt": "ko", "label": "mean, 95 %"}
-            axis.errorbar(middle, arm, **bar)
+            axis.errorbar(middle, arm, ms=4, **bar)
             seeds = minus[arm].mean(axis=1)
-            axis.plot(seeds, [arm] * SEEDS, "|", color="tab:red", label="each seed")
+            axis.plot(seeds, [arm] * SEEDS, "|", color="0.5", label="each seed", zorder=1)
     rivals = [loss for loss in STUDIED if loss not in ABLATIONS]
-    panels = {"losses": ["simper", *rivals], "SimPER without its parts": ABLATIONS}
-    panels["other hyperparameters"] = ["simper", "dpo", "simpo", *VARIANTS]
-    with new_figure(folder / "study-frontier.png", list(panels), (4.6, 4.0)) as axes:
-        from matplotlib import colormaps
-
-        palette = [*colormaps["tab20"].colors, *colormaps["Dark2"].colors]
-        colors = dict(zip((*rivals, *ABLATIONS[1:], *VARIANTS), palette)) | COLORS
-        for axis, arms in zip(axes, panels.values()):
-            for arm in arms:
-                runs = with_all_seeds(groups, arm)
-                line = [[mean(of_rate, key) for of_rate in runs] for key in ("kl", "reward")]
-                style = {"color": colors[arm], "lw": 2.5 if arm == "simper" else 1}
-                axis.plot(*line, label=arm, zorder=3 if arm == "simper" else 2, **style)
-                dots = [[mean([run], key) for run in sum(runs, [])] for key in ("kl", "reward")]
-                axis.plot(*dots, ".", ms=4, color=style["color"])  # seeds differ in both
-            start = mean(groups[START, START_RATE], "reward")
-            axis.axhline(start, color="black", ls=":", lw=0.7, label="before training")
-            axis.set(xscale="log", xlabel="KL from the starting model, nats", ylabel="mean reward")
-            axis.set_xticks(ticks := (0.3, 1, 3, 10, 30), ticks)
-            axis.minorticks_off()
+    panels = {"losses": [*FIVE, *(loss for loss in rivals if loss not in FIVE)]}
+    panels |= {"SimPER without its parts": ABLATIONS}
+    panels |= {"other hyperparameters": ["simper", "dpo", "simpo", *VARIANTS]}
+    start = mean(groups[START, START_RATE], "reward")
+    with new_figure(folder / "study-frontier.png", list(panels), (2.7, 2.6)) as axes:
+        for axis, (title, arms) in zip(axes, panels.items()):
+            pale = [arm for arm in arms if title == "losses" and arm not in FIVE]
+            frontier(axis, groups, arms, pale, start, "KL from the start, nats per answer")
     with new_figure(folder / "study-five.png", [""], (3.3, 2.5)) as (axis,):
-        for arm, (name, offset) in FIVE.items():
-            runs = with_all_seeds(groups, arm)
-            line = [[mean(of_rate, key) for of_rate in runs] for key in ("kl", "reward")]
-            width, order = (2.2, 3) if arm == "simper" else (1.1, 2)
-            axis.plot(*line, "o-", ms=3, color=COLORS[arm], lw=width, zorder=order)
-            if runs:
-                end = (line[0][-1], line[1][-1])
-                label = {"xytext": offset, "textcoords": "offset points", "fontsize": 8}
-                axis.annotate(name, end, color=COLORS[arm], va="center", **label)
-        axis.axhline(start, color="0.5", ls=":", lw=0.8)
-        axis.annotate("before training", (0.25, start), color="0.4", fontsize=7, va="bottom")
-        axis.set(xscale="log", xlim=(0.2, 100), ylim=(None, 1.02))
-        axis.set_xticks((0.3, 1, 3, 10, 30), (0.3, 1, 3, 10, 30), fontsize=8)
-        axis.tick_params(axis="y", labelsize=8)
-        axis.minorticks_off()
-        axis.set_xlabel("change of the model (KL, nats an answer)", fontsize=8)
-        axis.set_ylabel("reward of new answers (−1 to 1)", fontsize=8)
+        of_five = "change of the model (KL, nats per answer)"
+        frontier(axis, groups, FIVE, [], start, of_five, dots=False)
+        axis.set_ylabel("reward of new answers (−1 to 1)")
+        axis.annotate("before training", (0.2, start), color="0.4", fontsize=7, va="bottom")
     by_rate, by_step = {}, {}
     for arm in SHOWN:
+        name = display_name(arm)
         if runs := with_all_seeds(groups, arm):
-            by_rate[arm] = list(zip(*runs))
+            by_rate[name] = list(zip(*runs))
         if len(runs := groups.get((arm, DYNAMICS_RATE), [])) == SEEDS:
-            by_step[f"{arm} ({mean(runs, 'kl'):.0f} nats)"] = [run["steps"] for run in runs]
+            by_step[f"{name} ({mean(runs, 'kl'):.0f} nats)"] = [run["steps"] for run in runs]
+    pale = [label for label in (*by_rate, *by_step) if label.split()[0] not in FIVE.values()]
     shown = {
-        "mean reward": lambda run: run["reward"].mean(),
+        "mean reward (−1 to 1)": lambda run: run["reward"].mean(),
         "share of finished answers": lambda run: run["finished"],
-        "rejected responses' share of gradient weight": late_share,
+        "rejected's share of gradient weight": late_share,
     }
-    plot(by_rate, str(folder / "study-rates.png"), shown, x="learning_rate")
+    plot(by_rate, str(folder / "study-rates.png"), shown, x="learning_rate", pale=pale)
     chosen, rejected = CHANGES
     shown = {
         f"{chosen}, nats per token": lambda line: line[chosen],
-        rejected: lambda line: line[rejected],
-        "Δ of their margin": lambda line: line[chosen] - line[rejected],
+        f"{rejected}, nats per token": lambda line: line[rejected],
+        "Δ of their margin, nats per token": lambda line: line[chosen] - line[rejected],
     }
-    plot(by_step, str(folder / "study-dynamics.png"), shown)
+    plot(by_step, str(folder / "study-dynamics.png"), shown, pale=pale)
+
+
+def display_name(arm: str) -> str:
+    """As in a figure: "dpo beta=1" → "DPO β=1"."""
+    loss, _, values = arm.partition(" ")
+    values = values.replace("beta", "β").replace("gamma", "γ").replace(",", ", ")
+    return f"{FIVE.get(loss, loss)} {values}".strip()
+
+
+def frontier(
+    axis, groups: dict, arms: Iterable[str], pale: list[str], start: float, xlabel: str, dots=True
+) -> None:
+    """Mean reward over mean KL at each learning rate, a line for each arm, its name at the right
+    edge unless it is pale; with dots, a small one for each run. start: the reward before training,
+    a dotted line."""
+    styles, ends = line_styles([display_name(arm) for arm in arms], pale), {}
+    for name, arm in zip(styles, arms):
+        if not (runs := with_all_seeds(groups, arm)):
+            continue
+        line = [[mean(of_rate, key) for of_rate in runs] for key in ("kl", "reward")]
+        axis.plot(*line, **styles[name])
+        if arm in pale:
+            continue
+        ends[name] = (line[1][-1], styles[name]["color"])
+        points = line
+        if dots:  # seeds differ in both
+            points = [[mean([run], key) for run in sum(runs, [])] for key in ("kl", "reward")]
+        axis.plot(*points, "o", ms=2 if dots else 3, color=styles[name]["color"], zorder=2.3)
+    axis.axhline(start, color="0.4", ls=":", lw=0.8)
+    axis.set(xscale="log", xlabel=xlabel, ylabel="mean reward (−1 to 1)", ylim=(None, 1))
+    axis.set_xticks(ticks := (0.3, 1, 3, 10, 30), ticks)
+    axis.minorticks_off()
+    label_lines(axis, ends)
 
 
 def with_all_seeds(groups: dict, arm: str) -> list[list[dict]]:

@@ -53,7 +53,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from benchmarks.baselines import DEVICE, seconds_since
 from benchmarks.plan import LENGTHS, flops, sample_lengths
 from data import load_data, step_indices
-from eval.report import at_least
+from eval.results import at_least
 from model import build_model
 from runtime.command_line import run_command
 from runtime.errors import InputError

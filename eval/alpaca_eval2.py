@@ -25,10 +25,11 @@ from huggingface_hub import hf_hub_download
 
 from eval.generate import answer, engine_options, short_name
 from eval.judge import MODEL, REFUSALS, REFUSED, Judge, api_key, open_judge
-from eval.report import (
+from eval.results import (
     GENERATION,
     JUDGE,
     at_least,
+    by_item,
     file_sha256,
     make_parser,
     start_model,
@@ -140,8 +141,9 @@ def run_judge(
     folder: Path,
     annotator: str,
     base_url: str,
-) -> tuple[dict[str, float], str]:
-    """Run the official evaluation. → its metrics for these outputs, and the judge's versions.
+) -> tuple[dict[str, float], list[float | None], str]:
+    """Run the official evaluation. → its metrics for these outputs, each output's win rate in per
+    cent (None: unjudged), and the judge's versions.
 
     What the judge refuses counts as "unjudged". Raises InputError if a call fails, or REFUSALS are
     refused in a row.
@@ -218,9 +220,12 @@ def run_judge(
         decoder._openai_completion_helper = ask
     row = table.iloc[0].to_dict()
     metrics = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-    preferences = [annotation["preference"] for annotation in annotations]
-    metrics["unjudged"] = sum(p is None or math.isnan(p) for p in preferences)
-    return metrics, ", ".join(sorted(versions))
+    rates = dict.fromkeys(row["instruction"] for row in json.loads(outputs.read_text()))
+    for line in annotations:  # from 1, the reference's output, to 2, the model's
+        if line["preference"] is not None and not math.isnan(line["preference"]):
+            rates[line["instruction"]] = 100 * (line["preference"] - 1)
+    metrics["unjudged"] = [*rates.values()].count(None)
+    return metrics, [*rates.values()], ", ".join(sorted(versions))
 
 
 def main() -> None:
@@ -289,7 +294,7 @@ def main() -> None:
     if alpaca_eval is None:
         return
     load_outputs(str(outputs))  # checks them
-    metrics, versions = run_judge(
+    metrics, rates, versions = run_judge(
         alpaca_eval,
         judge,
         outputs,
@@ -324,6 +329,7 @@ def main() -> None:
         inputs={"outputs": file_sha256(outputs), "reference": file_sha256(reference_file)},
         packages=("alpaca_eval", "openai"),
         wandb_mode=args.wandb,
+        items=by_item({"win_rate": rates}, prompts),
     )
     for key, title in (
         ("length_controlled_winrate", "length-controlled win rate"),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from eval.report import make_parser
+from eval.results import make_parser
 from model import build_model, export, load_model, merge, surgery
 from runtime.cache import file_digest
 from runtime.card import model_card

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from data import tokenize_text
-from eval.report import (
+from eval.results import (
     GENERATION,
     at_least,
     make_parser,

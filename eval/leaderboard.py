@@ -25,7 +25,14 @@ import torch
 from filelock import FileLock
 
 from eval.generate import NO_VLLM, short_name
-from eval.report import at_least, make_parser, parse_engine_args, write_result
+from eval.results import (
+    at_least,
+    by_item,
+    make_parser,
+    parse_engine_args,
+    read_items,
+    write_result,
+)
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.templates import DATE
@@ -119,6 +126,24 @@ def collect(results: dict, benchmark: str) -> tuple[dict[str, float], dict[str, 
         found[f"normalized/{benchmark}"] = (sum(normalized), error)
     scores = {name: 100 * score for name, (score, _) in found.items()}
     return scores, {name: 100 * e for name, (_, e) in found.items() if e is not None}
+
+
+def question_scores(samples: dict[str, list[dict]], results: dict, benchmark: str) -> dict:
+    """by_item's entry for a benchmark: each question's score in per cent, of which the raw score is
+    the mean. {} for IFEval, whose second metric counts instructions and not questions."""
+    name, _, metrics = BENCHMARKS[benchmark]
+    if len(metrics) > 1:
+        return {}
+    metric, chosen = metrics[0].split(",")
+    tasks = results.get("group_subtasks", {}).get(name) or [name]
+    questions = [
+        (task, sample)
+        for task in tasks
+        for sample in sorted(samples[task], key=lambda sample: sample["doc_id"])
+        if sample["filter"] == chosen
+    ]
+    values = [100 * float(sample[metric]) for _, sample in questions]
+    return by_item({benchmark: values}, [(task, s["doc_hash"]) for task, s in questions])
 
 
 def read_finished(path: Path, model: str, settings: dict[str, dict]) -> dict:
@@ -269,6 +294,7 @@ def main() -> None:
             continue
         with FileLock(f"{path}.lock"):  # another run may add another benchmark meanwhile
             result = read_finished(path, args.model, settings)
+            items = read_items(folder.parent, result) if result["scores"] else {}
             write_result(
                 folder.parent,
                 "leaderboard",
@@ -280,6 +306,7 @@ def main() -> None:
                 inputs=result["inputs_sha256"] | results["task_hashes"],
                 packages=("lm_eval",),
                 wandb_mode=args.wandb if benchmark == missing[-1] else "off",
+                items=items | question_scores(samples, results, benchmark),
             )
         for file in cache.glob(f"{benchmark}_*"):
             file.unlink()

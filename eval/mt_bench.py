@@ -28,10 +28,11 @@ from pathlib import Path
 from eval.generate import answer, engine_options, own_sampling, short_name
 from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
 from eval.plots import radar_figure
-from eval.report import (
+from eval.results import (
     GENERATION,
     JUDGE,
     at_least,
+    by_item,
     file_sha256,
     make_parser,
     read_records,
@@ -233,14 +234,20 @@ def score(records: list[dict], questions: list[dict]) -> dict[str, float]:
     return scores | {"unparsable": sum(record["score"] == -1 for record in records)}
 
 
-def standard_error(runs: list[list[dict]]) -> float | None:
-    """The standard error of "score": of the mean over questions, each the mean of its judgments in
-    all runs. None for fewer than two questions."""
+def question_scores(runs: list[list[dict]], questions: list[dict]) -> list[float | None]:
+    """Of every question the mean of its judgments in all runs, None if none has a score."""
     by_question = defaultdict(list)
     for record in itertools.chain(*runs):
         if record["score"] != -1:
             by_question[record["question_id"]].append(record["score"])
-    means = [statistics.mean(values) for values in by_question.values()]
+    found = [by_question[question["question_id"]] for question in questions]
+    return [statistics.mean(values) if values else None for values in found]
+
+
+def standard_error(by_question: list[float | None]) -> float | None:
+    """The standard error of "score", by question_scores: of the mean over questions. None for fewer
+    than two questions."""
+    means = [value for value in by_question if value is not None]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
 
@@ -316,7 +323,8 @@ def main() -> None:
     values = {key: [run[key] for run in runs if key in run] for key in runs[0]}
     scores = {key: statistics.mean(of_runs) for key, of_runs in values.items()}
     spread = {key: statistics.stdev(of_runs) for key, of_runs in values.items() if len(of_runs) > 1}
-    error = standard_error(judged)
+    by_question = question_scores(judged, questions)
+    error = standard_error(by_question)
     errors = {} if error is None else {"score": error}
     settings = {
         "judge": args.judge,
@@ -345,6 +353,7 @@ def main() -> None:
             | {"answers": file_sha256(path)},
             packages=("openai",),
             wandb_mode=args.wandb,
+            items=by_item({"score": by_question}, [q["question_id"] for q in questions]),
         )
     for key, value in scores.items():
         text = f"{value:.2f}"

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from eval.generate import answer, load_engine, load_prompts, sampling_options
-from eval.report import GENERATION, at_least, make_parser
+from eval.results import GENERATION, at_least, make_parser
 from eval.score import load_scorer, score_answers
 from runtime.command_line import run_command
 from runtime.errors import InputError

@@ -3,24 +3,26 @@
     python -m eval.plots runs/demo                                  # writes dynamics.png
     python -m eval.plots runs/simper runs/dpo --output rivals.svg   # one line per run
     python -m eval.plots runs/simper runs/dpo --heldout             # held-out, not training pairs
+    python -m eval.plots runs/dpo --label SimPER='runs/simper-*'    # several seeds, one line
     python -m eval.plots --radar results/a results/b --output radar.png   # MT-Bench, by category
 
 The paper's view of training: mean log-prob per token of the chosen and of the rejected responses,
 the margin between them, and how hard the loss pulls at each side (gradient weights, see
 pair_metrics in train.py). The metrics of training batches are noisy: a line is their moving average
-over --smooth steps, and they themselves are pale behind it. Needs matplotlib
-(eval/requirements.txt).
+over --smooth steps, and they themselves are pale behind it. Several runs of one label are their
+mean and, as a band, the range between the smallest and the largest. A .png is written with a .pdf
+beside it. Needs matplotlib (eval/requirements.txt).
 """
 
-import itertools
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from eval.report import at_least, make_parser
+from eval.results import SHARED_ARGUMENTS, at_least, make_parser, matching
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.log import read_lines
@@ -36,6 +38,23 @@ COLORS = {
     "ipo": "#56B4E9",
     "orpo": "#E69F00",
 }
+OTHER_COLORS = ("#882255", "#44AA99", "#999933", "#332288", "#8C564B", "#666666")
+PALE = "#BBBBBB"
+# Readable where a figure is as wide as a column of text, 3.3 inches, or three panels as a page.
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # text that can be searched
+}
+DIRECT = 8  # labels that find room beside a panel; more go below
 CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
 PANELS = {
     "mean log-prob, chosen": lambda line: line["logps/chosen"],
@@ -65,11 +84,11 @@ def read_run(run: str, heldout: bool = False) -> list[dict]:
 def new_figure(
     path: str | Path,
     titles: list[str],
-    panel_size: tuple[float, float] = (4.2, 3.1),
+    panel_size: tuple[float, float] = (2.4, 2.2),
     projection: str | None = None,
 ) -> Iterator[list]:
     """One matplotlib axes for each title, at most three in a row, to draw on. When the block ends,
-    the figure gets a legend of all labels and is saved to `path`.
+    the figure gets a legend of all labels and is saved to `path`, a .png also as a .pdf.
 
     panel_size: width and height of each panel in inches. Raises InputError if matplotlib is not
     installed.
@@ -86,22 +105,65 @@ def new_figure(
     columns = min(3, len(titles))
     rows = -(-len(titles) // columns)
     size = (panel_size[0] * columns, panel_size[1] * rows)
-    figure = pyplot.figure(figsize=size, layout="constrained")
-    for place, title in enumerate(titles, 1):
-        axis = figure.add_subplot(rows, columns, place, projection=projection)
-        axis.set_title(title, fontsize=10)
-    yield figure.axes
-    handles = {}
-    for axis in figure.axes:
-        of_axis, labels = axis.get_legend_handles_labels()
-        handles |= dict(zip(labels, of_axis))
-    longest = max(map(len, handles), default=0)
-    per_row = max(1, int(size[0] * 10 / (longest + 8)))  # ten characters an inch
-    where = {"loc": "outside lower center", "ncols": per_row, "frameon": False}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), **where)
-    figure.savefig(path, dpi=200)
-    pyplot.close(figure)
+    with matplotlib.rc_context(STYLE):
+        figure = pyplot.figure(figsize=size, layout="constrained")
+        for place, title in enumerate(titles, 1):
+            axis = figure.add_subplot(rows, columns, place, projection=projection)
+            axis.set_title(title)
+        yield figure.axes
+        handles = {}
+        for axis in figure.axes:
+            of_axis, labels = axis.get_legend_handles_labels()
+            handles |= dict(zip(labels, of_axis))
+        longest = max(map(len, handles), default=0)
+        per_row = max(1, int(size[0] * 15 / (longest + 8)))  # fifteen characters an inch
+        where = {"loc": "outside lower center", "ncols": per_row}
+        if handles:
+            figure.set_size_inches(size[0], size[1] + 0.17 * -(-len(handles) // per_row))
+            figure.legend(handles.values(), handles.keys(), **where)
+        figure.savefig(path)
+        if Path(path).suffix == ".png":
+            figure.savefig(Path(path).with_suffix(".pdf"))
+        pyplot.close(figure)
+
+
+def line_styles(labels: Iterable[str], pale: Iterable[str] = ()) -> dict[str, dict]:
+    """{label: matplotlib's style of its line}: the color of the loss that its name begins with,
+    dashed for the second label with that color; SimPER's wide, and above the others; those of
+    `pale` thin and gray, below."""
+    styles, seen = {}, {}
+    others = iter(OTHER_COLORS * (1 + len([*labels]) // len(OTHER_COLORS)))
+    for label in labels:
+        loss = re.split(r"[\s-]", Path(label).name.lower())[0]
+        color = COLORS.get(loss) or next(others)
+        dashes = ("-", "--", ":", "-.")[seen.setdefault(color, 0) % 4]
+        seen[color] += 1
+        styles[label] = {"color": color, "linestyle": dashes, "linewidth": 1.2, "zorder": 2.2}
+        if loss == "simper":
+            styles[label] |= {"linewidth": 2.2, "zorder": 2.4}
+        if label in pale:
+            styles[label] = {"color": PALE, "linewidth": 0.8, "zorder": 2.1}
+    return styles
+
+
+def label_lines(axis, ends: dict[str, tuple[float, str]]) -> None:
+    """Write {label: (y, color)} beside the right edge of an axes, each as near to its y as the
+    others allow. To be called when all is drawn and the axes have their limits."""
+    axis.figure.canvas.draw()  # gives the axes their height
+    height, gap = axis.bbox.height, axis.figure.dpi * 9.5 / 72  # pixels; a line of text
+    wanted = sorted((axis.transData.transform((1, y))[1], label) for label, (y, _) in ends.items())
+    places = []
+    for pixel, _ in wanted:
+        bottom = axis.bbox.y0 if not places else places[-1] + gap
+        places.append(max(pixel, bottom))
+    top = axis.bbox.y1
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], top)
+        top = places[index] - gap
+    for place, (_, label) in zip(places, wanted):
+        y = (place - axis.bbox.y0) / height
+        where = {"xycoords": "axes fraction", "va": "center", "annotation_clip": False}
+        axis.annotate(label, (1.03, y), color=ends[label][1], fontsize=7, **where)
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
@@ -122,36 +184,43 @@ def plot(
     panels: dict = PANELS,
     window: int = 1,
     x: str = "step",
+    pale: Iterable[str] = (),
 ) -> None:
     """Draw {label: runs, each a list of metrics} over `x`, a key of the metrics, the learning rate
     on a scale of logarithms; one panel per entry of `panels`.
+
     Several runs under one label, such as seeds, are drawn as their mean and the range between the
     smallest and the largest. window: of the moving average of the mean, behind which the mean
-    itself is pale. Panels whose titles are the same up to a comma have the same scale.
+    itself is pale. Panels whose titles are the same up to a comma have the same scale. The labels
+    stand beside the last panel of each row, or below where they are many; those of `pale`, drawn
+    thin and gray, nowhere.
 
     Raises InputError if matplotlib is not installed, or if the runs under a label have different
     values of x.
     """
+    styles = line_styles(curves, pale)
+    named = [label for label in curves if label not in pale]
     with new_figure(path, list(panels)) as axes:
-        from matplotlib import colormaps
-
-        others = itertools.cycle(colormaps["tab20"].colors)
-        colors = {label: COLORS.get(label.split()[0]) or next(others) for label in curves}
+        ends = {}
         for axis, metric in zip(axes, panels.values()):
+            ends[axis] = {}
             for label, runs in curves.items():
-                color, order = colors[label], 3 if label.split()[0] == "simper" else 2
+                style, color = styles[label], styles[label]["color"]
                 xs = [line[x] for line in runs[0]]
                 if any([line[x] for line in run] != xs for run in runs):
                     raise InputError(f"the runs of {label} do not have the same values of {x}")
                 values = np.array([[metric(line) for line in run] for run in runs])
                 mean = values.mean(axis=0)
                 smooth = moving_average(mean, window)
-                axis.plot(xs, smooth, color=color, label=label, linewidth=1.5, zorder=order)
-                if window > 1:
-                    axis.plot(xs, mean, color=color, alpha=0.25, linewidth=0.8, zorder=1)
-                if len(runs) > 1:
-                    low, high = values.min(axis=0), values.max(axis=0)
-                    axis.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
+                key = {"label": label} if len(named) > DIRECT and label in named else {}
+                axis.plot(xs, smooth, **style, **key)
+                if label in named:
+                    ends[axis][label] = (smooth[-1], color)
+                    if window > 1:
+                        axis.plot(xs, mean, color=color, alpha=0.25, linewidth=0.6, zorder=1)
+                    if len(runs) > 1:
+                        low, high = values.min(axis=0), values.max(axis=0)
+                        axis.fill_between(xs, low, high, color=color, alpha=0.12, linewidth=0)
             axis.set_xlabel(x.replace("_", " "))
             if x == "step":
                 axis.xaxis.get_major_locator().set_params(integer=True)
@@ -160,11 +229,14 @@ def plot(
                 rates = sorted({line[x] for runs in curves.values() for line in runs[0]})
                 axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
                 axis.minorticks_off()
-            axis.grid(alpha=0.3)
         for axis, title in zip(axes, panels):
             same = [a for a, t in zip(axes, panels) if t.split(",")[0] == title.split(",")[0]]
             low, high = zip(*(a.get_ylim() for a in same))
             axis.set_ylim(min(low), max(high))
+        if len(named) <= DIRECT:
+            for number, axis in enumerate(axes, 1):
+                if number % 3 == 0 or number == len(axes):
+                    label_lines(axis, ends[axis])
 
 
 def radar_figure(scores: dict[str, dict[str, float]], path: str | Path) -> None:
@@ -172,10 +244,11 @@ def radar_figure(scores: dict[str, dict[str, float]], path: str | Path) -> None:
     model. Raises InputError if matplotlib is not installed."""
     names = [n for n in next(iter(scores.values())) if n in CATEGORIES]
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-    with new_figure(path, [""], (6, 5), projection="polar") as (axis,):
+    with new_figure(path, [""], (3.3, 3.3), projection="polar") as (axis,):
         for model, values in scores.items():
             line = [values.get(name, np.nan) for name in names]
-            axis.plot([*angles, angles[0]], [*line, line[0]], label=model)
+            style = line_styles(scores)[model]
+            axis.plot([*angles, angles[0]], [*line, line[0]], label=model, **style)
         axis.set_xticks(angles, names)
         axis.tick_params(axis="x", pad=14)  # the names stand beside the circle, not on it
         axis.set_ylim(0, 10)
@@ -185,10 +258,11 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument(
         "runs",
-        nargs="+",
+        nargs="*",
         metavar="RUN",
         help="output_dir of a run, or a metrics.jsonl; with --radar, a model's results",
     )
+    parser.add_argument("--label", **SHARED_ARGUMENTS["--label"])
     parser.add_argument(
         "--output", default="dynamics.png", help="file to write, .png, .svg or .pdf"
     )
@@ -204,7 +278,7 @@ def main() -> None:
         raise InputError(f"--output {args.output}: its name must end with .png, .svg or .pdf")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     try:
-        if args.radar:
+        if args.radar and args.runs:
             files = {Path(run).name: Path(run) / "mt_bench.json" for run in args.runs}
             if len(files) < len(args.runs):
                 raise InputError("two of the folders have the same name, which is their label")
@@ -214,7 +288,10 @@ def main() -> None:
             scores = {name: json.loads(file.read_text())["scores"] for name, file in files.items()}
             radar_figure(scores, args.output)
         else:
-            curves = {run: [read_run(run, args.heldout)] for run in args.runs}
+            groups = {run: [run] for run in args.runs} | matching(args.label)
+            curves = {n: [read_run(run, args.heldout) for run in g] for n, g in groups.items()}
+            if not curves:
+                raise InputError("give the folders of runs, or --label NAME=PATTERN")
             window = 1 if args.heldout else max(len(runs[0]) for runs in curves.values()) // 10
             plot(curves, args.output, window=args.smooth or window or 1)
     except KeyError as error:

@@ -8,8 +8,8 @@ the log-prob of a response minus that under the model that training started from
 `category` or, as RewardBench's, `subset` also give an accuracy for each.
 
 Writes, for each model, OUTPUT_DIR/MODEL/preference.json and, pair by pair, preference_pairs.jsonl;
-with matplotlib also the paper's figure, the density of the inverse perplexity of chosen and
-rejected responses under each model: OUTPUT_DIR/preference.png. Runs as one process, on a GPU if
+with matplotlib also a figure, the distributions of the inverse perplexity of chosen and rejected
+responses under each model: OUTPUT_DIR/preference.png and .pdf. Runs as one process, on a GPU if
 there is one.
 """
 
@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from data import DataSet, load_data
 from eval.generate import short_name
-from eval.plots import new_figure
-from eval.report import file_sha256, make_parser, print_scores, write_result
+from eval.plots import line_styles, new_figure
+from eval.results import by_item, file_sha256, make_parser, print_scores, write_result
 from model import load_model
 from runtime.checks import choose_forward
 from runtime.command_line import run_command
@@ -96,24 +96,34 @@ def pair_values(
     return values
 
 
-def density_figure(inverse: dict[str, np.ndarray], path: Path) -> None:
-    """Histograms, as densities, of the inverse perplexities {model: (pairs, 2)}: chosen, rejected,
-    and their difference. Raises InputError if matplotlib is not installed."""
+def distribution_figure(inverse: dict[str, np.ndarray], path: Path) -> None:
+    """The distributions of the inverse perplexities {model: (pairs, 2)}: chosen, rejected, and
+    their difference; a row for each model, with the density, the middle half as a bar and the
+    median as a point. Raises InputError if matplotlib is not installed."""
     views = {
-        "inverse perplexity, chosen": lambda p: p[:, 0],
-        "inverse perplexity, rejected": lambda p: p[:, 1],
-        "inverse perplexity, margin": lambda p: p[:, 0] - p[:, 1],
+        "chosen": lambda p: p[:, 0],
+        "rejected": lambda p: p[:, 1],
+        "chosen − rejected": lambda p: p[:, 0] - p[:, 1],
     }
-    with new_figure(path, list(views), panel_size=(13 / 3, 3.6)) as axes:
+    colors = [style["color"] for style in line_styles(inverse).values()]
+    with new_figure(path, list(views), (2.4, 0.9 + 0.4 * len(inverse))) as axes:
         for axis, view in zip(axes, views.values()):
-            shown = {name: view(values) for name, values in inverse.items()}
-            edges = np.histogram_bin_edges(np.concatenate(list(shown.values())), bins="fd")
-            for name, values in shown.items():
-                axis.hist(
-                    values, bins=edges, density=True, histtype="step", linewidth=1.5, label=name
-                )
-            axis.set_ylabel("density")
-            axis.grid(alpha=0.3)
+            for place, (color, pairs) in enumerate(zip(colors, inverse.values())):
+                values = view(pairs)
+                if np.ptp(values) > 0:  # a density needs two values
+                    parts = axis.violinplot(
+                        values, [place], orientation="horizontal", widths=0.9, showextrema=False
+                    )
+                    parts["bodies"][0].set(facecolor=color, alpha=0.35, linewidth=0)
+                low, middle, high = np.percentile(values, (25, 50, 75))
+                axis.plot([low, high], [place, place], color=color, linewidth=2.5)
+                axis.plot(middle, place, "o", color=color, markersize=4, markeredgecolor="white")
+            axis.set(xlabel="inverse perplexity", ylim=(len(inverse) - 0.4, -0.6))
+            axis.set_yticks(range(len(inverse)), inverse if axis is axes[0] else [])
+        axes[2].axvline(0, color="black", linewidth=0.7)
+        highest = max(axis.get_xlim()[1] for axis in axes[:2])
+        for axis in axes[:2]:
+            axis.set_xlim(0, highest)
 
 
 def main() -> None:
@@ -185,6 +195,7 @@ def main() -> None:
             settings=settings | {"pairs": pairs.report},
             inputs=hashes,
             wandb_mode=args.wandb,
+            items=by_item(pair_values(sums, lengths, reference), [args.reference, *places]),
         )
         with open(folder / "preference_pairs.jsonl", "w") as file:
             for (source, row), logps, length in zip(places, sums.tolist(), lengths.tolist()):
@@ -199,7 +210,7 @@ def main() -> None:
     print_scores([(name, *values) for name, values in columns.items()], items if same else None)
     figure = Path(args.output_dir) / "preference.png"
     try:
-        density_figure(inverse, figure)
+        distribution_figure(inverse, figure)
         print(f"figure: {figure}")
     except InputError as error:
         print(f"no figure: {error}")

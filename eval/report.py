@@ -1,103 +1,48 @@
-"""Results of the evaluations: how they are written, and the paper's kind of table over any number
-of them.
+"""The paper's kind of table over the results of any number of models.
 
     python -m eval.report results/*                          # prints the tables
     python -m eval.report results/* --output report          # and writes report.md and report.csv
+    python -m eval.report results/dpo --label SimPER='results/simper-*'   # several runs, one method
     python -m eval.report results/* --by_start_model         # tables for each of several set-ups
 
-Every benchmark of eval/ writes one JSON file, OUTPUT_DIR/MODEL/BENCHMARK.json. A table has a row
-for each model and a column for each score, with its standard error where that is known. A column
+A table has a row for each model, or for each method of several runs, in the order in which they are
+given, and a column for each score, "±" its standard error. Where the first model and another have
+answered the same items, a column has their difference with its 95 % interval, item by item; a star
+says that it is resolved among all differences of the table (Bonferroni), bold that a score is
+resolved against every other of its column. The error of a method is over items and runs. A column
 whose scores were obtained under different conditions (judge, template, decoding, data) gets a
-footnote that names them. Bold is a score that is resolved: better than every other of its column,
-by more than chance gives once in twenty such tables (Bonferroni). Standard errors are taken as
-those of independent items, which is too careful where models have answered the same ones:
-eval.preference and eval.generate compare these item by item.
+footnote that names them, and neither differences nor bold. n is the number of items.
 """
 
-import argparse
 import csv
-import hashlib
-import importlib.metadata
 import json
 import math
-import os
 import statistics
 import sys
-from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
-import yaml
 
-from eval.judge import TIMEOUT, URL
-from runtime.cache import file_digest
+from eval.results import (
+    AGAINST,
+    SHARED_ARGUMENTS,
+    difference_text,
+    make_parser,
+    matching,
+    paired_difference,
+    read_items,
+    threshold,
+)
 from runtime.command_line import run_command
 from runtime.errors import InputError
-from runtime.log import read_config, write_whole
-from runtime.weights import local_model, model_fingerprint, resolve_model
 
-
-def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
-    """A type for argparse: a number of `kind` that is not below `minimum`."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not value >= minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # what argparse calls it where the text is no number
-    return parse
-
-
-def endpoint(url: str) -> str:
-    """A type for argparse: a URL that may be printed and written to results."""
-    if "@" in urlsplit(url).netloc:
-        raise argparse.ArgumentTypeError("must hold no password; a key is given as OPENAI_API_KEY")
-    return url
-
-
-# Arguments that several commands have, as argparse's add_argument takes them.
-SHARED_ARGUMENTS = {
-    "model": {"metavar": "MODEL", "help": "folder or hub id"},
-    "--engine": {
-        "choices": ["transformers", "vllm"],
-        "default": "transformers",
-        "help": "what generates",
-    },
-    "--engine_args": {
-        "default": "",
-        "metavar": "NAME=VALUE,...",
-        "help": "of the engine, as in tensor_parallel_size=8,max_model_len=8192 for vllm",
-    },
-    "--batch_size": {"type": at_least(1), "default": 8, "help": "prompts at once; vllm: not used"},
-    "--template_args": {"default": "", "metavar": "NAME=VALUE,...", "help": "as for train.py"},
-    "--seed": {"type": at_least(0), "default": 0, "help": "of sampling"},
-    "--columns": {"default": "", "metavar": "NAME=COLUMN,...", "help": "as for train.py"},
-    "--generate_only": {"action": "store_true", "help": "stop before the judge"},
-    "--judge_base_url": {
-        "type": endpoint,
-        "default": URL,
-        "metavar": "URL",
-        "help": "an OpenAI-compatible endpoint",
-    },
-    "--judge_timeout": {
-        "type": at_least(1, float),
-        "default": TIMEOUT,
-        "metavar": "SECONDS",
-        "help": "that a reply may take",
-    },
-    "--output_dir": {"default": "results", "help": "folder of all models' results"},
-    "--wandb": {"choices": ["off", "online", "offline"], "default": "off", "help": "log scores"},
-}
-JUDGE = ("--judge_base_url", "--judge_timeout")
-GENERATION = ("--engine", "--engine_args", "--batch_size", "--seed", "--template_args")
 LEADERBOARD = (
     "MMLU-Pro", "IFEval", "BBH", "GPQA", "MuSR", "MATH", "GSM8K", "ARC-Challenge", "TruthfulQA",
     "Winogrande",
 )  # fmt: skip
+HEAD_TO_HEAD = "Win rate against another model's answers"
+NO_RESULT = {"scores": {}}
 # Tables: {title: {(benchmark, score): column}}
 TABLES = {
     "Open LLM Leaderboard": {("leaderboard", name): name for name in LEADERBOARD},
@@ -109,7 +54,9 @@ TABLES = {
         ("alpaca_eval2", "win_rate"): "AlpacaEval 2 WR %",
         ("mt_bench", "score"): "MT-Bench",
         ("win_rate", "win_rate"): "win rate against chosen %",
+        ("win_rate", "length_controlled_winrate"): "win rate against chosen, LC %",
     },
+    HEAD_TO_HEAD: {},  # a column for each opponent
     "Held-out preferences": {
         ("preference", "accuracy"): "accuracy",
         ("preference", "accuracy_sum"): "accuracy (sums)",
@@ -123,200 +70,61 @@ DECODING = ("temperature", "top_p", "max_new_tokens")
 CONDITIONS = {
     "alpaca_eval2": ("annotator", "judge_model", "judge_version", "reference_sha256", *DECODING),
     "mt_bench": ("judge", "judge_version", "reference", "repeats"),
-    "win_rate": ("judge", "judge_version", "data_sha256", "num_prompts", *DECODING),
+    "win_rate": ("judge", "judge_version", "orders", "data_sha256", "num_prompts", *DECODING),
     "preference": ("data", "max_length", "max_prompt_length", "truncation"),
 }
 
 
-# ---- What the commands of eval/ share ------------------------------------------------------------
+@dataclass(frozen=True)
+class Score:
+    """A score of a model or of a method: its mean over `runs`, and its standard error (None: not
+    known), over items and, of several runs, over these, too. items: (n,), the mean over the runs of
+    each item's value, NaN where one has none; None if they are not known. of: which items."""
+
+    value: float
+    error: float | None
+    runs: tuple[float, ...]
+    items: np.ndarray | None = None
+    of: str = ""
+
+    @property
+    def run_error(self) -> float:
+        """The standard error over runs, 0 of a single one."""
+        if len(self.runs) < 2:
+            return 0.0
+        return statistics.stdev(self.runs) / math.sqrt(len(self.runs))
+
+    def minus(self, other: "Score") -> tuple[float, float | None]:
+        """(difference, its standard error, None if not known): item by item if both have the same
+        items, else as of independent ones."""
+        if self.items is not None and self.of == other.of and other.items is not None:
+            mean, error = paired_difference(self.items, other.items)
+            if error is None:
+                return mean, None
+            return mean, math.hypot(error, self.run_error, other.run_error)
+        mean = self.value - other.value
+        if self.error is None or other.error is None:
+            return mean, None
+        return mean, math.hypot(self.error, other.error)
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """With the defaults, where there are any."""
-
-    def _get_help_string(self, action):
-        none = action.default in (None, "") or action.default is False
-        return action.help if none else super()._get_help_string(action)
-
-
-def make_parser(description: str | None, *shared: str) -> argparse.ArgumentParser:
-    """A parser whose --help prints `description` as it is, and the defaults, with the named
-    SHARED_ARGUMENTS."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    for name in shared:
-        parser.add_argument(name, **SHARED_ARGUMENTS[name])
-    return parser
-
-
-def parse_engine_args(text: str) -> dict:
-    """--engine_args → {name: value}. Raises InputError if it is not of the form name=value,..."""
-    values = {}
-    for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if not (name.strip().isidentifier() and equals):
-            raise InputError(f"--engine_args {text}: {part!r} is not of the form name=value")
-        try:
-            values[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--engine_args {text}: {value!r} cannot be read") from error
-    return values
-
-
-def file_sha256(path: str | Path) -> str:
-    return file_digest(Path(path), hashlib.sha256)
-
-
-def read_records(path: Path, *keys: str) -> list[dict]:
-    """The JSON objects of a file of answers or judgments, if there is one. A last line whose
-    writing was interrupted is removed. Raises InputError, naming the line, for one that is no JSON
-    object, or is without one of the keys."""
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(path, len(whole))  # not written anew: that could fail, and lose all
-    records = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-            if not isinstance(records[-1], dict):
-                raise ValueError("no JSON object")
-            if lacking := [key for key in keys if key not in records[-1]]:
-                raise ValueError(f"it has no {lacking[0]}")
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError, JSONDecodeError, too
-            advice = "remove the line, and what it held is made again"
-            raise InputError(f"{path}: line {number} is damaged ({error}): {advice}") from None
-    return records
-
-
-def run_config(model: str) -> dict:
-    """read_config of the run whose final/ `model` is; {} for any other model."""
-    final = Path(local_model(model)).resolve()
-    return read_config(final.parent) if final.name == "final" else {}
-
-
-def start_model(model: str) -> str:
-    """The model that training started from, by the config.yaml of the run whose final/ `model` is;
-    of any other model the model itself."""
-    return run_config(model).get("model", model)
-
-
-def made_by(model: str) -> dict[str, str]:
-    """The digest of the code and the commit of the run whose final/ `model` is; {} for any other
-    model."""
-    config = run_config(model)
-    return {name: config[name] for name in ("code", "commit") if name in config}
-
-
-def threshold(comparisons: int) -> float:
-    """How many standard errors a difference must have to be resolved at 5 %, of so many that are
-    looked at (Bonferroni; normal approximation). One comparison: 1.96."""
-    return statistics.NormalDist().inv_cdf(1 - 0.025 / max(1, comparisons))
-
-
-def paired_differences(
-    values: dict[str, np.ndarray], first: dict[str, np.ndarray]
-) -> dict[str, tuple[float, float]]:
-    """{score: (mean difference to the first model, its standard error)}, item by item, of the
-    scores that both have. values, first: {score: (items,)}, the same items in the same order."""
-    found = {}
-    for name in values.keys() & first.keys():
-        difference = np.asarray(values[name], dtype=float) - np.asarray(first[name], dtype=float)
-        error = difference.std(ddof=1) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-        found[name] = (float(difference.mean()), float(error))
-    return found
-
-
-def print_scores(
-    columns: list[tuple[str, dict[str, float], dict[str, float]]],
-    items: list[dict[str, np.ndarray]] | None = None,
-) -> None:
-    """Print [(model, scores, standard errors)] side by side, with a row for each score; "–" for one
-    that a model does not have, or that is None. items: of each model, {score: a value for each
-    item}, if all have the same items: then a column after each model but the first has its
-    difference to the first with the 95 % interval, and a star where that is resolved."""
-    names = list(dict.fromkeys(name for _, scores, _ in columns for name in scores))
-    width = max(map(len, names)) + 2
-    header, differences = " " * width, []
-    for number, (model, _, _) in enumerate(columns):
-        header += f"{model[-26:]:>28}"
-        differences.append(paired_differences(items[number], items[0]) if items and number else {})
-        header += f"{'− first [95 %]':>32}" if differences[number] else ""
-    least = threshold(sum(error > 0 for found in differences for _, error in found.values()))
-    print(header)
-    for name in names:
-        line = f"{name:<{width}}"
-        for (_, scores, errors), found in zip(columns, differences):
-            cell = "–" if scores.get(name) is None else f"{scores[name]:.4f}"
-            line += f"{cell + (f' ± {errors[name]:.4f}' if name in errors else ''):>28}"
-            if found:
-                line += f"{difference_text(*found.get(name, (0, 0)), least):>32}"
-        print(line.rstrip())
-    if any(differences):
-        print(f"* resolved at 5 %, of all differences in this table ({least:.2f} standard errors)")
-
-
-def difference_text(mean: float, error: float, least: float) -> str:
-    """A difference with its 95 % interval, and a star if it is resolved; "" if there is none."""
-    if not error:
-        return f"{mean:+.4f} in each" if mean else ""
-    low, high = mean - 1.96 * error, mean + 1.96 * error
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]{'*' if abs(mean) > least * error else ' '}"
-
-
-def write_result(
-    folder: Path,
-    benchmark: str,
-    model: str,
-    scores: dict[str, float],
-    errors: dict[str, float] | None = None,
-    settings: dict | None = None,
-    inputs: dict[str, str] | None = None,
-    packages: tuple[str, ...] = (),
-    wandb_mode: str = "off",
-) -> None:
-    """Write folder/BENCHMARK.json, which names the run that made the model, if one did.
-
-    model: folder or hub id; scores: numbers by name; errors: standard errors of some of them;
-    settings: decoding and all else that decides the scores; inputs: SHA-256 of what was read, by
-    file or task; packages: names of packages whose versions matter, besides the usual ones;
-    wandb_mode: off, or online or offline for a wandb run with the scores as a table.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    packages = ("torch", "transformers", "datasets", *packages)
-    result = {
-        "benchmark": benchmark,
-        "model": model,
-        "start_model": start_model(model),
-        "scores": scores,
-        "standard_errors": errors or {},
-        "settings": settings or {},
-        "inputs_sha256": inputs or {},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "model_sha256": model_fingerprint(resolve_model(model)),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    result |= {"run": run} if (run := made_by(model)) else {}
-    write_whole(folder / f"{benchmark}.json", json.dumps(result, indent=1) + "\n")
-    if wandb_mode == "off":
-        return
-    import wandb
-
-    with wandb.init(
-        project="simper",
-        job_type="eval",
-        name=f"{folder.name} {benchmark}",
-        mode=wandb_mode,
-        dir=folder,
-        config=result,
-    ) as run:
-        table = wandb.Table(columns=["model", "score", "value", "standard error"])
-        for name, value in scores.items():
-            table.add_data(folder.name, name, value, result["standard_errors"].get(name))
-        run.log({benchmark: table})
-        run.summary.update(scores)
-
-
-# ---- The tables ----------------------------------------------------------------------------------
+def score_of(results: list[dict], name: str) -> Score:
+    """A score of one or several runs' results of a benchmark. An error over items is not smaller
+    for several runs, which answer the same ones, unless each item's values are known."""
+    runs = tuple(result["scores"][name] for result in results)
+    errors = [result["standard_errors"].get(name) for result in results]
+    error = None if None in errors else math.sqrt(statistics.mean(e**2 for e in errors))
+    found = [result["items"].get(name) for result in results]
+    items, of = None, ""
+    if all(found) and len({item["of"] for item in found}) == 1:
+        items = np.array([item["values"] for item in found], dtype=float).mean(axis=0)
+        of = found[0]["of"]
+        if len(runs) > 1 and (known := items[~np.isnan(items)]).size > 1:
+            error = float(known.std(ddof=1)) / math.sqrt(known.size)
+    score = Score(statistics.mean(runs), error, runs, items, of)
+    if error is not None:
+        score = Score(score.value, math.hypot(error, score.run_error), runs, items, of)
+    return score
 
 
 def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
@@ -335,6 +143,7 @@ def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
                 raise InputError(f"{path} is damaged ({error}): evaluate again") from None
             if isinstance(content, dict) and "benchmark" in content:
                 check_result(path, content)
+                content["items"] = read_items(folder, content)
                 of_model[content["benchmark"]] = content
         if not of_model:
             print(
@@ -366,26 +175,23 @@ def check_result(path: Path, content: dict) -> None:
             raise InputError(f"{path}: {name} is {score}, no number to rank: evaluate again")
 
 
-def resolved(column: list[tuple[float, float | None] | None], comparisons: int) -> int | None:
-    """The index of a column's best (score, standard error), if it is above every other by
-    `threshold` standard errors of their difference; None if it is not, if an error is not known, or
-    if there is nothing to compare.
+def resolved(column: list[Score | None], comparisons: int) -> int | None:
+    """The index of a column's best score, if it is above every other by `threshold` standard errors
+    of their difference; None if it is not, if an error is not known, or if there is nothing to
+    compare.
 
-    >>> resolved([(60.0, 1.0), (50.0, 1.0), None], 1), resolved([(60.0, 1.0), (58.0, 1.0)], 1)
+    >>> column = [Score(60.0, 1.0, (60.0,)), Score(50.0, 1.0, (50.0,)), None]
+    >>> resolved(column, 1), resolved([column[0], Score(58.0, 1.0, (58.0,))], 1)
     (0, None)
     """
-    known = [(score, error, index) for index, (score, error) in enumerate_known(column)]
-    if len(known) < 2 or any(error is None for _, error, _ in known):
+    known = [(score.value, index) for index, score in enumerate(column) if score]
+    if len(known) < 2:
         return None
-    (best, error, index), *others = sorted(known, reverse=True)
-    least = threshold(comparisons)
-    clear = (best - score > least * math.hypot(error, its) for score, its, _ in others)
-    return index if all(clear) else None
-
-
-def enumerate_known(column: list) -> list[tuple[int, tuple[float, float | None]]]:
-    """Index and value of what is not None."""
-    return [(index, value) for index, value in enumerate(column) if value is not None]
+    best = max(known)[1]
+    differences = [column[best].minus(column[index]) for _, index in known if index != best]
+    if any(error is None or mean <= threshold(comparisons) * error for mean, error in differences):
+        return None
+    return best
 
 
 def conditions(result: dict, score: str) -> dict:
@@ -394,7 +200,8 @@ def conditions(result: dict, score: str) -> dict:
     if result["benchmark"] == "leaderboard":  # each benchmark has its own
         own = settings.get(score.removeprefix("normalized/"), {})
         return {name: own.get(name) for name in ("apply_chat_template", "shots", "lm_eval")}
-    found = {name: settings.get(name) for name in CONDITIONS[result["benchmark"]]}
+    benchmark = "win_rate" if result["benchmark"].startswith(AGAINST) else result["benchmark"]
+    found = {name: settings.get(name) for name in CONDITIONS[benchmark]}
     if result["benchmark"] in ("preference", "mt_bench"):
         files = {k: v for k, v in result["inputs_sha256"].items() if k != "answers"}
         found["files"] = sorted(digest[:12] for digest in files.values())
@@ -413,71 +220,148 @@ def footnote(by_model: dict[str, dict]) -> str:
     return "; ".join(f"{', '.join(m)}: {text}" for text, m in models.items()) if differ else ""
 
 
-def tables(results: dict[str, dict[str, dict]]) -> list[tuple[str, list[str], list[list], list]]:
-    """[(title, columns, rows, footnotes)]: one row for each model that has any of the table's
-    scores, its name first; scores as (value, standard error or None), or None where there is none.
-    footnotes: one for each score's column, empty if its scores can be compared. Columns that no
-    model has and tables without rows are left out."""
+def columns_of(title: str, methods: dict[str, list[dict]]) -> dict[tuple[str, str], str]:
+    """{(benchmark, score): column} of a table; of HEAD_TO_HEAD, of the opponents that there are."""
+    if title != HEAD_TO_HEAD:
+        return TABLES[title]
+    benchmarks = {name: None for runs in methods.values() for run in runs for name in run}
+    columns = {}
+    for benchmark in benchmarks:
+        if benchmark.startswith(AGAINST):
+            opponent = benchmark.removeprefix(AGAINST)
+            columns[benchmark, "win_rate"] = f"against {opponent} %"
+            columns[benchmark, "length_controlled_winrate"] = f"against {opponent}, LC %"
+    return columns
+
+
+def tables(methods: dict[str, list[dict]]) -> list[tuple[str, list[str], list[list], list]]:
+    """[(title, columns, rows, footnotes)]: one row for each method that has any of the table's
+    scores, its name first, then a Score, or None where there is none. footnotes: one for each
+    score's column, empty if its scores can be compared. Columns that no method has and tables
+    without rows are left out.
+
+    methods: {name: its runs, each {benchmark: result}}, mostly one run. Raises InputError if a
+    benchmark lacks in some of a method's runs, or was run under different conditions.
+    """
     nonempty = []
-    for title, columns in TABLES.items():
+    for title in TABLES:
         rows, header, footnotes = {}, [], []
-        for (benchmark, name), column in columns.items():
-            having = {
-                model: of_model[benchmark]
-                for model, of_model in results.items()
-                if name in of_model.get(benchmark, {"scores": {}})["scores"]
-            }
+        for (benchmark, name), column in columns_of(title, methods).items():
+            having = {}
+            for method, runs in methods.items():
+                found = [
+                    run[benchmark]
+                    for run in runs
+                    if name in run.get(benchmark, NO_RESULT)["scores"]
+                ]
+                if found and len(found) < len(runs):
+                    lacking = f"{len(runs) - len(found)} of {len(runs)} runs"
+                    raise InputError(f"{method}: {lacking} have no {name} of {benchmark}")
+                if found:
+                    having[method] = found
+                    rows.setdefault(method, {})[column] = score_of(found, name)
             if not having:
                 continue
-            for model, result in having.items():
-                value = result["scores"][name], result["standard_errors"].get(name)
-                rows.setdefault(model, {})[column] = value
+            under = {m: [conditions(r, name) for r in found] for m, found in having.items()}
+            for method, found in under.items():
+                if text := footnote({f"run {n}": each for n, each in enumerate(found, 1)}):
+                    raise InputError(f"{method}: its runs differ in how {name} came about: {text}")
             header.append(column)
-            footnotes.append(footnote({m: conditions(r, name) for m, r in having.items()}))
-        lines = [[model, *map(row.get, header)] for model, row in rows.items()]
+            footnotes.append(footnote({method: found[0] for method, found in under.items()}))
+        lines = [[method, *map(row.get, header)] for method, row in rows.items()]
         if lines:
             nonempty.append((title, ["model", *header], lines, footnotes))
     return nonempty
 
 
+def digits(title: str) -> int:
+    """Percentages and ratings have two digits, shares and differences four."""
+    return 4 if title.startswith("Held-out") else 2
+
+
 def markdown(title: str, columns: list[str], rows: list[list], footnotes: list[str]) -> str:
-    """One table in Markdown. A score that is `resolved` among all comparisons of the table is
-    bold."""
+    """One table in Markdown."""
+    scores = list(zip(*rows))[1:]
+    known = [sum(s is not None for s in column) for column in scores]
+    comparisons = sum(max(0, n - 1) for n, note in zip(known, footnotes) if not note)
     cells, notes, header = [[row[0] for row in rows]], [], [columns[0]]
-    comparable = [len(enumerate_known(c)) for c, n in zip(list(zip(*rows))[1:], footnotes) if not n]
-    comparisons = sum(count - 1 for count in comparable)
-    for column, values, note in zip(columns[1:], list(zip(*rows))[1:], footnotes):
-        # Percentages and ratings with two digits; shares and differences with four.
-        digits = 4 if title.startswith("Held-out") else 2
-        best = None if note else resolved(values, comparisons)
-        texts = []
-        for index, (value, error) in enumerate(value or (None, None) for value in values):
-            text = "–" if value is None else f"{value:.{digits}f}"
-            text = f"**{text}**" if index == best else text
-            texts.append(text + (f" ± {error:.{digits}f}" if error is not None else ""))
-        cells.append(texts)
+    starred = False
+    for name, column, note in zip(columns[1:], scores, footnotes):
+        best = None if note else resolved(column, comparisons)
+        cells.append([score_text(s, digits(title), i == best) for i, s in enumerate(column)])
+        sizes = {int((~np.isnan(s.items)).sum()) for s in column if s and s.items is not None}
+        name += f", n = {'–'.join(map(str, sorted({min(sizes), max(sizes)})))}" if sizes else ""
         if note:
-            notes.append(f"{column}: not comparable. {note}")
-        header.append(f"{column} ({len(notes)})" if note else column)
+            notes.append(f"{name}: not comparable. {note}")
+        header.append(f"{name} ({len(notes)})" if note else name)
+        if not note and any(paired := paired_with_first(column)):
+            least = threshold(comparisons)
+            texts = [difference_text(*d, least, digits(title)).strip() if d else "" for d in paired]
+            starred |= any("*" in text for text in texts)
+            cells.append([text.replace("*", "\\*") for text in texts])
+            header.append(f"− {rows[0][0]} [95 %]")
     lines = [f"**{title}**\n", f"| {' | '.join(header)} |"]
-    lines.append("|---" * len(columns) + "|")
+    lines.append("|---" * len(header) + "|")
     lines += [f"| {' | '.join(line)} |" for line in zip(*cells)]
+    if starred:
+        lines.append(f"\n\\* resolved at 5 % among {comparisons} comparisons")
     lines += [f"\n({number}) {note}" for number, note in enumerate(notes, 1)]
     return "\n".join(lines) + "\n"
 
 
+def paired_with_first(column: list[Score | None]) -> list[tuple[float, float | None] | None]:
+    """Of every score but the first: its difference to the first, if it is paired; else None."""
+    first = column[0]
+    paired = [None]
+    for score in column[1:]:
+        same = first and score and first.items is not None and first.of == score.of
+        paired.append(score.minus(first) if same else None)
+    return paired
+
+
+def score_text(score: Score | None, digits: int, bold: bool) -> str:
+    if score is None:
+        return "–"
+    text = f"**{score.value:.{digits}f}**" if bold else f"{score.value:.{digits}f}"
+    text += f" ± {score.error:.{digits}f}" if score.error is not None else ""
+    if len(score.runs) > 1:
+        low, high = min(score.runs), max(score.runs)
+        text += f" ({low:.{digits}f} to {high:.{digits}f}, {len(score.runs)} runs)"
+    return text
+
+
+def read_methods(folders: list[str], labels: list[str]) -> dict[str, list[dict]]:
+    """The methods of a table, {name: its runs}: each of `folders` by itself, and for each label,
+    NAME=PATTERN, the folders that match. Raises InputError, besides read_results', for a label of
+    another form or without folders, and for a folder that two of them have."""
+    methods = {name: [of_model] for name, of_model in read_results(folders).items()}
+    for name, matches in matching(labels).items():
+        again = {Path(folder).resolve() for folder in matches} & {
+            Path(f).resolve() for f in folders
+        }
+        if again or name in methods:
+            raise InputError(f"--label {name}: {next(iter(again), name)} is there twice")
+        methods[name] = [*read_results(matches).values()]
+        if len(methods[name]) < len(matches):
+            raise InputError(f"--label {name}: not all of {', '.join(matches)} hold results")
+    return methods
+
+
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of one model's results each")
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="of one model's results each")
+    parser.add_argument("--label", **SHARED_ARGUMENTS["--label"])
     parser.add_argument("--output", default="", help="also write OUTPUT.md and OUTPUT.csv")
     parser.add_argument(
         "--by_start_model", action="store_true", help="tables for each model that runs started from"
     )
     args = parser.parse_args()
-    results, groups = read_results(args.folders), {}
-    for name, of_model in results.items():
-        start = next(iter(of_model.values())).get("start_model", "") if args.by_start_model else ""
-        groups.setdefault(start, {})[name] = of_model
+    groups = {}
+    for name, runs in read_methods(args.folders, args.label).items():
+        starts = {next(iter(run.values())).get("start_model", "") for run in runs}
+        if len(starts) > 1:
+            raise InputError(f"--label {name}: its runs started from {', '.join(sorted(starts))}")
+        groups.setdefault(starts.pop() if args.by_start_model else "", {})[name] = runs
     nonempty = [
         (f"{title}, from {start}" if start else title, *table)
         for start, group in sorted(groups.items())
@@ -490,16 +374,29 @@ def main() -> None:
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{args.output}.md").write_text(text)
-        with open(f"{args.output}.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            for title, (first, *scores), rows, footnotes in nonempty:
-                header = [c for score in scores for c in (score, f"{score} standard error")]
-                writer.writerows([[title], [first, *header]])
-                for model, *values in rows:
-                    pairs = (value or (None, None) for value in values)
-                    writer.writerow([model, *(x for pair in pairs for x in pair)])
-                writer.writerows([[score, note] for score, note in zip(scores, footnotes) if note])
-                writer.writerow([])
+        write_csv(Path(f"{args.output}.csv"), nonempty)
+
+
+def write_csv(path: Path, nonempty: list[tuple]) -> None:
+    """The tables, their numbers in full; the difference to the first model where it is paired."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        for title, (first, *names), rows, footnotes in nonempty:
+            parts = ("", " standard error", " − first", " − first, standard error")
+            writer.writerows([[title], [first, *(n + part for n in names for part in parts)]])
+            columns = [*zip(*rows)][1:]
+            pairs = [
+                paired_with_first(c) if not n else [None] * len(c)
+                for c, n in zip(columns, footnotes)
+            ]
+            for index, (method, *scores) in enumerate(rows):
+                line = [method]
+                for score, paired in zip(scores, pairs):
+                    line += [score.value, score.error] if score else [None, None]
+                    line += paired[index] or (None, None)
+                writer.writerow(line)
+            writer.writerows([[name, note] for name, note in zip(names, footnotes) if note])
+            writer.writerow([])
 
 
 if __name__ == "__main__":

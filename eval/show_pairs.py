@@ -10,7 +10,7 @@ responses to a prompt, the first is the best.
 import numpy as np
 
 from data import load_data, overlaps
-from eval.report import make_parser
+from eval.results import make_parser
 from runtime.command_line import run_command
 from runtime.weights import load_tokenizer, resolve_model
 

@@ -1,28 +1,35 @@
-"""Win rate of a model's answers against the chosen responses of preference data, by a judge: how
-the DPO and SimPER papers evaluate Pythia-2.8B on Anthropic's HH.
+"""Win rate of a model's answers, by a judge: against another model's, or against the chosen
+responses of preference data, as the DPO and SimPER papers evaluate Pythia-2.8B on Anthropic's HH.
 
+    python -m eval.win_rate runs/simper/final runs/dpo/final --data prompts.jsonl
     python -m eval.win_rate runs/pythia-2.8b-hh/final --data Anthropic/hh-rlhf:test
 
-Each answer and the chosen response to the same prompt are shown to the judge as A and B, in random
-order; it names the more helpful one, or calls it a tie. The win rate counts a tie as half. Writes
-OUTPUT_DIR/MODEL/win_rate.json, and the answers and judgments to OUTPUT_DIR/MODEL/win_rate/; the
-same command continues after an interruption. The judge: eval/judge.py.
+The judge is shown both answers to a prompt as A and B, once in each order, and names the more
+helpful one, or calls it a tie. A prompt's score is the mean of both verdicts, a tie half; the win
+rate is the mean over prompts. Beside it stands the win rate that is controlled for length. Writes
+OUTPUT_DIR/MODEL/win_rate.json, or win_rate_against_OTHER.json, and every model's answers and the
+judgments to OUTPUT_DIR/MODEL/win_rate/; the same command continues after an interruption. The
+judge: eval/judge.py.
 """
 
 import hashlib
 import json
 import math
-import random
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
-from eval.generate import answer, sampling_options, short_name
+import numpy as np
+
+from eval.generate import answer, load_engine, load_prompts, sampling_options, short_name
 from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
-from eval.report import (
+from eval.results import (
+    AGAINST,
     GENERATION,
     JUDGE,
     at_least,
+    by_item,
     file_sha256,
     make_parser,
     read_records,
@@ -34,6 +41,7 @@ from runtime.rows import Dropped, is_json, load_rows, parse_row, rename
 from runtime.templates import as_messages
 
 JUDGE_TOKENS = 512
+ORDERS = ("A", "B")  # where our answer stands
 # The criteria are those of the DPO paper (appendix C.2), the words are not.
 INSTRUCTION = """\
 Below is a conversation with an assistant, and two answers to its last message, A and B. Which \
@@ -74,12 +82,12 @@ def load_chosen(source: str, count: int, columns: str = "") -> list[tuple[list |
     return [pairs[i * len(pairs) // count] for i in range(count)]
 
 
-def judge_prompt(prompt: list | str, ours: str, chosen: str, ours_first: bool) -> str:
-    """What the judge reads."""
+def judge_prompt(prompt: list | str, ours: str, other: str, place: str) -> str:
+    """What the judge reads. place: "A" or "B", where our answer stands."""
     text = prompt
     if not isinstance(prompt, str):
         text = "\n\n".join(f"{m['role']}: {m['content']}" for m in as_messages(prompt))
-    first, second = (ours, chosen) if ours_first else (chosen, ours)
+    first, second = (ours, other) if place == "A" else (other, ours)
     return INSTRUCTION.format(conversation=text.strip(), a=first.strip(), b=second.strip())
 
 
@@ -97,49 +105,104 @@ def parse_verdict(judgment: str) -> str:
 
 
 def judge_all(
-    judge: Judge, pairs: list, answers: list[str], path: Path, seed: int, workers: int
-) -> list[dict]:
-    """The judgment of every answer, kept in `path`: its "score" is 1 where the judge prefers the
-    answer to the chosen response, 0.5 for a tie, 0 for the chosen response, and None where its
-    words are none of these.
+    judge: Judge, pairs: list, answers: list[str], path: Path, workers: int
+) -> list[list[dict]]:
+    """The two judgments of every answer, one for each of ORDERS, kept in `path`: the "score" is 1
+    where the judge prefers the answer to the other one of (prompt, other answer), 0.5 for a tie, 0
+    where it prefers the other one, and None where its words are none of these.
 
     Raises InputError if `path` holds judgments of different answers, and as ask_all.
     """
     records = {
-        record["index"]: record for record in read_records(path, "index", "user_prompt", "judgment")
+        (record["index"], record["ours"]): record
+        for record in read_records(path, "index", "ours", "user_prompt", "judgment")
     }
-    first = [random.Random(f"{seed} {index}").random() < 0.5 for index in range(len(pairs))]
-    texts = [
-        judge_prompt(prompt, ours, chosen, f)
-        for (prompt, chosen), ours, f in zip(pairs, answers, first)
-    ]
-    if any(i >= len(texts) or r["user_prompt"] != texts[i] for i, r in records.items()):
+    texts = {
+        (index, place): judge_prompt(prompt, ours, other, place)
+        for index, ((prompt, other), ours) in enumerate(zip(pairs, answers))
+        for place in ORDERS
+    }
+    if any(texts.get(key) != record["user_prompt"] for key, record in records.items()):
         raise InputError(
             f"{path} judges different answers: remove it, or choose another --output_dir"
         )
 
-    def record(index: int, judgment: str) -> dict:
+    def record(key: tuple[int, str], judgment: str) -> dict:
+        index, place = key
         verdict = parse_verdict(judgment)
-        score = {"TIE": 0.5, "A": float(first[index]), "B": float(not first[index])}.get(verdict)
+        score = {"TIE": 0.5, place: 1.0, "": None}.get(verdict, 0.0)
         return {
             "index": index,
-            "ours": "A" if first[index] else "B",
+            "ours": place,
             "score": score,
             "judgment": judgment,
-            "user_prompt": texts[index],
+            "user_prompt": texts[key],
         }
 
-    missing = (index for index in range(len(pairs)) if index not in records)
-    tasks = {index: [{"role": "user", "content": texts[index]}] for index in missing}
+    tasks = {
+        key: [{"role": "user", "content": text}]
+        for key, text in texts.items()
+        if key not in records
+    }
     records |= ask_all(judge, tasks, record, path, workers)
     # Read anew: an earlier version may have read the same words otherwise.
-    return [records[i] | record(i, records[i]["judgment"]) for i in range(len(pairs))]
+    keys = [[(index, place) for place in ORDERS] for index in range(len(pairs))]
+    return [[records[k] | record(k, records[k]["judgment"]) for k in both] for both in keys]
+
+
+def prompt_scores(judgments: list[list[dict]]) -> list[float | None]:
+    """Of every prompt the mean of its two judgments' scores, None if one of them has none."""
+    found = [[record["score"] for record in both] for both in judgments]
+    return [None if None in both else statistics.mean(both) for both in found]
+
+
+def length_controlled(
+    scores: Sequence[float], lengths: Sequence[int], other_lengths: Sequence[int]
+) -> tuple[float, float] | None:
+    """The win rate at equal length and its standard error, in per cent; None where it cannot be
+    estimated, as where one model wins always.
+
+    scores, lengths (in characters), other_lengths: (prompts,). As AlpacaEval's (Dubois et al. 2024,
+    equation 2, without the difficulty of instructions, which takes many models to estimate):
+    p(win) = σ(θ + φ tanh(d / std(d))), d the difference of the lengths. Fitted by maximum
+    likelihood, scores between 0 and 1 included; the rate is σ(θ), its error by the sandwich
+    formula, which holds whatever the scores' variance is (Papke & Wooldridge 1996).
+    """
+    y, d = np.asarray(scores, dtype=float), np.subtract(lengths, other_lengths).astype(float)
+    if not 0 < y.mean() < 1:
+        return None
+    x = np.ones((len(y), 1))
+    if d.std() > 0:
+        x = np.column_stack([x, np.tanh(d / d.std())])
+    beta = np.zeros(x.shape[1])
+    for _ in range(50):  # Newton's method; the likelihood is concave
+        p = (1 + np.tanh(x @ beta / 2)) / 2  # σ, which does not overflow
+        information = (x * (p * (1 - p))[:, None]).T @ x
+        if np.linalg.cond(information) > 1e10:
+            return None
+        step = np.linalg.solve(information, x.T @ (y - p))
+        beta += step
+        if np.abs(step).max() < 1e-10:
+            break
+    else:
+        return None
+    inverse = np.linalg.inv(information)
+    residuals = x * (y - p)[:, None]
+    variance = inverse @ (residuals.T @ residuals) @ inverse
+    rate = 1 / (1 + math.exp(-beta[0]))
+    return 100 * rate, 100 * rate * (1 - rate) * math.sqrt(variance[0, 0])
 
 
 def main() -> None:
     shared = ("--columns", "--generate_only", *JUDGE, "--output_dir", "--wandb")
-    parser = make_parser(__doc__, "model", *GENERATION, *shared)
-    parser.add_argument("--data", required=True, help="preference data, as for train.py")
+    parser = make_parser(__doc__, *GENERATION, *shared)
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    parser.add_argument(
+        "other", nargs="?", metavar="OTHER", help="the model to win against; else chosen responses"
+    )
+    parser.add_argument(
+        "--data", required=True, help="preference data, as for train.py; with OTHER also prompts"
+    )
     parser.add_argument(
         "--num_prompts", type=at_least(0), default=256, help="spread over the data; 0: all"
     )
@@ -154,62 +217,106 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    name = short_name(args.model)
-    folder = Path(args.output_dir) / name / "win_rate"
-    pairs = load_chosen(args.data, args.num_prompts, args.columns)
+    name, against = short_name(args.model), short_name(args.other) if args.other else "chosen"
+    if name == against:
+        raise InputError(f"two models have the same name, {name}; results are kept by name")
+    if args.other:
+        prompts = load_prompts(args.data, args.num_prompts, args.columns)
+    else:
+        pairs = load_chosen(args.data, args.num_prompts, args.columns)
+        prompts = [prompt for prompt, _ in pairs]
     if not args.generate_only:
         place, timeout = args.judge_base_url, args.judge_timeout
         judge = open_judge(args.judge, place, JUDGE_TOKENS, temperature=0, timeout=timeout)
-    file = folder / "answers.jsonl"
-    prompts = [prompt for prompt, _ in pairs]
-    answers = answer(args.model, prompts, file, **sampling_options(args))
-    # A model of dialogues in plain text may go on with the person's next message.
-    texts = [text.partition("\n\nHuman:")[0] for text, _ in answers]
-    cut = sum(not finished for _, finished in answers)
-    print(f"{file}: {len(texts)} answers, {cut} of them cut at {args.max_new_tokens} tokens")
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    set_of_prompts = f"{Path(args.data).stem}-{digest[:8]}".replace(":", "-")
+
+    def answers_of(model: str) -> tuple[Path, list[str], int]:
+        """The file, the answers, and how many of them were cut."""
+        file = Path(args.output_dir) / short_name(model) / "win_rate" / set_of_prompts
+        file /= "answers.jsonl"
+        found = answer(model, prompts, file, **sampling_options(args))
+        # A model of dialogues in plain text may go on with the person's next message.
+        texts = [text.partition("\n\nHuman:")[0] for text, _ in found]
+        cut = sum(not finished for _, finished in found)
+        print(f"{file}: {len(texts)} answers, {cut} of them cut at {args.max_new_tokens} tokens")
+        return file, texts, cut
+
+    file, texts, cut = answers_of(args.model)
+    if args.other:
+        if args.engine == "vllm" and load_engine.cache_info().currsize:
+            raise InputError(
+                "--engine vllm: there is no memory for a second model in the same process. The "
+                "answers are kept: run the same command again"
+            )
+        _, others, other_cut = answers_of(args.other)
+        pairs = list(zip(prompts, others))
     if args.generate_only:
         return
     place = endpoint_name(args.judge_base_url)
-    path = folder / f"judgments-{place}-{args.judge.replace('/', '_')}.jsonl"
-    judgments = judge_all(judge, pairs, texts, path, args.seed, args.workers)
-    counted = [judgment["score"] for judgment in judgments if judgment["score"] is not None]
+    path = file.with_name(f"judgments-{against}-{place}-{args.judge.replace('/', '_')}.jsonl")
+    judgments = judge_all(judge, pairs, texts, path, args.workers)
+    by_prompt = prompt_scores(judgments)
+    counted = [score for score in by_prompt if score is not None]
     if len(counted) < 2:
-        raise InputError(f"none or one of the judgments names an answer: look at {path}")
-    rate = 100 * statistics.mean(counted)
-    error = 100 * statistics.stdev(counted) / math.sqrt(len(counted))
-    shares = {"wins": 1.0, "ties": 0.5, "losses": 0.0}
-    scores = {"win_rate": rate}
-    scores |= {name: 100 * counted.count(value) / len(counted) for name, value in shares.items()}
+        raise InputError(f"none or one of the prompts has two verdicts: look at {path}")
+    errors = {"win_rate": 100 * statistics.stdev(counted) / math.sqrt(len(counted))}
+    scores = {"win_rate": 100 * statistics.mean(counted)}
+    known = [i for i, score in enumerate(by_prompt) if score is not None]
+    lengths = [len(texts[i]) for i in known], [len(pairs[i][1]) for i in known]
+    if controlled := length_controlled(counted, *lengths):
+        scores["length_controlled_winrate"], errors["length_controlled_winrate"] = controlled
+    shares = {
+        "wins": sum(score > 0.5 for score in counted),
+        "ties": counted.count(0.5),
+        "losses": sum(score < 0.5 for score in counted),
+        "both_orders_agree": sum(len({r["score"] for r in judgments[i]}) == 1 for i in known),
+    }
+    scores |= {key: 100 * count / len(counted) for key, count in shares.items()}
     scores |= {"judged": len(counted), "unparsable": len(judgments) - len(counted)}
     scores["words"] = statistics.mean(len(text.split()) for text in texts)
-    scores["words/chosen"] = statistics.mean(len(chosen.split()) for _, chosen in pairs)
+    scores[f"words/{against}"] = statistics.mean(len(other.split()) for _, other in pairs)
     settings = {
         **sampling_options(args),
+        "against": args.other or "the chosen responses",
         "data": args.data,
+        # Of all that is compared with: prompts, and the other model's answers or chosen ones.
         "data_sha256": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         "num_prompts": len(pairs),
         "judge": args.judge,
-        "judge_version": judge_versions(judgments),
+        "judge_version": judge_versions([record for both in judgments for record in both]),
         "judge_base_url": args.judge_base_url,
+        "orders": len(ORDERS),
         "cut": cut,
     }
+    settings |= {"cut_of_other": other_cut} if args.other else {}
     write_result(
-        folder.parent,
-        "win_rate",
+        Path(args.output_dir) / name,
+        f"{AGAINST}{against}" if args.other else "win_rate",
         args.model,
         scores,
-        errors={"win_rate": error},
+        errors=errors,
         settings=settings,
         inputs={path.name: file_sha256(path)},
         packages=("openai",),
         wandb_mode=args.wandb,
+        items=by_item(
+            {"win_rate": [None if score is None else 100 * score for score in by_prompt]},
+            settings["data_sha256"],
+        ),
     )
-    print(f"win rate against the chosen responses: {rate:.1f} % ± {error:.1f} (standard error)")
-    low, high = max(0.0, rate - 1.96 * error), min(100.0, rate + 1.96 * error)
-    print(f"95 % interval: {low:.1f} to {high:.1f} %")
-    counts = ", ".join(f"{name} {scores[name]:.1f} %" for name in shares)
-    print(f"{counts}; {scores['unparsable']} of {len(judgments)} judgments name no answer")
-    print(f"words: {scores['words']:.1f}, of the chosen responses {scores['words/chosen']:.1f}")
+    titles = {"win_rate": "win rate", "length_controlled_winrate": "controlled for length"}
+    print(f"against {args.other or 'the chosen responses'}, {len(counted)} prompts in both orders")
+    for key, title in titles.items():
+        if key not in scores:
+            print(f"{title:<24}not estimable: one side wins always, or only where it is longer")
+            continue
+        low, high = (scores[key] + side * 1.96 * errors[key] for side in (-1, 1))
+        text = f"{title:<24}{scores[key]:.1f} % ± {errors[key]:.1f} (standard error)"
+        print(f"{text}; 95 % interval: {max(0.0, low):.1f} to {min(100.0, high):.1f} %")
+    counts = ", ".join(f"{key.replace('_', ' ')} {scores[key]:.1f} %" for key in shares)
+    print(f"{counts}; {scores['unparsable']} of {len(judgments)} prompts lack a verdict")
+    print(f"words: {scores['words']:.1f}, of the others {scores[f'words/{against}']:.1f}")
 
 
 if __name__ == "__main__":

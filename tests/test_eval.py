@@ -31,10 +31,9 @@ from conftest import CHATML, make_model, make_tokenizer, run, run_python, write_
 from data import load_data
 from eval import alpaca_eval2 as alpaca_eval2_module
 from eval import judge as judge_module
-from eval import leaderboard, preference, report, show_pairs, win_rate
+from eval import leaderboard, preference, report, results, show_pairs, win_rate
 from eval import mt_bench as mt_bench_module
 from eval.judge import Judge, open_judge
-from eval.preference import score
 from runtime.errors import InputError
 from runtime.log import lock_folder
 from runtime.weights import tokenizer_digests
@@ -121,7 +120,7 @@ def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
         assert result["scores"] == pytest.approx(expected, rel=1e-5)
         error = correct[::2].std(ddof=1) / math.sqrt(5)
         assert result["standard_errors"]["accuracy/even"] == pytest.approx(error)
-        assert result["inputs_sha256"] == {str(data): report.file_sha256(data)}
+        assert result["inputs_sha256"] == {str(data): results.file_sha256(data)}
         assert "torch" in result["versions"]
         lines = read_lines(tmp_path / "results" / name / "preference_pairs.jsonl")
         assert np.allclose([line["logps"] for line in lines], sums, rtol=1e-5)
@@ -135,14 +134,14 @@ def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
 def test_preference_scores_by_hand():
     # two pairs: probabilities per token 1/2 and 1/4; 1/8 and 1/4
     sums = np.log([[1 / 4, 1 / 64], [1 / 8, 1 / 16]])
-    scores, errors = score(sums, np.array([[2, 3], [1, 2]]))
+    scores, errors = preference.score(sums, np.array([[2, 3], [1, 2]]))
     assert scores["accuracy"] == 0.5 and scores["accuracy_sum"] == 1.0 and scores["pairs"] == 2
     assert scores["inverse_perplexity/chosen"] == pytest.approx(5 / 16)
     assert scores["inverse_perplexity/margin"] == pytest.approx((1 / 4 - 1 / 8) / 2)
     assert "accuracy_implicit" not in scores
     # Under a reference, ln 2 less and more likely, then three times as likely and as before.
     reference = sums + np.log([[2, 1 / 2], [1 / 3, 1]])
-    implicit, _ = score(sums, np.array([[2, 3], [1, 2]]), reference)
+    implicit, _ = preference.score(sums, np.array([[2, 3], [1, 2]]), reference)
     assert implicit["accuracy_implicit"] == 0.5
     assert implicit["implicit_reward/margin"] == pytest.approx((np.log(3) - 2 * np.log(2)) / 2)
     # The values 1 and 0 have the sample deviation √½; over √2.
@@ -188,36 +187,99 @@ def test_preference_refuses_two_models_of_one_name(model_folder, monkeypatch):
 
 
 def write(folder: Path, model_folder: Path, benchmark: str, scores: dict, **more) -> None:
-    report.write_result(folder, benchmark, str(model_folder), scores, **more)
+    results.write_result(folder, benchmark, str(model_folder), scores, **more)
+
+
+def score(value: float, error: float | None, items=None, of: str = "") -> report.Score:
+    return report.Score(value, error, (value,), items, of)
 
 
 def test_only_what_is_resolved_is_bold():
     """By hand: of one comparison, 10 is 2.0 of the errors of the difference of 0 and 10, √(3² + 4²)
-    = 5, and resolved (1.96); of two comparisons it is not (2.24); nor without an error."""
-    column = [(0.0, 3.0), None, (10.0, 4.0)]
+    = 5, and resolved (1.96); of two comparisons it is not (2.24); nor without an error. Item by
+    item, the same two differ by 10 everywhere but in one of ten: resolved, whatever their own
+    errors."""
+    column = [score(0.0, 3.0), None, score(10.0, 4.0)]
     assert report.resolved(column, 1) == 2 and report.resolved(column, 2) is None
-    assert report.resolved([*column, (9.0, 1.0)], 1) is None
-    assert report.resolved([(0.0, 3.0), (10.0, None)], 1) is None
-    assert report.resolved([(10.0, 1.0), None], 1) is None
+    assert report.resolved([*column, score(9.0, 1.0)], 1) is None
+    assert report.resolved([score(0.0, 3.0), score(10.0, None)], 1) is None
+    assert report.resolved([score(10.0, 1.0), None], 1) is None
+    values = np.arange(10.0) * 100
+    column = [score(0.0, 99.0, values, "a"), score(9.0, 99.0, values + [*[10.0] * 9, 0.0], "a")]
+    assert report.resolved(column, 1) == 1
+    assert report.resolved([column[0], score(9.0, 99.0, column[1].items, "b")], 1) is None
+    # Nine items tell no interval.
+    few = [score(s.value, s.error, s.items[:9], "a") for s in column]
+    assert report.resolved(few, 1) is None
 
 
 def test_differences_are_paired(capsys):
-    """Against values worked out by hand: the items differ by 0.1, 0.3, 0.2 and 0.2 while they
-    themselves vary by much more; their mean is 0.2, its standard error √(0.02 / 3 / 4)."""
-    first = {"a": np.array([0.0, 1.0, 5.0, 9.0]), "b": np.array([1.0, 2.0, 1.0, 2.0])}
-    other = {"a": first["a"] + [0.1, 0.3, 0.2, 0.2], "b": first["b"][::-1], "c": np.zeros(4)}
-    found = report.paired_differences(other, first)
-    assert found["a"] == pytest.approx((0.2, (0.02 / 3 / 4) ** 0.5))
-    assert found.keys() == {"a", "b"} and found["b"][0] == 0
-    assert report.threshold(1) == pytest.approx(1.96, abs=1e-3)
-    assert report.threshold(2) == pytest.approx(2.2414, abs=1e-3)
+    """Against values worked out by hand: the items differ by 0.1, 0.3, 0.2 and 0.2, three times
+    over, while they themselves vary by much more; their mean is 0.2, its standard error
+    √(0.06 / 11 / 12). An item that one of them lacks does not count."""
+    first = {"a": np.array([0.0, 1.0, 5.0, 9.0] * 3), "b": np.array([1.0, 2.0] * 6)}
+    other = {"a": first["a"] + [0.1, 0.3, 0.2, 0.2] * 3, "b": first["b"][::-1], "c": np.zeros(12)}
+    expected = pytest.approx((0.2, (0.06 / 11 / 12) ** 0.5))
+    assert results.paired_difference(other["a"], first["a"]) == expected
+    lacking = [*other["a"], 7.0], [*first["a"], math.nan]
+    assert results.paired_difference(*lacking) == expected
+    assert results.paired_difference(other["a"][:4], first["a"][:4]) == (pytest.approx(0.2), None)
+    assert results.threshold(1) == pytest.approx(1.96, abs=1e-3)
+    assert results.threshold(2) == pytest.approx(2.2414, abs=1e-3)
     columns = [("m", {"a": 3.75, "b": 1.5}, {}), ("n", {"a": 3.95, "b": 1.5}, {})]
-    report.print_scores(columns, [first, other])
+    results.print_scores(columns, [first, other])
     header, a, b, note = capsys.readouterr().out.splitlines()
-    assert header.endswith("− first [95 %]") and "+0.2000 [+0.1200, +0.2800]*" in a
+    assert header.endswith("− first [95 %]") and "+0.2000 [+0.1582, +0.2418]*" in a
     assert not b.endswith("*") and "2.24 standard errors" in note
-    report.print_scores(columns)
+    results.print_scores(columns)
     assert "first" not in capsys.readouterr().out
+
+
+def test_several_runs_are_one_method(model_folder, tmp_path, monkeypatch, capsys):
+    """Three seeds against a model of one run, by hand. The seeds' means are 0.5, 0.6 and 0.7, their
+    standard error 0.1 / √3; their means of each item are 0.2 above the other model's in every item
+    but two. What the runs of one method do not share is refused."""
+    base = np.array([0.0, 1.0, 0.2, 0.8, 0.4, 0.4, 0.6, 0.2, 0.2, 0.2])
+    gain = np.array([0.2] * 8 + [0.0, 0.4])
+    values = {"other": base, "s-0": base + gain - 0.1, "s-1": base + gain, "s-2": base + gain + 0.1}
+    for name, column in values.items():
+        items = results.by_item({"accuracy": column}, ["the", "same", "items"])
+        scores, errors = {"accuracy": column.mean()}, {"accuracy": column.std(ddof=1) / 10**0.5}
+        more = {"errors": errors, "items": items, "settings": {"data": "d"}}
+        write(tmp_path / name, model_folder, "preference", scores, **more)
+    label = f"--label=S={tmp_path}/s-*"
+    flags = [str(tmp_path / "other"), label, "--output", str(tmp_path / "report")]
+    monkeypatch.setattr(sys, "argv", ["report", *flags])
+    report.main()
+    of_items = gain.std(ddof=1) / 10**0.5
+    error = math.hypot(of_items, 0.1 / 3**0.5)
+    own = math.hypot((base + gain).std(ddof=1) / 10**0.5, 0.1 / 3**0.5)
+    header, _, other, method, *_ = capsys.readouterr().out.splitlines()[2:]
+    assert header == "| model | accuracy, n = 10 | − other [95 %] |"
+    assert other == f"| other | 0.4000 ± {base.std(ddof=1) / 10**0.5:.4f} |  |"
+    shown = f"0.6000** ± {own:.4f} (0.5000 to 0.7000, 3 runs)"
+    low, high = 0.2 - 1.96 * error, 0.2 + 1.96 * error
+    assert method == f"| S | **{shown} | +0.2000 [{low:+.4f}, {high:+.4f}]\\* |"
+    line = [*csv.reader(open(tmp_path / "report.csv"))][3]
+    assert [float(x) for x in line[1:]] == pytest.approx([0.6, own, 0.2, error], abs=1e-6)
+
+    write(tmp_path / "s-2", model_folder, "preference", {"accuracy": 0.5}, settings={"data": "e"})
+    with pytest.raises(InputError, match="S: its runs differ in how accuracy came about: run 1"):
+        report.main()
+    write(tmp_path / "s-2", model_folder, "preference", {"logps/margin": 0.5})
+    with pytest.raises(InputError, match="S: 1 of 3 runs have no accuracy of preference"):
+        report.main()
+    for wrong, reason in {
+        "S": "must be NAME=PATTERN",
+        "S=nowhere/*": "nothing matches nowhere",
+        f"S={tmp_path}/other": "is there twice",
+        f"other={tmp_path}/s-0": "other is there twice",
+    }.items():
+        with pytest.raises(InputError, match=reason):
+            report.read_methods([str(tmp_path / "other")], [wrong])
+    (tmp_path / "s-0" / "preference.items.json").write_text("{}")
+    with pytest.raises(InputError, match="of another evaluation: evaluate again"):
+        report.read_results([str(tmp_path / "s-0")])
 
 
 def test_report(model_folder, other_folder, tmp_path):
@@ -233,9 +295,11 @@ def test_report(model_folder, other_folder, tmp_path):
     assert "| b | – | 50.00 |\n" in done.stdout
     assert "| model | MT-Bench |\n" in done.stdout and "7.12" in done.stdout
     rows = list(csv.reader(open(tmp_path / "report.csv")))
-    header = ["model", "BBH", "BBH standard error", "GSM8K", "GSM8K standard error"]
+    parts = ("", " standard error", " − first", " − first, standard error")
+    header = ["model", *(name + part for name in ("BBH", "GSM8K") for part in parts)]
     assert rows[:2] == [["Open LLM Leaderboard"], header]
-    assert rows[2:4] == [["a", "0.5", "", "60.0", ""], ["b", "", "", "50.0", ""]]
+    a, b = ["a", "0.5", *[""] * 3, "60.0", *[""] * 3], ["b", *[""] * 4, "50.0", *[""] * 3]
+    assert rows[2:4] == [a, b]
 
 
 DAMAGED = {
@@ -265,12 +329,12 @@ def test_a_damaged_result_is_named(model_folder, tmp_path, damage):
 
 def test_a_score_of_zero_per_cent_has_two_digits(model_folder, tmp_path):
     write(tmp_path / "a", model_folder, "leaderboard", {"GSM8K": 0.0})
-    (table,) = report.tables(report.read_results([str(tmp_path / "a")]))
+    (table,) = report.tables(report.read_methods([str(tmp_path / "a")], []))
     assert "| a | 0.00 |" in report.markdown(*table)
 
 
 def test_help_shows_the_defaults(capsys):
-    parser = report.make_parser("A text.", "model", *report.GENERATION, "--output_dir")
+    parser = results.make_parser("A text.", "model", *results.GENERATION, "--output_dir")
     parser.print_help()
     said = " ".join(capsys.readouterr().out.split())
     assert "(default: 8)" in said and "(default: results)" in said and "(default: 0)" in said
@@ -289,8 +353,8 @@ def test_report_footnotes_what_it_cannot_compare(model_folder, tmp_path):
         scores = {"GSM8K": 60.0 + number, "ARC-Challenge": 0.5 + number}
         more = {"settings": settings, "errors": {"ARC-Challenge": 0.125}}
         write(tmp_path / name, model_folder, "leaderboard", scores, **more)
-    results = report.read_results(sorted(str(path) for path in tmp_path.iterdir()))
-    board, chat = (report.markdown(*table) for table in report.tables(results))
+    methods = report.read_methods(sorted(str(path) for path in tmp_path.iterdir()), [])
+    board, chat = (report.markdown(*table) for table in report.tables(methods))
     assert board.splitlines()[2:] == [
         "| model | GSM8K (1) | ARC-Challenge |",
         "|---|---|---|",
@@ -320,8 +384,8 @@ def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
         write(tmp_path / name, model_folder, "win_rate", {"win_rate": 50.0}, settings=settings)
         scores = {"accuracy": 0.6, "pairs": 43 if name == "a" else 20}
         write(tmp_path / name, model_folder, "preference", scores)
-    results = report.read_results([str(tmp_path / name) for name in ("a", "b")])
-    _, normalized, chat, pairs = report.tables(results)
+    methods = report.read_methods([str(tmp_path / name) for name in ("a", "b")], [])
+    _, normalized, chat, pairs = report.tables(methods)
     assert pairs[3] == ["a: pairs 43; b: pairs 20"]
     assert normalized[:2] == (
         "Open LLM Leaderboard 2, normalized",
@@ -359,9 +423,9 @@ def test_report_by_start_model(model_folder, tmp_path, monkeypatch, capsys):
         "three",
     ]
     assert printed[1].count("Instruction following") == 1
-    assert report.start_model("org/base") == "org/base"
+    assert results.start_model("org/base") == "org/base"
     (tmp_path / "one" / "config.yaml").write_text("- a list\n")
-    assert report.start_model(str(tmp_path / "one" / "final")) == str(tmp_path / "one" / "final")
+    assert results.start_model(str(tmp_path / "one" / "final")) == str(tmp_path / "one" / "final")
 
 
 def test_a_result_names_the_run_that_made_the_model(model_folder, base, tmp_path):
@@ -395,7 +459,7 @@ def test_report_refuses_what_it_cannot_compare(model_folder, other_folder, tmp_p
 
 def test_results_go_to_wandb(model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    report.write_result(
+    results.write_result(
         tmp_path / "a",
         "mt_bench",
         str(model_folder),
@@ -631,6 +695,9 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
     scores = result["scores"]
     preferences = [preference_of(i) for i in range(805) if i != 800]
     assert scores["win_rate"] == pytest.approx(100 * np.mean(preferences), abs=1e-3)
+    items = results.read_items(tmp_path / "tiny", result)["win_rate"]["values"]
+    assert items.pop(800) is None  # the judge refused it
+    assert items == pytest.approx(100 * np.array(preferences), abs=1e-3)
     error = 100 * np.std(preferences, ddof=1) / math.sqrt(804)
     assert result["standard_errors"]["win_rate"] == pytest.approx(error, abs=1e-3)
     official = (tmp_path / "tiny" / "alpaca_eval2").rglob("leaderboard.csv")
@@ -931,12 +998,12 @@ def test_what_the_judge_refuses_is_a_record(tmp_path):
         4: "too long",
         9: "it answers with no text",
     }
-    kept = sorted(report.read_records(path), key=lambda r: r["index"])
+    kept = sorted(results.read_records(path), key=lambda r: r["index"])
     assert kept == [records[number] for number in range(10)]
     judge = MockJudge(lambda n: refusal())
     with pytest.raises(InputError, match="5 refusals in a row, the last: too long.*to continue"):
         ask(judge, range(100), tmp_path / "none.jsonl", workers=4)
-    assert len(judge.calls) < 5 + 2 * 4 and report.read_records(tmp_path / "none.jsonl") == []
+    assert len(judge.calls) < 5 + 2 * 4 and results.read_records(tmp_path / "none.jsonl") == []
     expired = MockJudge(lambda n: refusal(401) if n == 3 else "A")
     with pytest.raises(InputError, match="the judge mock failed: .*too long"):
         ask(expired, range(10), tmp_path / "none.jsonl")
@@ -947,7 +1014,7 @@ def test_judgments_keep_the_version_of_their_judge(tmp_path):
     records = ask(judge, range(3), tmp_path / "judgments.jsonl")
     judge.version = "mock 2"
     records |= ask(judge, range(3, 5), tmp_path / "judgments.jsonl")
-    kept = report.read_records(tmp_path / "judgments.jsonl")
+    kept = results.read_records(tmp_path / "judgments.jsonl")
     assert [record["judge_version"] for record in kept] == ["mock 1"] * 3 + ["mock 2"] * 2
     assert judge_module.judge_versions(kept) == "mock 1, mock 2"
     assert judge_module.judge_versions([*records.values(), {}]) == "mock 1, mock 2, unknown"
@@ -960,7 +1027,7 @@ def test_a_torn_line_is_cut_off_and_nothing_is_written_anew(tmp_path):
     before = path.stat().st_ino
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "write_text", lambda *args: pytest.fail("a full disk"))
-        assert report.read_records(path) == [{"a": "ä\u2028"}, {"a": 2}]
+        assert results.read_records(path) == [{"a": "ä\u2028"}, {"a": 2}]
     assert path.stat().st_ino == before and path.read_text() == '{"a": "ä\u2028"}\n{"a": 2}\n'
 
 
@@ -1001,7 +1068,7 @@ def test_every_judgment_that_was_paid_is_kept(tmp_path, monkeypatch):
     judge, path = MockJudge(reply), tmp_path / "judgments.jsonl"
     with pytest.raises(KeyboardInterrupt):
         ask(judge, range(500), path, workers=4)
-    kept = len(report.read_records(path))
+    kept = len(results.read_records(path))
     assert kept == len(judge.calls) and kept < 500
 
 
@@ -1096,13 +1163,13 @@ def test_a_reply_that_does_not_end_is_an_error_in_time(endpoint, tmp_path, kind)
     replies[:] = [completion("A"), completion("A"), hang]
     with pytest.raises(InputError, match="the judge m failed: .*no reply within 0.5 s, 3 times"):
         ask(judge, range(10), tmp_path / "judgments.jsonl")
-    assert len(report.read_records(tmp_path / "judgments.jsonl")) == 2
+    assert len(results.read_records(tmp_path / "judgments.jsonl")) == 2
     open_for_long.set()
 
 
 def test_an_endpoint_with_a_password_is_refused(capsys):
     """It would be in results, in wandb and in errors."""
-    parser = report.make_parser("", *report.JUDGE)
+    parser = results.make_parser("", *results.JUDGE)
     with pytest.raises(SystemExit):
         parser.parse_args(["--judge_base_url", "http://me:secret@host:8000/v1"])
     said = capsys.readouterr().err
@@ -1215,7 +1282,8 @@ def test_chosen_is_the_first_answer_of_the_rows_that_have_one(tmp_path):
 
 def test_win_rate(model_folder, tmp_path):
     """A judge that finds a tie in every third conversation, prefers the chosen response in the next
-    and the model's in the third, and names none in the last. The first time, its key expires."""
+    and the model's in the third, in the next nine whatever stands first, and names none in the
+    last. Its key expires at first."""
     rows = [
         {
             "chosen": f"\n\nHuman: q {n}\n\nAssistant: gold",
@@ -1235,7 +1303,8 @@ def test_win_rate(model_folder, tmp_path):
         number = int(re.search(r"q (\d+)", text)[1])
         gold = "A" if re.search(r"\[Answer A\]\ngold\n", text) else "B"
         ours = "B" if gold == "A" else "A"
-        verdict = "both" if number == 30 else ("TIE", gold, ours)[number % 3]
+        verdict = "A" if number >= 21 else ("TIE", gold, ours)[number % 3]
+        verdict = "both" if number == 30 and ours == "A" else verdict
         return {"message": {"role": "assistant", "content": f"Compared.\n{verdict}"}}
 
     with judge_server(reply) as (url, requests):
@@ -1246,33 +1315,123 @@ def test_win_rate(model_folder, tmp_path):
         failing, asked = False, len(requests)
         done = command("win_rate", model_folder, *flags)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert len(requests) - asked == 31 - 11
-    result = json.loads((tmp_path / "results" / "tiny" / "win_rate.json").read_text())
-    third = 100 / 3
-    expected = {"win_rate": 50, "wins": third, "ties": third, "losses": third}
-    expected |= {"judged": 30, "unparsable": 1, "words/chosen": 1}
+        assert len(requests) - asked == 62 - 11
+    folder = tmp_path / "results" / "tiny"
+    result = json.loads((folder / "win_rate.json").read_text())
+    # Seven wins, seven losses, and a half for seven ties and the nine of which each side has one.
+    expected = {"win_rate": 50, "wins": 700 / 30, "ties": 1600 / 30, "losses": 700 / 30}
+    expected |= {"judged": 30, "unparsable": 1, "words/chosen": 1, "both_orders_agree": 70}
     assert {name: result["scores"][name] for name in expected} == pytest.approx(expected)
-    # Of ten zeros, ten halves and ten ones
-    error = 100 * math.sqrt(20 * 0.25 / 29 / 30)
-    assert result["standard_errors"] == {"win_rate": pytest.approx(error)}
-    assert "win rate against the chosen responses: 50.0 % ± 7.6" in done.stdout
-    (path,) = (tmp_path / "results" / "tiny" / "win_rate").glob("judgments-*.jsonl")
+    error = 100 * math.sqrt(14 * 0.25 / 29 / 30)
+    assert result["standard_errors"]["win_rate"] == pytest.approx(error)
+    assert f"{'win rate':<24}50.0 % ± 6.3 (standard error)" in done.stdout
+    items = results.read_items(folder, result)["win_rate"]["values"]
+    assert Counter(items) == {0: 7, 50: 16, 100: 7, None: 1} and items[30] is None
+    (path,) = folder.glob("win_rate/hh-*/judgments-chosen-*.jsonl")
     # An earlier version may have read the same words otherwise, or judged more answers.
     judged = path.read_text()
     path.write_text(judged.replace('"score": 0.5', '"score": 1'))
     pairs = win_rate.load_chosen(str(tmp_path / "hh.jsonl"), 0)
     read = read_lines(path.with_name("answers.jsonl"))[1:]
     texts = [line["output"] for line in sorted(read, key=lambda line: line["index"])]
-    options = {"path": path, "seed": 0, "workers": 1}
+    options = {"path": path, "workers": 1}
     judged_again = win_rate.judge_all(MockJudge(None), pairs, texts, **options)
-    assert Counter(r["score"] for r in judged_again) == {0: 10, 0.5: 10, 1: 10, None: 1}
-    assert {r["judge_version"] for r in judged_again} == {result["settings"]["judge_version"]}
+    by_prompt = win_rate.prompt_scores(judged_again)
+    assert [None if s is None else 100 * s for s in by_prompt] == items
+    versions = {record["judge_version"] for both in judged_again for record in both}
+    assert versions == {result["settings"]["judge_version"]}
     with pytest.raises(InputError, match="judges different answers"):
         win_rate.judge_all(MockJudge(None), pairs[:-1], texts[:-1], **options)
     path.write_text(judged)
     places = [record["ours"] for record in read_lines(path)]
-    assert len(places) == 31 and 8 < places.count("A") < 23  # the order is random
-    assert {r["score"] for r in read_lines(path)} == {0, 0.5, 1, None}
+    assert places.count("A") == places.count("B") == 31
+
+
+def test_win_rate_of_two_models(model_folder, other_folder, tmp_path):
+    """A judge that prefers the first model's answers in three of four prompts, in both orders; of
+    two equal answers, the one that stands first. The result is the first model's, against the
+    second; the other way round it is its complement, and no answer is made twice. The table has
+    both."""
+    (tmp_path / "asked.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(12))
+    )
+
+    def reply(request: dict):
+        text = request["messages"][-1]["content"]
+        a, b = (re.search(rf"\[Answer {x}\]\n(.*?)\n*(\[|$)", text, re.S)[1] for x in "AB")
+        number = int(re.search(r"question (\d+)", text)[1])
+        first = answers[number, "tiny"].strip()
+        assert {a.strip(), b.strip()} == {first, answers[number, "other"].strip()}
+        mine = "A" if a.strip() == first else "B"
+        other = "B" if mine == "A" else "A"
+        return {"message": {"role": "assistant", "content": other if number % 4 == 3 else mine}}
+
+    folders = [model_folder, other_folder]
+    names = ["tiny", "other"]
+    flags = ["--data", tmp_path / "asked.jsonl", "--num_prompts", 0, "--max_new_tokens", 12]
+    flags += ["--output_dir", tmp_path / "results", "--judge", "mock"]
+    done = command("win_rate", *folders, *flags, "--generate_only")
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = {}
+    for name in names:
+        (file,) = (tmp_path / "results" / name).glob("win_rate/asked-*/answers.jsonl")
+        for line in read_lines(file)[1:]:
+            answers[line["index"], name] = line["output"]
+    written = {path: path.read_bytes() for path in (tmp_path / "results").rglob("answers.jsonl")}
+    with judge_server(reply) as (url, requests):
+        for pair in (folders, folders[::-1]):
+            done = command("win_rate", *pair, *flags, "--judge_base_url", url)
+            assert done.returncode == 0, done.stderr[-3000:]
+    assert len(requests) == 2 * 24 and written == {p: p.read_bytes() for p in written}
+    found = []
+    for name, against in (names, names[::-1]):
+        path = tmp_path / "results" / name / f"win_rate_against_{against}.json"
+        found.append(json.loads(path.read_text())["scores"])
+    equal = [n for n in range(12) if len({answers[n, name].strip() for name in names}) == 1]
+    rate = 100 * sum(0.5 if n in equal else n % 4 != 3 for n in range(12)) / 12
+    assert len(equal) < 4
+    assert [scores["win_rate"] for scores in found] == pytest.approx([rate, 100 - rate])
+    both = [scores["length_controlled_winrate"] for scores in found]
+    assert sum(both) == pytest.approx(100)
+    table = command("report", *(tmp_path / "results" / name for name in names)).stdout
+    assert "**Win rate against another model's answers**" in table
+    assert f"against {names[1]} %, n = 12" in table and f"against {names[0]}, LC %" in table
+    with pytest.raises(InputError, match="same name"):
+        sys.argv = ["win_rate", str(model_folder), str(model_folder), *map(str, flags)]
+        win_rate.main()
+
+
+def test_the_length_controlled_win_rate():
+    """Against scikit-learn's logistic regression, in which a score of 0.5 is half a win and half a
+    loss; its error against the spread over samples drawn with replacement. A judge that looks at
+    the length alone gives 50 % to answers of another length."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    lengths, others = rng.integers(200, 2000, 400), rng.integers(100, 1500, 400)
+    d = np.tanh((lengths - others) / (lengths - others).std())
+    scores = rng.choice([0, 0.5, 1], 400) * 0.4 + 0.6 * (rng.random(400) < 1 / (1 + np.exp(-d)))
+
+    def fit(rows) -> float:
+        x = np.tile((lengths[rows] - others[rows]), 2)[:, None].astype(float)
+        x = np.tanh(x / x.std())
+        y, weight = np.repeat([1, 0], len(rows)), np.concatenate([scores[rows], 1 - scores[rows]])
+        model = LogisticRegression(C=np.inf, tol=1e-10).fit(x, y, sample_weight=weight)
+        return 100 / (1 + math.exp(-model.intercept_[0]))
+
+    rate, error = win_rate.length_controlled(scores, lengths, others)
+    assert rate == pytest.approx(fit(np.arange(400)), abs=1e-4)
+    drawn = [fit(rng.integers(0, 400, 400)) for _ in range(300)]
+    assert error == pytest.approx(np.std(drawn), rel=0.15)
+    biased = (rng.random(400) < 1 / (1 + np.exp(-3 * d))).astype(float)
+    rate, error = win_rate.length_controlled(biased, lengths, others)
+    assert biased.mean() > 0.6 and abs(rate - 50) < 2 * error
+    # Of equal lengths it is the win rate; where one side always wins, there is none.
+    equal = win_rate.length_controlled([1, 0.5, 0, 1], [7, 8, 9, 9], [7, 8, 9, 9])
+    assert equal[0] == pytest.approx(62.5)
+    assert win_rate.length_controlled([1.0] * 9, range(9), range(9)[::-1]) is None
+    longer = [float(a > b) for a, b in zip(lengths, others)]
+    assert win_rate.length_controlled(longer, lengths, others) is None
 
 
 # ---- Open LLM Leaderboard ------------------------------------------------------------------------
@@ -1456,6 +1615,10 @@ run(flags)
     chat = {name: values["apply_chat_template"] for name, values in result["settings"].items()}
     assert chat == dict.fromkeys(leaderboard.BENCHMARKS, False) | {"GSM8K": True}
     assert result["settings"]["ARC-Challenge"]["shots"] == 25
+    items = results.read_items(folder, result)
+    assert items.keys() == leaderboard.BENCHMARKS.keys() - {"IFEval"}
+    for name, found in items.items():
+        assert np.mean(found["values"]) == pytest.approx(result["scores"][name], abs=1e-4), name
     digests = tokenizer_digests(make_tokenizer(today + CHATML))
     assert result["settings"]["GSM8K"].items() >= digests.items()
     prompt = samples_of(folder, "gsm8k")[0]["arguments"]["gen_args_0"]["arg_0"]

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 import data
 from eval import generate as generate_module
 from eval.generate import answer, generate, generate_tokens, own_sampling, short_name
-from eval.report import parse_engine_args
+from eval.results import parse_engine_args
 from runtime import templates
 from runtime.errors import InputError
 from runtime.log import open_alone

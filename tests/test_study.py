@@ -15,7 +15,8 @@ from conftest import make_model, make_tokenizer, read_metrics, write_pairs
 
 from benchmarks import study
 from eval import plots
-from eval.report import read_records
+from eval.preference import distribution_figure
+from eval.results import read_records
 from runtime.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -284,8 +285,8 @@ def test_figures_show_the_runs(at_root_8, monkeypatch, tmp_path):
     monkeypatch.setattr(pyplot, "close", lambda figure: axes.append(figure.axes))
     study.figures(results, tmp_path)
     (by_rate, _, of_rate), (by_step, _, of_step) = drawn
-    assert [[run["learning_rate"] for run in seed] for seed in by_rate["simper"]] == [[2.0], [2.0]]
-    shown = [[metric(run) for metric in of_rate.values()] for (run,) in by_rate["simper"]]
+    assert [[run["learning_rate"] for run in seed] for seed in by_rate["SimPER"]] == [[2.0], [2.0]]
+    shown = [[metric(run) for metric in of_rate.values()] for (run,) in by_rate["SimPER"]]
     assert shown == [[0, 0.5, 0.75], [1, 0.5, 0.75]]
     (runs,) = by_step.values()
     assert [[metric(run[0]) for metric in of_step.values()] for run in runs] == [
@@ -419,13 +420,15 @@ def test_plotted_lines_are_the_metrics(tmp_path, monkeypatch):
     assert (axis.get_xlabel(), axis.get_xscale()) == ("learning rate", "log")
 
 
-def test_a_legend_stays_in_its_figure(tmp_path, monkeypatch):
+def test_names_stay_in_their_figure(tmp_path, monkeypatch):
+    """Nine in a legend; up to eight beside the lines, in the order of their ends, each in the color
+    of its line and clear of the others, also where all lines end in one point."""
     from matplotlib import pyplot
 
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)
     run = [{"step": step, "a": 1.0} for step in (1, 2)]
-    curves = {f"runs/llama-3-8b-instruct-{n}": [run] for n in range(7)}
+    curves = {f"runs/llama-3-8b-instruct-{n}": [run] for n in range(9)}
     plots.plot(curves, str(tmp_path / "figure.png"), {"a": lambda line: line["a"]})
     scores = {
         f"a-model-of-an-ordinary-name-{n}": dict.fromkeys(plots.CATEGORIES, 5.0) for n in "abc"
@@ -435,7 +438,74 @@ def test_a_legend_stays_in_its_figure(tmp_path, monkeypatch):
         (legend,) = figure.legends
         box = legend.get_window_extent()
         assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
-    assert len(drawn) == 2
+    assert (tmp_path / "radar.pdf").stat().st_size > 1_000
+    for ends in (range(8), [3] * 8):
+        curves = {
+            f"name-{n}": [[{"step": 1, "a": 0.0}, {"step": 2, "a": y}]] for n, y in enumerate(ends)
+        }
+        plots.plot(curves, str(tmp_path / "direct.png"), {"a": lambda line: line["a"]})
+        figure = drawn[-1]
+        assert not figure.legends
+        (axis,) = figure.axes
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert [text.get_text() for text in axis.texts] == [f"name-{n}" for n in range(8)]
+        colors = {text.get_text(): text.get_color() for text in axis.texts}
+        assert [*colors.values()] == [line.get_color() for line in axis.lines[:8]]
+        for low, high in zip(boxes, boxes[1:]):
+            assert low.y1 <= high.y0 + 1
+        assert all(figure.bbox.x1 >= box.x1 and figure.bbox.y1 >= box.y1 > 0 for box in boxes)
+
+
+def test_a_loss_has_one_color():
+    labels = ["runs/simper-1e-5", "DPO β=1", "dpo", "simper_log", "mine", "ours"]
+    styles = plots.line_styles(labels, pale=["ours"])
+    colors = [styles[label]["color"] for label in labels]
+    simper, dpo = (plots.COLORS[loss] for loss in ("simper", "dpo"))
+    assert colors[:3] == [simper, dpo, dpo] and colors[-1] == plots.PALE
+    assert styles["DPO β=1"]["linestyle"] != styles["dpo"]["linestyle"]
+    assert len({*colors}) == 5 and simper not in colors[3:]
+    widest = max(labels, key=lambda label: styles[label]["linewidth"])
+    assert widest == labels[0] == max(labels, key=lambda label: styles[label]["zorder"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_distributions_of_models(count, tmp_path, monkeypatch):
+    """A row for each model, the median at the point; one of a single value has no density."""
+    from matplotlib import pyplot
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    pairs = np.random.default_rng(0).random((count, 40, 2))
+    pairs[-1] = 0.25
+    distribution_figure({f"m{n}": of for n, of in enumerate(pairs)}, tmp_path / "preference.png")
+    chosen, rejected, margin = drawn[0].axes
+    assert [t.get_text() for t in chosen.get_yticklabels()] == [f"m{n}" for n in range(count)]
+    medians = [line.get_xdata()[0] for line in chosen.lines if len(line.get_xdata()) == 1]
+    assert medians == pytest.approx(np.median(pairs[:, :, 0], axis=1))
+    assert len(chosen.collections) == count - 1 and chosen.get_xlim() == rejected.get_xlim()
+    medians = [line.get_xdata()[0] for line in margin.lines if len(line.get_xdata()) == 1]
+    assert medians == pytest.approx(np.median(pairs[:, :, 0] - pairs[:, :, 1], axis=1))
+
+
+def test_runs_of_one_label_are_one_line(tmp_path, monkeypatch):
+    for seed in (0, 1):
+        line = {"step": 1, "epoch": 1.0, "logps/chosen": -1.0, "logps/rejected": -2.0}
+        line |= {"gradient_weight/chosen": 1, "gradient_weight/rejected": 1, "accuracy": seed}
+        (tmp_path / f"simper-{seed}").mkdir()
+        text = "".join(json.dumps(line | {"step": step}) + "\n" for step in (1, 2))
+        (tmp_path / f"simper-{seed}" / "metrics.jsonl").write_text(text)
+    drawn = []
+    monkeypatch.setattr(plots, "plot", lambda curves, *args, **more: drawn.append(curves))
+    flags = ["--label", f"SimPER={tmp_path}/simper-*", str(tmp_path / "simper-0")]
+    monkeypatch.setattr(sys, "argv", ["plots", *flags, "--output", str(tmp_path / "x.png")])
+    plots.main()
+    assert {label: len(runs) for label, runs in drawn[0].items()} == {
+        str(tmp_path / "simper-0"): 1,
+        "SimPER": 2,
+    }
+    monkeypatch.setattr(sys, "argv", ["plots", "--output", str(tmp_path / "x.png")])
+    with pytest.raises(InputError, match="give the folders of runs"):
+        plots.main()
 
 
 def test_plots_of_nothing(tmp_path):
