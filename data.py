@@ -235,6 +235,7 @@ class DataSet:
     report: a sentence on what was dropped and truncated
     separate: whether the model computes every response in a row of its own, with its prompt, padded
         to the longest (PackedModel.separate_logps)
+    first: pair_metrics of the rank's pairs, {name: (pairs,)}, by the first evaluate
     """
 
     rows: datasets.Dataset
@@ -243,6 +244,7 @@ class DataSet:
     reference: torch.Tensor | None = None
     report: str = ""
     separate: bool = False
+    first: dict[str, torch.Tensor] | None = None
 
     def __setattr__(self, name: str, value) -> None:
         if name == "rows":  # what has been derived from others is theirs

@@ -141,7 +141,8 @@ def train(config: Config) -> None:
             if stop:
                 raise Stopped(stop)
             if due(step):
-                log.write({"step": step} | evaluate(model, loss_function, heldout, device, signals))
+                means, errors = evaluate(model, loss_function, heldout, device, signals)
+                log.write({"step": step} | means, errors)
             if step == last:
                 break
             meter.start()
@@ -395,9 +396,11 @@ class Meter:
 @torch.no_grad()
 def evaluate(
     model, loss_function: Callable, heldout: DataSet, device: torch.device, signals
-) -> dict[str, float]:
-    """{"eval/NAME": mean over the held-out pairs of all ranks}. signals: see watch_signals.
-    Raises Stopped on all ranks as soon as one has received a signal. Collective."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """{"eval/NAME": mean over the held-out pairs of all ranks}, with their number; and {NAME: the
+    standard error of its change, pair by pair, since this process evaluated first}, of ten pairs or
+    more, without those that are 0. signals: see watch_signals. Raises Stopped on all ranks as soon
+    as one has received a signal. Collective."""
     rows = []
     try:
         for batch in heldout.batches(0, dist.get_rank()):
@@ -412,8 +415,17 @@ def evaluate(
             rows.append(pair_metrics(logps, losses, logps.grad, batch))
     finally:
         model.free_gathered()  # after forwards without a backward
-    means = means_of(rows[0], sums_over_ranks(rows).tolist())
-    return {f"eval/{name}": mean for name, mean in means.items()}
+    found = {name: torch.cat([row[name] for row in rows]).double() for name in rows[0]}
+    heldout.first = heldout.first or found
+    changes = {f"change/{name}": found[name] - heldout.first[name] for name in found}
+    squares = {f"square/{name}": changes[f"change/{name}"] ** 2 for name in found}
+    *sums, pairs = sums_over_ranks([found | changes | squares]).tolist()
+    means = means_of([*found, *changes, *squares], [*sums, pairs])
+    line = {f"eval/{name}": means[name] for name in found} | {"eval/pairs": int(pairs)}
+    variances = {n: means[f"square/{n}"] - means[f"change/{n}"] ** 2 for n in found}
+    enough = pairs >= 10  # for a normal approximation
+    errors = {n: math.sqrt(v / (pairs - 1)) for n, v in variances.items() if v > 0 and enough}
+    return line, errors
 
 
 def parse_args(args: list[str]) -> Config:

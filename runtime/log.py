@@ -60,6 +60,7 @@ class Logger:
             kept = []
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.evaluations = [line for line in kept if "eval/loss" in line]
+        self.whole = not self.evaluations  # whether the first one will be of this process
         resumed = bool(start.checkpoint) and not start.changed
         start_it = start_trackio if config.wandb == "trackio" else start_wandb
         self.wandb = None if config.wandb == "off" else start_it(config, resumed)
@@ -75,8 +76,8 @@ class Logger:
         off = not self.on
         self.progress = tqdm(desc="SimPER", total=last, initial=step, unit="step", disable=off)
 
-    def write(self, metrics: dict) -> None:
-        """Log one line; `metrics` has the key "step"."""
+    def write(self, metrics: dict, errors: dict[str, float] | None = None) -> None:
+        """Log one line; `metrics` has the key "step". errors: of evaluate."""
         if not self.on:
             return
         with open(self.path, "a") as file:
@@ -88,6 +89,7 @@ class Logger:
             self.progress.set_postfix({k: f"{metrics[k]:.3f}" for k in ("loss", "logps/chosen")})
         if "eval/loss" in metrics:
             self.evaluations.append(metrics)
+            self.errors = errors or {}
             shown = [f"{k} {metrics[f'eval/{k}']:.3f}" for k in SHOWN if f"eval/{k}" in metrics]
             text = f"held-out pairs after step {metrics['step']}: {', '.join(shown)}"
             tqdm.write(text, file=sys.stderr)
@@ -104,7 +106,8 @@ class Logger:
 
     def close(self) -> str:
         """End the log. Returns the first and the last held-out metrics as a table, or "" on other
-        ranks and without two evaluations."""
+        ranks and without two evaluations. The change has its 95 % interval, pair by pair, unless
+        the first evaluation was another process's."""
         if not self.on:
             return ""
         self.progress.close()
@@ -114,10 +117,16 @@ class Logger:
             return ""
         first, last = self.evaluations[0], self.evaluations[-1]
         before = f"step {first['step']}" if first["step"] else "before"
-        table = f"\n{'held-out pairs':<30}{before:>9}  → {'after':>8}\n"
+        title = f"{last.get('eval/pairs', '')} held-out pairs".strip()
+        paired = self.errors if self.whole else {}
+        table = f"\n{title:<30}{before:>9}  → {'after':>8}{'   change [95 %]' if paired else ''}\n"
         for name in (name for name in SHOWN if f"eval/{name}" in last):
             old, new = first[f"eval/{name}"], last[f"eval/{name}"]
-            table += f"{name:<30}{old:>9.4f}  → {new:>8.4f}\n"
+            table += f"{name:<30}{old:>9.4f}  → {new:>8.4f}"
+            if name in paired:
+                low, high = (new - old + side * 1.96 * paired[name] for side in (-1, 1))
+                table += f"   {new - old:+.4f} [{low:+.4f}, {high:+.4f}]"
+            table += "\n"
         return table
 
 

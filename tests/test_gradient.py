@@ -20,6 +20,7 @@ from conftest import (
     GQA,
     ROOT,
     TINY,
+    as_flags,
     gradients,
     interrupt,
     make_model,
@@ -27,6 +28,7 @@ from conftest import (
     plain_logps,
     relative_difference,
     run,
+    run_python,
     run_ranks,
     timeless,
 )
@@ -181,6 +183,7 @@ def test_metrics_are_exact_means(base, three_steps):
     lengths = [[len(ids) for ids in row["responses"]] for row in rows]
     expected = {
         "step": 0,
+        "eval/pairs": 11,
         "eval/loss": (rejected.exp() - chosen.exp()).mean().item(),
         "eval/inverse_perplexity/chosen": chosen.exp().mean().item(),
         "eval/inverse_perplexity/rejected": rejected.exp().mean().item(),
@@ -280,6 +283,48 @@ def test_lines_end_before_a_save_and_an_evaluation(base, tmp_path, changes, trai
     lines = run(base | {"max_steps": 7, "log_every": 10} | changes, tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == trained
     assert [line["step"] for line in lines if "eval/loss" in line] == evaluated
+
+
+def test_the_change_is_paired_over_all_ranks(base, tmp_path, capsys):
+    """The interval of each change in the last table: of two processes that have six and five of the
+    11 held-out pairs, against plain float64 forwards of the models before and after. One pair fewer
+    than ten has none."""
+    values = base | {"max_steps": 3, "save_every": 0}
+    done = run_python(ROOT / "train.py", *as_flags(values, tmp_path / "run"), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, rows = {}, load(values, "eval_data").rows
+    folders = {"before": Path(base["model"]), "after": tmp_path / "run" / "final"}
+    for when, folder in folders.items():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).double()
+        means = [
+            [plain_logps(model, row["prompt"], ids).mean().item() for ids in row["responses"]]
+            for row in rows
+        ]
+        chosen, rejected = torch.tensor(means, dtype=torch.float64).unbind(dim=1)
+        found[when] = {
+            "accuracy": (chosen > rejected).double(),
+            "inverse_perplexity/chosen": chosen.exp(),
+            "inverse_perplexity/rejected": rejected.exp(),
+            "loss": rejected.exp() - chosen.exp(),
+        }
+    number = r"([-+]?\d+\.\d+)"
+    table = done.stdout[done.stdout.index("11 held-out pairs") :]
+    assert table.splitlines()[0].endswith("change [95 %]")
+    for name, before in found["before"].items():
+        change = found["after"][name] - before
+        expected = [before.mean(), found["after"][name].mean(), change.mean()]
+        error = 1.96 * change.std() / math.sqrt(11)
+        interval = rf"   {number} \[{number}, {number}\]" if error > 0 else ""
+        line = rf"^{name} +{number}  → +{number}{interval}$"
+        shown = [float(x) for x in re.search(line, table, re.MULTILINE).groups()]
+        expected = [*expected, change.mean() - error, change.mean() + error][: len(shown)]
+        assert shown == pytest.approx([float(x) for x in expected], abs=6e-5), name
+    assert "[" in table
+    few = tmp_path / "nine.jsonl"
+    few.write_text("".join(Path(values["eval_data"]).open().readlines()[:9]))
+    lines = run(values | {"eval_data": str(few), "max_steps": 1}, tmp_path / "few")
+    assert "9 held-out pairs" in (said := capsys.readouterr().out) and "95 %" not in said
+    assert [line["eval/pairs"] for line in lines if "eval/loss" in line] == [9, 9]
 
 
 def test_log_every_reports_means_of_all_its_steps(base, three_steps, tmp_path):

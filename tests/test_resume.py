@@ -612,7 +612,7 @@ def test_a_run_that_goes_on_despite_a_change_begins_new_curves(
     assert (again / "metrics-until-step_2.jsonl").read_text() == old
     said = capsys.readouterr()
     before, after = lines[0]["eval/accuracy"], lines[-1]["eval/accuracy"]
-    row = rf"held-out pairs +step 2 .*\naccuracy +{before:.4f}  → +{after:.4f}\n"
+    row = rf"\d+ held-out pairs +step 2 .*\naccuracy +{before:.4f}  → +{after:.4f}"
     assert re.search(row, said.out)
     assert said.err.count("going on, but") == 1
 
