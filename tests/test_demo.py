@@ -53,7 +53,7 @@ def test_an_interrupted_conversion_leaves_nothing(empty_cache, monkeypatch):
 def test_the_model(tmp_path):
     """Two processes ask for it at once, where a third was killed; both get the same whole folder,
     which holds a working model."""
-    (tmp_path / "smollm2-135m-instruct.part" / "whole").mkdir(parents=True)
+    (tmp_path / "smollm2-135m-instruct-q4_1.part" / "whole").mkdir(parents=True)
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "demo.smollm2"],
@@ -67,7 +67,7 @@ def test_the_model(tmp_path):
     ]
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    folder = tmp_path / "smollm2-135m-instruct"
+    folder = tmp_path / "smollm2-135m-instruct-q4_1"
     assert all(output.splitlines()[-1] == str(folder) for output, _ in outputs)
     assert sum("converting" in output for output, _ in outputs) == 1
     # Nothing unfinished is left.

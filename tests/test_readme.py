@@ -53,7 +53,8 @@ def test_flags_of_the_other_commands_exist(page, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             importlib.import_module(module.replace("/", ".")).main()
         known = {*re.findall(r"--(\w+)", capsys.readouterr().out)}
-        passes_on = module.split("/")[-1] in ("plan", "fake_gpu", "roofline", "gpu_check")
+        passes_on = ("plan", "fake_gpu", "roofline", "gpu_check", "reproduce")
+        passes_on = re.split(r"[./]", module)[-1] in passes_on
         known |= {*Config.__dataclass_fields__} if passes_on else set()
         known |= {"help"}
         assert {*re.findall(r"--(\w+)", rest)} <= known, (module, rest)
