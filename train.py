@@ -120,12 +120,7 @@ def train(config: Config) -> None:
     if config.stream_optimizer:
         stream(optimizer)
     check_trainable(model, optimizer, source)
-    choose_forward(model, data, heldout)
-    config = fit_to_memory(config, start, log, model, data, heldout)
-    make_schedules(config, data, heldout, ranks)
-    if config.compile:
-        compile_blocks(model)
-    rehearse(model, data, device)
+    config = prepare(config, start, log, model, data, heldout)
     if "reference" in asked:  # the model is still the one that training starts from
         add_reference(model, data, heldout, config, made_of)
     state = TrainerState(config, made_of, model, optimizer, start)
@@ -166,9 +161,7 @@ def train(config: Config) -> None:
             sums = sums_over_ranks(meter.rows)
             # The step's one wait for the GPU.
             (norm, stop, *peaks), sums = processes.max_over_ranks(device, *mine, beside=sums)
-            if not math.isfinite(norm):
-                places = ", ".join(map(data.place, data.indices(step)))
-                raise FloatingPointError(f"step {step + 1}: gradient norm {norm}. Pairs: {places}")
+            check_finite(norm, step, data)
             optimizer.step()
             optimizer.zero_grad()
             model.refresh()
@@ -178,15 +171,13 @@ def train(config: Config) -> None:
             saves = config.save_every and (done == last or done % config.save_every == 0)
             # Also before a checkpoint or an evaluation: a resumed run begins a new line there.
             ends = stop or saves or done == last or due(done)
-            logs = ends or done % config.log_every == 0
-            line = {"step": done, "epoch": done / (len(data.rows) // config.batch_size)}
-            line |= means_of(meter.rows[0], sums) if logs else {}
             if ends:  # what follows does not count as this step's time, the optimizer does
                 processes.wait_for(device)
             meter.stop(config.batch_size, data.tokens[data.indices(step)].sum())
-            if logs:
+            if ends or done % config.log_every == 0:
+                line = {"step": done, "epoch": done / (len(data.rows) // config.batch_size)}
                 norms["grad_norm"] = norm  # on the host already
-                line |= {name: float(value) for name, value in norms.items()}
+                line |= means_of(meter.rows[0], sums) | {n: float(v) for n, v in norms.items()}
                 line["learning_rate"] = optimizer.param_groups[0]["lr"]
                 log.write(line | meter.speed() | dict(zip(memory, peaks)))
                 meter = Meter()
@@ -201,8 +192,7 @@ def train(config: Config) -> None:
     table = log.close()
     dist.destroy_process_group()
     if stop:
-        name = signal.Signals(stop).name
-        say(f"stopped by {name} after step {step}; --resume auto continues there")
+        say(f"stopped by {signal.Signals(stop).name} after step {step}; --resume auto continues")
         sys.exit(128 + stop)  # for torchrun and schedulers: this was not the end
     say(f"{table}The trained model is in {Path(config.output_dir) / 'final'}")
 
@@ -231,7 +221,7 @@ def load_data_sets(
     return data, heldout
 
 
-def fit_to_memory(
+def prepare(
     config: Config,
     start: Start,
     log: Logger,
@@ -239,24 +229,33 @@ def fit_to_memory(
     data: DataSet,
     heldout: DataSet | None,
 ) -> Config:
-    """The config with the micro_batch_tokens in use, if it has none: those of the run that goes on,
-    so that it stays the same to the last bit, or as many as fit. Collective."""
+    """Choose how rows are computed, spread them over micro-batches, compile, and rehearse: whatever
+    does not fit or does not work is found before the first step. Collective.
+
+    Returns the config with the micro_batch_tokens in use, if it has none: those of the run that
+    goes on, so that it stays the same to the last bit, or as many as fit.
+    """
+    device = next(model.parameters()).device
+    choose_forward(model, data, heldout)
     if model.masters is not None:
         masters = "on the host" if config.stream_optimizer else "in place of FSDP"
         log.note("weights", f"one process, float32 masters {masters}")
-    if config.micro_batch_tokens:
-        return config
-    if gathered_fits(model, next(model.parameters()).device):
-        model.keep_gathered()
-        log.note("weights", "gathered once a step")
-    if start.checkpoint and not start.changed:
-        tokens = read_state(start.checkpoint)["config"]["micro_batch_tokens"]
-    else:
-        device = next(model.parameters()).device
-        tokens = tokens_that_fit(model, data, device, config.batch_size)
-    tokens = max(tokens, int(heldout.costs.max()) if heldout else 0)
-    log.note("micro_batch_tokens in use", tokens)
-    return replace(config, micro_batch_tokens=tokens)
+    if not config.micro_batch_tokens:
+        if gathered_fits(model, device):
+            model.keep_gathered()
+            log.note("weights", "gathered once a step")
+        if start.checkpoint and not start.changed:
+            tokens = read_state(start.checkpoint)["config"]["micro_batch_tokens"]
+        else:
+            tokens = tokens_that_fit(model, data, device, config.batch_size)
+        tokens = max(tokens, int(heldout.costs.max()) if heldout else 0)
+        log.note("micro_batch_tokens in use", tokens)
+        config = replace(config, micro_batch_tokens=tokens)
+    make_schedules(config, data, heldout, dist.get_world_size())
+    if config.compile:
+        compile_blocks(model)
+    rehearse(model, data, device)
+    return config
 
 
 def make_schedules(config: Config, data: DataSet, heldout: DataSet | None, ranks: int) -> None:
@@ -272,6 +271,13 @@ def make_schedules(config: Config, data: DataSet, heldout: DataSet | None, ranks
             heldout.schedule = [heldout.spread(everything, ranks, config.micro_batch_tokens)]
         except InputError as error:
             raise InputError(f"eval_data: {error}") from None
+
+
+def check_finite(norm: float, step: int, data: DataSet) -> None:
+    """Raises FloatingPointError, naming the step's pairs, if its gradient's norm is not finite."""
+    if not math.isfinite(norm):
+        places = ", ".join(map(data.place, data.indices(step)))
+        raise FloatingPointError(f"step {step + 1}: gradient norm {norm}. Pairs: {places}")
 
 
 def evaluation_is_due(config: Config, start: Start, last: int, step: int) -> bool:

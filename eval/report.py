@@ -43,6 +43,7 @@ LEADERBOARD = (
 )  # fmt: skip
 HEAD_TO_HEAD = "Win rate against another model's answers"
 NO_RESULT = {"scores": {}}
+RUNS = 5  # of a method, of which fewer tell no interval: it would have to be several times as wide
 # Tables: {title: {(benchmark, score): column}}
 TABLES = {
     "Open LLM Leaderboard": {("leaderboard", name): name for name in LEADERBOARD},
@@ -66,7 +67,7 @@ TABLES = {
 
 
 # The settings that must be equal for scores to be compared.
-DECODING = ("temperature", "top_p", "max_new_tokens")
+DECODING = ("temperature", "top_p", "max_new_tokens", "template_args")
 CONDITIONS = {
     "alpaca_eval2": ("annotator", "judge_model", "judge_version", "reference_sha256", *DECODING),
     "mt_bench": ("judge", "judge_version", "reference", "repeats"),
@@ -99,11 +100,14 @@ class Score:
         items, else as of independent ones."""
         if self.items is not None and self.of == other.of and other.items is not None:
             mean, error = paired_difference(self.items, other.items)
-            if error is None:
+            few = any(1 < len(score.runs) < RUNS for score in (self, other))
+            if error is None or few:
                 return mean, None
             return mean, math.hypot(error, self.run_error, other.run_error)
         mean = self.value - other.value
-        if self.error is None or other.error is None:
+        few = any(1 < len(score.runs) < RUNS for score in (self, other))
+        # An error of 0 is that of too few items, not certainty.
+        if few or not self.error or not other.error:
             return mean, None
         return mean, math.hypot(self.error, other.error)
 
@@ -171,8 +175,10 @@ def check_result(path: Path, content: dict) -> None:
         if not isinstance(content.get(key), kind):
             raise InputError(f"{path} is no whole result, without {key}: evaluate again")
     for name, score in content["scores"].items():
-        if not isinstance(score, int | float) or not abs(score) < 1e300:
-            raise InputError(f"{path}: {name} is {score}, no number to rank: evaluate again")
+        error = content["standard_errors"].get(name, 0.0)
+        for value in (score, error):
+            if not isinstance(value, int | float) or not abs(value) < 1e300:
+                raise InputError(f"{path}: {name} is {value}, no number to rank: evaluate again")
 
 
 def resolved(column: list[Score | None], comparisons: int) -> int | None:
@@ -189,7 +195,8 @@ def resolved(column: list[Score | None], comparisons: int) -> int | None:
         return None
     best = max(known)[1]
     differences = [column[best].minus(column[index]) for _, index in known if index != best]
-    if any(error is None or mean <= threshold(comparisons) * error for mean, error in differences):
+    least = threshold(comparisons)
+    if any(error is None or not mean > least * error for mean, error in differences):
         return None
     return best
 
@@ -335,12 +342,13 @@ def read_methods(folders: list[str], labels: list[str]) -> dict[str, list[dict]]
     NAME=PATTERN, the folders that match. Raises InputError, besides read_results', for a label of
     another form or without folders, and for a folder that two of them have."""
     methods = {name: [of_model] for name, of_model in read_results(folders).items()}
+    seen = {Path(folder).resolve() for folder in folders}
     for name, matches in matching(labels).items():
-        again = {Path(folder).resolve() for folder in matches} & {
-            Path(f).resolve() for f in folders
-        }
+        own = {Path(folder).resolve() for folder in matches}
+        again, seen = own & seen, own | seen
         if again or name in methods:
             raise InputError(f"--label {name}: {next(iter(again), name)} is there twice")
+        matches = [match for match in matches if not Path(match).is_file()]  # as results/*.png
         methods[name] = [*read_results(matches).values()]
         if len(methods[name]) < len(matches):
             raise InputError(f"--label {name}: not all of {', '.join(matches)} hold results")

@@ -21,6 +21,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -28,13 +29,14 @@ import time
 import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import train
+from benchmarks.plan import GPUS, plan, sizes_of
 from eval.alpaca_eval2 import DECODING, HUB, RECIPES, REFERENCE, hub_file, load_outputs
 from eval.generate import short_name
 from eval.judge import MODEL
@@ -82,21 +84,32 @@ PORT = 8765
 
 @dataclass(frozen=True)
 class Stage:
-    """name: of its log and its mark; environment: what is added to the process's own."""
+    """name: of its log and its mark; environment: what is added to the process's own; inputs: files
+    of other stages that it reads."""
 
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    inputs: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         return " ".join([*variables, shlex.join(self.command)])
 
+    def made_of(self) -> str:
+        """The command, and the size and time of each of its inputs."""
+        stats = [(path.name, path.stat()) for path in self.inputs if path.exists()]
+        return "\n".join([str(self), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in stats)])
+
+    def is_done(self, output: Path) -> bool:
+        mark = output / "done" / self.name
+        return mark.exists() and mark.read_text() == self.made_of()
+
     def run(self, output: Path) -> None:
         """Run it, unless output/done/NAME says that this very command has succeeded. Raises
         InputError, with the end of its log, if it fails."""
         mark, log = output / "done" / self.name, output / "logs" / f"{self.name}.log"
-        if mark.exists() and mark.read_text() == str(self):
+        if self.is_done(output):
             print(f"{self.name}: done before", flush=True)
             return
         for path in (mark, log):
@@ -114,7 +127,7 @@ class Stage:
                 f"{self.name} failed ({status}); its log is {log}. Run the same command again to "
                 f"continue there.\n{end}"
             )
-        write_whole(mark, str(self))
+        write_whole(mark, self.made_of())
         print(f"{self.name}: done, {(time.monotonic() - began) / 60:.0f} min", flush=True)
 
 
@@ -129,14 +142,17 @@ def write_prompts(reference: str, path: Path, limit: int) -> int:
     rows = rows[: limit or None]
     lines = [{"prompt": row["instruction"], "responses": [row["output"]]} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if not path.exists() or path.read_text() != text:  # its time is part of the stages' marks
+        write_whole(path, text)
     return len(rows)
 
 
-def needs(setup: str, models: list[str], rates: list[float], args) -> tuple[str, int]:
+def needs(
+    setup: str, models: list[str], rates: list[float], args, flags: list[str]
+) -> tuple[str, int]:
     """What it takes, predicted: disk in GB and hours, by part; and the bytes of them that training
     writes to output_dir. Raises InputError if the GPUs do not hold the training."""
-    from benchmarks.plan import GPUS, cheapest, sizes_of
 
     @functools.cache
     def parameters(name: str) -> int:
@@ -147,7 +163,8 @@ def needs(setup: str, models: list[str], rates: list[float], args) -> tuple[str,
         "the published models": sum(2 * parameters(model) for model in models),
         "the trained models": 2 * size * len(rates),
         # float32 weights and two moments, twice while a new one replaces the old one
-        "checkpoints": 24 * size,
+        # and the last one of each run stays
+        "checkpoints": 12 * size * (len(rates) + 1),
     }
     calls = 2 * args.num_prompts * (len(models) + len(rates) * (1 + len(models)))
     answers = args.num_prompts * TOKENS * (len(models) + len(rates)) / ANSWER_TOKENS
@@ -155,14 +172,17 @@ def needs(setup: str, models: list[str], rates: list[float], args) -> tuple[str,
     hours[f"{calls} judgments"] = (calls / JUDGMENTS + 60 * LOADING) / 3600
     if not args.judge_base_url:
         disk["the judge"] = 2 * parameters(args.judge)
-    recipe = train.parse_args([str(RECIPES / f"{setup}.yaml"), "--model", models[0]])
+    recipe = train.parse_args([str(RECIPES / f"{setup}.yaml"), "--model", models[0], *flags])
     config, gpu = load_config(resolve_model(models[0])), GPUS[args.gpu]
     how = {"lengths": "ultrafeedback", "pairs": 60_000}
-    plan = cheapest(recipe, config, max(1, args.gpus), gpu, **how)
-    if not plan["fits"] and args.gpus:
-        raise InputError(f"{args.gpus} × {args.gpu} do not hold the training of {models[0]}")
-    if plan["fits"]:
-        hours[f"training with {len(rates)} rates"] = len(rates) * plan["epoch"] / 3600
+    planned = plan(recipe, config, max(1, args.gpus), gpu, **how)
+    if not planned["fits"] and args.gpus:
+        raise InputError(
+            f"{args.gpus} × {args.gpu} do not hold the training of {models[0]} as it is set: try "
+            "--activation_checkpointing selective or true, on one GPU --stream_optimizer true"
+        )
+    if planned["fits"]:
+        hours[f"training with {len(rates)} rates"] = len(rates) * planned["epoch"] / 3600
     lines = [f"predicted for {args.gpus or 'one'} × {args.gpu}:"]
     lines += [f"  {name:<28}{bytes_ / 1e9:8.1f} GB" for name, bytes_ in disk.items()]
     lines += [f"  {name:<28}{hour:8.1f} h" for name, hour in hours.items()]
@@ -197,14 +217,21 @@ def win_rate(model: str, other: str, decoding: dict, args, *more: str) -> list[s
     return [*command, *more]
 
 
+def inputs(args, model: str) -> tuple[Path, ...]:
+    """What an answer depends on that an earlier stage may write anew."""
+    return args.output_dir / "alpaca_eval.jsonl", *sorted(Path(model).glob("*.safetensors"))
+
+
 def answering(models: dict[str, str], decoding: dict, args) -> list[Stage]:
     """One for each of {name: model}, each on a GPU of its own, of those that are visible."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.gpus)))
     gpus, stages = visible.split(","), []
+    if len(gpus) < args.gpus:
+        raise InputError(f"--gpus {args.gpus}, and CUDA_VISIBLE_DEVICES is {visible}")
     for number, (name, model) in enumerate(models.items()):
         command = win_rate(model, "", decoding, args, "--generate_only")
         own = {"CUDA_VISIBLE_DEVICES": gpus[number % args.gpus]} if args.gpus else {}
-        stages.append(Stage(f"answer-{name}", command, own))
+        stages.append(Stage(f"answer-{name}", command, own, inputs(args, model)))
     return stages
 
 
@@ -215,13 +242,18 @@ def judging(
     published."""
     judge = ("--judge", args.judge, "--judge_base_url", url, "--workers", str(args.workers))
     stages = [
-        Stage(f"judge-{name}", win_rate(model, "", decoding, args, *judge))
+        Stage(
+            f"judge-{name}",
+            win_rate(model, "", decoding, args, *judge),
+            inputs=inputs(args, model),
+        )
         for name, model in (published | ours).items()
     ]
     for name, model in ours.items():
         for other, rival in published.items():
             command = win_rate(model, rival, decoding, args, *judge)
-            stages.append(Stage(f"judge-{name}-against-{other}", command))
+            of_both = inputs(args, model)
+            stages.append(Stage(f"judge-{name}-against-{other}", command, inputs=of_both))
     return stages
 
 
@@ -265,7 +297,9 @@ def serve(args) -> Iterator[str]:
         try:
             server.wait(60)
         except subprocess.TimeoutExpired:
-            os.killpg(server.pid, 9)
+            pass
+        with suppress(ProcessLookupError):  # its workers, which may outlive it
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def pack(output: Path, ours: Iterable[str]) -> Path:
@@ -310,7 +344,13 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=at_least(1), help="in place of the authors'")
     parser.add_argument("--output_dir", default="", help="empty: reproduction/SETUP")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and end")
+    parser.allow_abbrev = False
     args, flags = parser.parse_known_args()
+    own = ("model", "learning_rate", "output_dir", "loss", "loss_args")
+    if wrong := [f for f in flags if f.removeprefix("--").partition("=")[0] in own]:
+        raise InputError(f"{wrong[0]} is set by this command: see --models, --rates, --output_dir")
+    if args.gpu not in GPUS:
+        raise InputError(f"--gpu {args.gpu}: must be one of {', '.join(GPUS)}")
 
     rates, *models = SETUPS[args.setup]
     models = [*filter(None, args.models.split(","))] or models
@@ -318,6 +358,8 @@ def main() -> None:
         rates = [float(rate) for rate in args.rates.split(",")] if args.rates else [*rates]
     except ValueError:
         raise InputError(f"--rates {args.rates}: must be numbers, with commas") from None
+    if not all(0 < rate < 1 for rate in rates):
+        raise InputError(f"--rates {args.rates}: must be between 0 and 1")
     args.output_dir = Path(args.output_dir or f"reproduction/{args.setup}").resolve()
     decoding = {**DECODING[args.setup]}
     decoding |= {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
@@ -330,11 +372,15 @@ def main() -> None:
     train.parse_args([str(RECIPES / f"{args.setup}.yaml"), *flags])
     for model in [*models, *([] if args.judge_base_url else [args.judge])]:
         load_config(resolve_model(model))
+    vllm = Path(args.vllm_python).with_name("vllm")
+    needed = args.engine == "vllm" or not args.judge_base_url
+    if needed and not args.dry_run and not vllm.is_file():
+        raise InputError(f"{vllm} is not there: --vllm_python is the Python of vLLM's environment")
     if args.gpus > torch.cuda.device_count() and not args.dry_run:
         raise InputError(f"--gpus {args.gpus}, and torch sees {torch.cuda.device_count()}")
     prompts = args.output_dir / "alpaca_eval.jsonl"
     args.num_prompts = args.limit or 805
-    text, space = needs(args.setup, models, rates, args)
+    text, space = needs(args.setup, models, rates, args, flags)
     print(text, flush=True)
     url = args.judge_base_url or f"http://localhost:{PORT}/v1"
     check = [sys.executable, "benchmarks/gpu_check.py", "--seconds", "0"]
@@ -352,6 +398,8 @@ def main() -> None:
             print(f"{stage.name}: {stage}")
         return
 
+    # What runs is ended, too, when a scheduler ends this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(args.output_dir).free
     if free < space and not (args.output_dir / "runs").exists():
@@ -366,8 +414,7 @@ def main() -> None:
         with ThreadPoolExecutor(at_once) as pool:
             together = answerings[start : start + at_once]
             list(pool.map(lambda stage: stage.run(args.output_dir), together))
-    marks = (args.output_dir / "done" / stage.name for stage in judgments)
-    to_do = not all(mark.exists() for mark in marks)
+    to_do = not all(stage.is_done(args.output_dir) for stage in judgments)
     with serve(args) if to_do and not args.judge_base_url else nullcontext(url):
         for stage in judgments:
             stage.run(args.output_dir)

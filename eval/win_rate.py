@@ -26,6 +26,7 @@ from eval.generate import answer, load_engine, load_prompts, sampling_options, s
 from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
 from eval.results import (
     AGAINST,
+    FEW,
     GENERATION,
     JUDGE,
     at_least,
@@ -169,7 +170,9 @@ def length_controlled(
     formula, which holds whatever the scores' variance is (Papke & Wooldridge 1996).
     """
     y, d = np.asarray(scores, dtype=float), np.subtract(lengths, other_lengths).astype(float)
-    if not 0 < y.mean() < 1:
+    # Where nearly all differences have one sign, equal length is an extrapolation.
+    beside = min((d >= 0).mean(), (d <= 0).mean())
+    if len(y) < FEW or not 0 < y.mean() < 1 or beside < 0.1:
         return None
     x = np.ones((len(y), 1))
     if d.std() > 0:
@@ -185,6 +188,8 @@ def length_controlled(
         if np.abs(step).max() < 1e-10:
             break
     else:
+        return None
+    if abs(beta[0]) > 10:  # one side wins always where lengths are equal
         return None
     inverse = np.linalg.inv(information)
     residuals = x * (y - p)[:, None]
@@ -309,7 +314,12 @@ def main() -> None:
     print(f"against {args.other or 'the chosen responses'}, {len(counted)} prompts in both orders")
     for key, title in titles.items():
         if key not in scores:
-            print(f"{title:<24}not estimable: one side wins always, or only where it is longer")
+            print(
+                f"{title:<24}not estimable: too few prompts, or one side is longer or wins always"
+            )
+            continue
+        if len(counted) < FEW or not errors[key]:
+            print(f"{title:<24}{scores[key]:.1f} %, no interval")
             continue
         low, high = (scores[key] + side * 1.96 * errors[key] for side in (-1, 1))
         text = f"{title:<24}{scores[key]:.1f} % ± {errors[key]:.1f} (standard error)"

@@ -172,6 +172,10 @@ def test_a_reproduction_from_the_first_stage_to_the_last(setting, capsys):
     start()
     assert capsys.readouterr().out.count("done before") == 1 + 3 + 5
     assert len((server / "started").read_text().splitlines()) == 2  # no judge is needed
+    start("--limit", 12)  # other instructions: nothing of it is done
+    assert "n = 12" in (output / "report.md").read_text()
+    assert capsys.readouterr().out.count("done before") == 1
+    assert len((server / "started").read_text().splitlines()) == 3
 
 
 def read_lines_of(path: Path) -> list[dict]:
@@ -207,7 +211,10 @@ def test_a_dry_run_writes_nothing(setting, capsys, monkeypatch):
         (["--rates", "1e-3,0.001"], "two models have the same name: .*simper-0.001"),
         (["--models", "nowhere/at/all"], "there is no such folder"),
         (["--gpus", "4"], "--gpus 4, and torch sees 0"),
-        (["--vllm_python", "/nowhere/python"], "vLLM cannot be started: .*--vllm_python"),
+        (["--vllm_python", "/nowhere/python"], "/nowhere/vllm is not there: --vllm_python"),
+        (["--rates", "1e-3,-5"], "must be between 0 and 1"),
+        (["--learning_rate", "1e-3"], "--learning_rate is set by this command"),
+        (["--gpu", "h200x"], "--gpu h200x: must be one of 4090"),
     ],
 )
 def test_what_is_missing_is_named(setting, monkeypatch, flags, message):
