@@ -286,6 +286,8 @@ def test_several_runs_are_one_method(model_folder, tmp_path, monkeypatch, capsys
     }.items():
         with pytest.raises(InputError, match=reason):
             report.read_methods([str(tmp_path / "other")], [wrong])
+    with pytest.raises(InputError, match="--label B: .*s-0 is there twice"):
+        report.read_methods([], [f"A={tmp_path}/s-*", f"B={tmp_path}/s-0"])
     (tmp_path / "s-0" / "preference.items.json").write_text("{}")
     with pytest.raises(InputError, match="of another evaluation: evaluate again"):
         report.read_results([str(tmp_path / "s-0")])
@@ -334,6 +336,24 @@ def test_a_damaged_result_is_named(model_folder, tmp_path, damage):
     path.write_text(json.dumps(result) if whole else text)
     with pytest.raises(InputError, match=f"{path}.*: evaluate again"):
         report.read_results([str(tmp_path / "a")])
+
+
+def test_an_error_that_is_no_number_is_named(model_folder, tmp_path):
+    more = {"errors": {"accuracy": math.nan}}
+    write(tmp_path / "a", model_folder, "preference", {"accuracy": 0.5}, **more)
+    with pytest.raises(InputError, match="accuracy is nan, no number to rank"):
+        report.read_results([str(tmp_path / "a")])
+
+
+def test_other_variables_of_the_template_are_not_compared(model_folder, tmp_path):
+    for name, rate in (("a", 50.0), ("b", 60.0)):
+        settings = {"template_args": f"enable_thinking={name == 'b'}"}
+        more = {"settings": settings, "errors": {"win_rate": 1.0}}
+        write(tmp_path / name, model_folder, "win_rate", {"win_rate": rate}, **more)
+    methods = report.read_methods([str(tmp_path / name) for name in ("a", "b")], [])
+    text = report.markdown(*report.tables(methods)[0])
+    assert "not comparable. a: template_args enable_thinking=False; b:" in text
+    assert "**60.00**" not in text
 
 
 def test_a_score_of_zero_per_cent_has_two_digits(model_folder, tmp_path):
