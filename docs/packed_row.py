@@ -45,6 +45,7 @@ def main() -> None:
         for label in (*axis.get_xticklabels(), *axis.get_yticklabels()):
             label.set_color(COLORS[label.get_text()])
         axis.tick_params(length=0)
+        axis.grid(False)
         axis.set_xlabel("is seen", fontsize=8)
         axis.set_ylabel("a token (x: prompt, w: chosen, l: rejected)", fontsize=8)
 

@@ -201,7 +201,8 @@ def run_judge(
         table, annotations = alpaca_eval.evaluate(
             model_outputs=str(outputs),
             reference_outputs=reference,
-            annotators_config=str(folder / name),
+            # (A relative one is looked for among the tool's own.)
+            annotators_config=str((folder / name).resolve()),
             output_path=str(folder),
             precomputed_leaderboard=None,
             is_return_instead_of_print=True,
