@@ -192,7 +192,7 @@ def train(config: Config) -> None:
     table = log.close()
     dist.destroy_process_group()
     if stop:
-        say(f"stopped by {signal.Signals(stop).name} after step {step}; --resume auto continues")
+        say(f"stopped by {signal.Signals(stop).name} after step {step}; rerun to resume there")
         sys.exit(128 + stop)  # for torchrun and schedulers: this was not the end
     say(f"{table}The trained model is in {Path(config.output_dir) / 'final'}")
 

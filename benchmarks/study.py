@@ -292,9 +292,11 @@ def figures(results: list[dict], folder: Path) -> None:
             seeds = minus[arm].mean(axis=1)
             axis.plot(seeds, [arm] * SEEDS, "|", color="0.5", label="each seed", zorder=1)
     rivals = [loss for loss in STUDIED if loss not in ABLATIONS]
-    panels = {"losses": [*FIVE, *(loss for loss in rivals if loss not in FIVE)]}
-    panels |= {"SimPER without its parts": ABLATIONS}
-    panels |= {"other hyperparameters": ["simper", "dpo", "simpo", *VARIANTS]}
+    panels = {
+        "losses": [*FIVE, *(loss for loss in rivals if loss not in FIVE)],
+        "SimPER without its parts": ABLATIONS,
+        "other hyperparameters": ["simper", "dpo", "simpo", *VARIANTS],
+    }
     start = mean(groups[START, START_RATE], "reward")
     with new_figure(folder / "study-frontier.png", list(panels), (2.7, 2.6)) as axes:
         for axis, (title, arms) in zip(axes, panels.items()):

@@ -14,6 +14,7 @@ mean and, as a band, the range between the smallest and the largest. A .png is w
 beside it. Needs matplotlib (eval/requirements.txt).
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.results import SHARED_ARGUMENTS, at_least, make_parser, matching
+from eval.results import at_least, make_parser, matching
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.log import read_lines
@@ -131,8 +132,7 @@ def line_styles(labels: Iterable[str], pale: Iterable[str] = ()) -> dict[str, di
     """{label: matplotlib's style of its line}: the color of the loss that its name begins with,
     dashed for the second label with that color; SimPER's wide, and above the others; those of
     `pale` thin and gray, below."""
-    styles, seen = {}, {}
-    others = iter(OTHER_COLORS * (1 + len([*labels]) // len(OTHER_COLORS)))
+    styles, seen, others = {}, {}, itertools.cycle(OTHER_COLORS)
     for label in labels:
         loss = re.split(r"[\s-]", Path(label).name.lower())[0]
         color = COLORS.get(loss) or next(others)
@@ -245,9 +245,8 @@ def radar_figure(scores: dict[str, dict[str, float]], path: str | Path) -> None:
     names = [n for n in next(iter(scores.values())) if n in CATEGORIES]
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
     with new_figure(path, [""], (3.3, 3.3), projection="polar") as (axis,):
-        for model, values in scores.items():
+        for (model, values), style in zip(scores.items(), line_styles(scores).values()):
             line = [values.get(name, np.nan) for name in names]
-            style = line_styles(scores)[model]
             axis.plot([*angles, angles[0]], [*line, line[0]], label=model, **style)
         axis.set_xticks(angles, names)
         axis.tick_params(axis="x", pad=14)  # the names stand beside the circle, not on it
@@ -255,14 +254,13 @@ def radar_figure(scores: dict[str, dict[str, float]], path: str | Path) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "--label")
     parser.add_argument(
         "runs",
         nargs="*",
         metavar="RUN",
         help="output_dir of a run, or a metrics.jsonl; with --radar, a model's results",
     )
-    parser.add_argument("--label", **SHARED_ARGUMENTS["--label"])
     parser.add_argument(
         "--output", default="dynamics.png", help="file to write, .png, .svg or .pdf"
     )
@@ -278,7 +276,9 @@ def main() -> None:
         raise InputError(f"--output {args.output}: its name must end with .png, .svg or .pdf")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     try:
-        if args.radar and args.runs:
+        if args.radar:
+            if args.label or not args.runs:
+                raise InputError("--radar draws folders of results, and takes no --label")
             files = {Path(run).name: Path(run) / "mt_bench.json" for run in args.runs}
             if len(files) < len(args.runs):
                 raise InputError("two of the folders have the same name, which is their label")

@@ -19,14 +19,13 @@ import json
 import math
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from eval.results import (
     AGAINST,
-    SHARED_ARGUMENTS,
     difference_text,
     make_parser,
     matching,
@@ -89,27 +88,29 @@ class Score:
     of: str = ""
 
     @property
-    def run_error(self) -> float:
-        """The standard error over runs, 0 of a single one."""
-        if len(self.runs) < 2:
+    def run_error(self) -> float | None:
+        """The standard error over runs: 0 of a single one, not known of fewer than RUNS."""
+        if len(self.runs) == 1:
             return 0.0
+        if len(self.runs) < RUNS:
+            return None
         return statistics.stdev(self.runs) / math.sqrt(len(self.runs))
+
+    def paired(self, other: "Score") -> bool:
+        """Whether both have the same items."""
+        return self.items is not None and other.items is not None and self.of == other.of
 
     def minus(self, other: "Score") -> tuple[float, float | None]:
         """(difference, its standard error, None if not known): item by item if both have the same
         items, else as of independent ones."""
-        if self.items is not None and self.of == other.of and other.items is not None:
+        if self.paired(other):
             mean, error = paired_difference(self.items, other.items)
-            few = any(1 < len(score.runs) < RUNS for score in (self, other))
-            if error is None or few:
-                return mean, None
-            return mean, math.hypot(error, self.run_error, other.run_error)
-        mean = self.value - other.value
-        few = any(1 < len(score.runs) < RUNS for score in (self, other))
-        # An error of 0 is that of too few items, not certainty.
-        if few or not self.error or not other.error:
-            return mean, None
-        return mean, math.hypot(self.error, other.error)
+            errors = (error, self.run_error, other.run_error)
+        else:
+            mean = self.value - other.value
+            # An error of 0 is that of too few items, not certainty.
+            errors = (self.error or None, other.error or None)
+        return mean, None if None in errors else math.hypot(*errors)
 
 
 def score_of(results: list[dict], name: str) -> Score:
@@ -126,8 +127,8 @@ def score_of(results: list[dict], name: str) -> Score:
         if len(runs) > 1 and (known := items[~np.isnan(items)]).size > 1:
             error = float(known.std(ddof=1)) / math.sqrt(known.size)
     score = Score(statistics.mean(runs), error, runs, items, of)
-    if error is not None:
-        score = Score(score.value, math.hypot(error, score.run_error), runs, items, of)
+    whole = None if None in (error, score.run_error) else math.hypot(error, score.run_error)
+    score = replace(score, error=whole)
     return score
 
 
@@ -321,8 +322,7 @@ def paired_with_first(column: list[Score | None]) -> list[tuple[float, float | N
     first = column[0]
     paired = [None]
     for score in column[1:]:
-        same = first and score and first.items is not None and first.of == score.of
-        paired.append(score.minus(first) if same else None)
+        paired.append(score.minus(first) if first and score and score.paired(first) else None)
     return paired
 
 
@@ -356,9 +356,8 @@ def read_methods(folders: list[str], labels: list[str]) -> dict[str, list[dict]]
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "--label")
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="of one model's results each")
-    parser.add_argument("--label", **SHARED_ARGUMENTS["--label"])
     parser.add_argument("--output", default="", help="also write OUTPUT.md and OUTPUT.csv")
     parser.add_argument(
         "--by_start_model", action="store_true", help="tables for each model that runs started from"

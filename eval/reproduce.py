@@ -40,7 +40,7 @@ from benchmarks.plan import GPUS, plan, sizes_of
 from eval.alpaca_eval2 import DECODING, HUB, RECIPES, REFERENCE, hub_file, load_outputs
 from eval.generate import short_name
 from eval.judge import MODEL
-from eval.results import SHARED_ARGUMENTS, at_least, make_parser
+from eval.results import at_least, make_parser
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.log import write_whole
@@ -84,21 +84,21 @@ PORT = 8765
 
 @dataclass(frozen=True)
 class Stage:
-    """name: of its log and its mark; environment: what is added to the process's own; inputs: files
-    of other stages that it reads."""
+    """name: of its log and its mark; environment: what is added to the process's own; depends: the
+    files that it reads or writes, whose change undoes it."""
 
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
-    inputs: tuple[Path, ...] = ()
+    depends: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         return " ".join([*variables, shlex.join(self.command)])
 
     def made_of(self) -> str:
-        """The command, and the size and time of each of its inputs."""
-        stats = [(path.name, path.stat()) for path in self.inputs if path.exists()]
+        """The command, and size and time of each file in `depends`."""
+        stats = [(path.name, path.stat()) for path in self.depends if path.exists()]
         return "\n".join([str(self), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in stats)])
 
     def is_done(self, output: Path) -> bool:
@@ -135,17 +135,15 @@ def run_name(rate: float) -> str:
     return f"simper-{rate:g}"
 
 
-def write_prompts(reference: str, path: Path, limit: int) -> int:
+def write_prompts(reference: str, path: Path, limit: int) -> None:
     """AlpacaEval's instructions with GPT-4 Turbo's outputs as the answers to win against, as rows
-    of data. Returns their number."""
+    of data."""
     rows = load_outputs(reference or hub_file(REFERENCE, advice="; give --reference FILE"))
     rows = rows[: limit or None]
     lines = [{"prompt": row["instruction"], "responses": [row["output"]]} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if not path.exists() or path.read_text() != text:  # its time is part of the stages' marks
         write_whole(path, text)
-    return len(rows)
 
 
 def needs(
@@ -162,13 +160,13 @@ def needs(
     disk = {
         "the published models": sum(2 * parameters(model) for model in models),
         "the trained models": 2 * size * len(rates),
-        # float32 weights and two moments, twice while a new one replaces the old one
-        # and the last one of each run stays
+        # Float32 weights and two moments: the last of each run stays, and the new one is written
+        # before the old one goes.
         "checkpoints": 12 * size * (len(rates) + 1),
     }
     calls = 2 * args.num_prompts * (len(models) + len(rates) * (1 + len(models)))
-    answers = args.num_prompts * TOKENS * (len(models) + len(rates)) / ANSWER_TOKENS
-    hours = {"answers": (answers / max(1, args.gpus) + 60 * LOADING) / 3600}
+    seconds = args.num_prompts * TOKENS * (len(models) + len(rates)) / ANSWER_TOKENS
+    hours = {"answers": (seconds / max(1, args.gpus) + 60 * LOADING) / 3600}
     hours[f"{calls} judgments"] = (calls / JUDGMENTS + 60 * LOADING) / 3600
     if not args.judge_base_url:
         disk["the judge"] = 2 * parameters(args.judge)
@@ -192,7 +190,7 @@ def needs(
 
 
 def training(setup: str, start: str, rates: list[float], args, flags: list[str]) -> list[Stage]:
-    """One for each rate. train.py continues by itself."""
+    """One for each rate. An interrupted one resumes from its checkpoint."""
     recipe = str(RECIPES / f"{setup}.yaml")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus)]
     launcher = launcher if args.gpus > 1 else []
@@ -201,7 +199,8 @@ def training(setup: str, start: str, rates: list[float], args, flags: list[str])
         output = args.output_dir / "runs" / run_name(rate)
         command = [sys.executable, *launcher, "train.py", recipe, "--model", start]
         command += ["--learning_rate", f"{rate:g}", "--output_dir", str(output), *flags]
-        found.append(Stage(f"train-{run_name(rate)}", command))
+        model = output / "final" / "config.json"
+        found.append(Stage(f"train-{run_name(rate)}", command, depends=(model,)))
     return found
 
 
@@ -217,8 +216,8 @@ def win_rate(model: str, other: str, decoding: dict, args, *more: str) -> list[s
     return [*command, *more]
 
 
-def inputs(args, model: str) -> tuple[Path, ...]:
-    """What an answer depends on that an earlier stage may write anew."""
+def read_by(args, model: str) -> tuple[Path, ...]:
+    """What an answer of the model depends on that an earlier stage may write anew."""
     return args.output_dir / "alpaca_eval.jsonl", *sorted(Path(model).glob("*.safetensors"))
 
 
@@ -231,7 +230,7 @@ def answering(models: dict[str, str], decoding: dict, args) -> list[Stage]:
     for number, (name, model) in enumerate(models.items()):
         command = win_rate(model, "", decoding, args, "--generate_only")
         own = {"CUDA_VISIBLE_DEVICES": gpus[number % args.gpus]} if args.gpus else {}
-        stages.append(Stage(f"answer-{name}", command, own, inputs(args, model)))
+        stages.append(Stage(f"answer-{name}", command, own, read_by(args, model)))
     return stages
 
 
@@ -245,19 +244,19 @@ def judging(
         Stage(
             f"judge-{name}",
             win_rate(model, "", decoding, args, *judge),
-            inputs=inputs(args, model),
+            depends=read_by(args, model),
         )
         for name, model in (published | ours).items()
     ]
     for name, model in ours.items():
         for other, rival in published.items():
             command = win_rate(model, rival, decoding, args, *judge)
-            of_both = inputs(args, model)
-            stages.append(Stage(f"judge-{name}-against-{other}", command, inputs=of_both))
+            name_of_both = f"judge-{name}-against-{other}"
+            stages.append(Stage(name_of_both, command, depends=read_by(args, model)))
     return stages
 
 
-def answers(url: str) -> bool:
+def is_served(url: str) -> bool:
     """Whether a server like OpenAI's is there."""
     try:
         urllib.request.urlopen(f"{url}/models", timeout=5).close()
@@ -275,7 +274,7 @@ def serve(args) -> Iterator[str]:
     command += ["--tensor-parallel-size", str(max(1, args.gpus)), "--port", str(PORT)]
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"judge-server: {shlex.join(command)}", flush=True)
-    if answers(url):
+    if is_served(url):
         raise InputError(f"another server is at {url}: end it, or give it as --judge_base_url")
     with open(log, "a") as file:
         try:
@@ -286,7 +285,7 @@ def serve(args) -> Iterator[str]:
         for _ in range(3600):
             if server.poll() is not None:
                 raise InputError(f"the judge ended ({server.returncode}); its log is {log}")
-            if answers(url):
+            if is_served(url):
                 break
             time.sleep(1)
         else:
@@ -321,7 +320,8 @@ def pack(output: Path, ours: Iterable[str]) -> Path:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "--engine", "--engine_args")
+    parser.set_defaults(engine="vllm")
     parser.add_argument("setup", choices=SETUPS, help="a recipe")
     parser.add_argument(
         "--rates", default="", help="learning rates, with commas; by default the authors' two"
@@ -331,8 +331,6 @@ def main() -> None:
     )
     parser.add_argument("--gpus", type=at_least(0), default=8, help="0: CPUs, to rehearse")
     parser.add_argument("--gpu", default="h100", help="for the prediction; see benchmarks/plan.py")
-    parser.add_argument("--engine", **(SHARED_ARGUMENTS["--engine"] | {"default": "vllm"}))
-    parser.add_argument("--engine_args", **SHARED_ARGUMENTS["--engine_args"])
     parser.add_argument("--vllm_python", default=sys.executable, help="of vLLM's environment")
     parser.add_argument("--judge", default=MODEL, help="its hub id, or its name at the endpoint")
     parser.add_argument(
@@ -344,10 +342,10 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=at_least(1), help="in place of the authors'")
     parser.add_argument("--output_dir", default="", help="empty: reproduction/SETUP")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and end")
-    parser.allow_abbrev = False
+    parser.allow_abbrev = False  # --model would be taken for --models
     args, flags = parser.parse_known_args()
     own = ("model", "learning_rate", "output_dir", "loss", "loss_args")
-    if wrong := [f for f in flags if f.removeprefix("--").partition("=")[0] in own]:
+    if wrong := [f for f in flags if f[:2] == "--" and f[2:].partition("=")[0] in own]:
         raise InputError(f"{wrong[0]} is set by this command: see --models, --rates, --output_dir")
     if args.gpu not in GPUS:
         raise InputError(f"--gpu {args.gpu}: must be one of {', '.join(GPUS)}")

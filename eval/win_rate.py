@@ -161,7 +161,8 @@ def length_controlled(
     scores: Sequence[float], lengths: Sequence[int], other_lengths: Sequence[int]
 ) -> tuple[float, float] | None:
     """The win rate at equal length and its standard error, in per cent; None where it cannot be
-    estimated, as where one model wins always.
+    estimated: of fewer than FEW prompts, where one model wins always, or where its answers are the
+    longer, or the shorter, ones for more than nine in ten prompts.
 
     scores, lengths (in characters), other_lengths: (prompts,). As AlpacaEval's (Dubois et al. 2024,
     equation 2, without the difficulty of instructions, which takes many models to estimate):

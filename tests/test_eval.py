@@ -1420,8 +1420,8 @@ def test_win_rate_of_two_models(model_folder, other_folder, tmp_path):
     rate = 100 * sum(0.5 if n in equal else n % 4 != 3 for n in range(12)) / 12
     assert len(equal) < 4
     assert [scores["win_rate"] for scores in found] == pytest.approx([rate, 100 - rate])
-    both = [scores.get("length_controlled_winrate") for scores in found]
-    assert both == [None, None] or sum(both) == pytest.approx(100)
+    both = [scores["length_controlled_winrate"] for scores in found]
+    assert sum(both) == pytest.approx(100)
     table = command("report", *(tmp_path / "results" / name for name in names)).stdout
     assert "**Win rate against another model's answers**" in table
     assert f"against {names[1]} %, n = 12" in table and f"against {names[0]}, LC %" in table

@@ -168,14 +168,21 @@ def test_a_reproduction_from_the_first_stage_to_the_last(setting, capsys):
     # The server of the judge was started twice, and is gone.
     lines = (server / "started").read_text().splitlines()
     assert len(lines) == 2 and all("--tensor-parallel-size 1" in line for line in lines)
-    assert not reproduce.answers(f"http://localhost:{reproduce.PORT}/v1")
+    assert not reproduce.is_served(f"http://localhost:{reproduce.PORT}/v1")
     start()
     assert capsys.readouterr().out.count("done before") == 1 + 3 + 5
     assert len((server / "started").read_text().splitlines()) == 2  # no judge is needed
+    # If a model's files have changed, every stage that wrote or reads them runs again.
+    final = output / "runs" / "simper-0.001" / "final"
+    (final / "config.json").touch()
+    (final / "model.safetensors").touch()
+    start()
+    again = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" min")]
+    assert [line.split("-")[0] for line in again[:5]] == ["train", "answer", *["judge"] * 3]
     start("--limit", 12)  # other instructions: nothing of it is done
     assert "n = 12" in (output / "report.md").read_text()
     assert capsys.readouterr().out.count("done before") == 1
-    assert len((server / "started").read_text().splitlines()) == 3
+    assert len((server / "started").read_text().splitlines()) == 4
 
 
 def read_lines_of(path: Path) -> list[dict]:
