@@ -92,7 +92,7 @@ def test_every_signal_that_stops_a_run_saves(base, tmp_path, name, ranks):
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step_"))
     assert 3 <= step < 5_000 and not (tmp_path / "run" / "final").exists()
-    assert f"stopped by {name} after step {step}; --resume auto" in done.stdout
+    assert f"stopped by {name} after step {step}; rerun to resume there" in done.stdout
 
 
 def send(processes, name: str, output: Path, lines: int) -> None:
