@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 train.py recipes/llama-3-8b-instruct.yaml  # a set-up of the paper
     python train.py recipes/demo.yaml --learning_rate 1e-5 --output_dir runs/demo-1e-5
 
-Every field of Config is a flag. A value that is not on the command line comes from the recipe
-(without one, the demo's), then from Config's defaults.
+Every field of Config is a flag. A value that is not on the command line comes from the recipe, then
+from Config's defaults. Without a recipe, and without --model and --train_data, it is the demo's.
 """
 
 import functools
@@ -32,6 +32,7 @@ from runtime.checkpoints import Start, TrainerState, find_start, read_state
 from runtime.checks import check_loss, check_trainable, choose_forward, commits, digests
 from runtime.command_line import choose_loss
 from runtime.errors import InputError
+from runtime.intervals import FEW
 from runtime.log import Logger
 from runtime.processes import Stopped, say
 from runtime.reference import add_reference
@@ -404,7 +405,7 @@ def evaluate(
     model, loss_function: Callable, heldout: DataSet, device: torch.device, signals
 ) -> tuple[dict[str, float], dict[str, float]]:
     """{"eval/NAME": mean over the held-out pairs of all ranks}, with their number; and {NAME: the
-    standard error of its change, pair by pair, since this process evaluated first}, of ten pairs or
+    standard error of its change, pair by pair, since this process evaluated first}, of FEW pairs or
     more, without those that are 0. signals: see watch_signals. Raises Stopped on all ranks as soon
     as one has received a signal. Collective."""
     rows = []
@@ -429,8 +430,7 @@ def evaluate(
     means = means_of([*found, *changes, *squares], [*sums, pairs])
     line = {f"eval/{name}": means[name] for name in found} | {"eval/pairs": int(pairs)}
     variances = {n: means[f"square/{n}"] - means[f"change/{n}"] ** 2 for n in found}
-    enough = pairs >= 10  # for a normal approximation
-    errors = {n: math.sqrt(v / (pairs - 1)) for n, v in variances.items() if v > 0 and enough}
+    errors = {n: math.sqrt(v / (pairs - 1)) for n, v in variances.items() if v > 0 and pairs >= FEW}
     return line, errors
 
 

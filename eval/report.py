@@ -8,10 +8,11 @@
 A table has a row for each model, or for each method of several runs, in the order in which they are
 given, and a column for each score, "±" its standard error. Where the first model and another have
 answered the same items, a column has their difference with its 95 % interval, item by item; a star
-says that it is resolved among all differences of the table (Bonferroni), bold that a score is
-resolved against every other of its column. The error of a method is over items and runs. A column
-whose scores were obtained under different conditions (judge, template, decoding, data) gets a
-footnote that names them, and neither differences nor bold. n is the number of items.
+says that it is significant at 5 % among all comparisons of the table (Bonferroni), bold that a
+score differs so from every other of its column. The intervals are Student's. The error of a method
+is over items and runs. A column whose scores were obtained under different conditions (judge,
+template, decoding, data) gets a footnote that names them, and neither differences nor bold. n is
+the number of items.
 """
 
 import csv
@@ -26,12 +27,11 @@ import numpy as np
 
 from eval.results import (
     AGAINST,
-    difference_text,
+    Difference,
     make_parser,
     matching,
     paired_difference,
     read_items,
-    threshold,
 )
 from runtime.command_line import run_command
 from runtime.errors import InputError
@@ -78,39 +78,50 @@ CONDITIONS = {
 @dataclass(frozen=True)
 class Score:
     """A score of a model or of a method: its mean over `runs`, and its standard error (None: not
-    known), over items and, of several runs, over these, too. items: (n,), the mean over the runs of
-    each item's value, NaN where one has none; None if they are not known. of: which items."""
+    known) with the degrees of freedom, over items and, of several runs, over these, too. items:
+    (n,), the mean over the runs of each item's value, NaN where one has none; None if they are not
+    known. of: which items."""
 
     value: float
     error: float | None
     runs: tuple[float, ...]
     items: np.ndarray | None = None
     of: str = ""
+    freedom: float = math.inf
 
-    @property
-    def run_error(self) -> float | None:
-        """The standard error over runs: 0 of a single one, not known of fewer than RUNS."""
-        if len(self.runs) == 1:
-            return 0.0
-        if len(self.runs) < RUNS:
-            return None
-        return statistics.stdev(self.runs) / math.sqrt(len(self.runs))
+    def over_runs(self) -> tuple[float | None, float]:
+        """The standard error over runs and its degrees of freedom: 0 of a single one, not known of
+        fewer than RUNS."""
+        count = len(self.runs)
+        if count == 1:
+            return 0.0, math.inf
+        if count < RUNS:
+            return None, math.nan
+        return statistics.stdev(self.runs) / math.sqrt(count), count - 1
 
     def paired(self, other: "Score") -> bool:
         """Whether both have the same items."""
         return self.items is not None and other.items is not None and self.of == other.of
 
-    def minus(self, other: "Score") -> tuple[float, float | None]:
-        """(difference, its standard error, None if not known): item by item if both have the same
-        items, else as of independent ones."""
+    def minus(self, other: "Score") -> Difference:
+        """Item by item if both have the same items, else as of independent scores."""
         if self.paired(other):
-            mean, error = paired_difference(self.items, other.items)
-            errors = (error, self.run_error, other.run_error)
-        else:
-            mean = self.value - other.value
-            # An error of 0 is that of too few items, not certainty.
-            errors = (self.error or None, other.error or None)
-        return mean, None if None in errors else math.hypot(*errors)
+            items = paired_difference(self.items, other.items)
+            errors = ((items.error, items.freedom), self.over_runs(), other.over_runs())
+            return Difference(items.mean, *together(*errors))
+        # An error of 0 is that of too few items, not certainty.
+        errors = ((score.error or None, score.freedom) for score in (self, other))
+        return Difference(self.value - other.value, *together(*errors))
+
+
+def together(*errors: tuple[float | None, float]) -> tuple[float | None, float]:
+    """Standard errors of independent means, each with its degrees of freedom → those of their sum
+    (Welch–Satterthwaite); None if one of them is not known."""
+    if any(error is None for error, _ in errors):
+        return None, math.nan
+    variance = sum(error**2 for error, _ in errors)
+    spread = sum(error**4 / freedom for error, freedom in errors)
+    return math.sqrt(variance), variance**2 / spread if spread else math.inf
 
 
 def score_of(results: list[dict], name: str) -> Score:
@@ -120,16 +131,17 @@ def score_of(results: list[dict], name: str) -> Score:
     errors = [result["standard_errors"].get(name) for result in results]
     error = None if None in errors else math.sqrt(statistics.mean(e**2 for e in errors))
     found = [result["items"].get(name) for result in results]
-    items, of = None, ""
+    items, of, freedom = None, "", math.inf
     if all(found) and len({item["of"] for item in found}) == 1:
         items = np.array([item["values"] for item in found], dtype=float).mean(axis=0)
         of = found[0]["of"]
-        if len(runs) > 1 and (known := items[~np.isnan(items)]).size > 1:
-            error = float(known.std(ddof=1)) / math.sqrt(known.size)
+        if (known := items[~np.isnan(items)]).size > 1:
+            freedom = known.size - 1
+            if len(runs) > 1:
+                error = float(known.std(ddof=1)) / math.sqrt(known.size)
     score = Score(statistics.mean(runs), error, runs, items, of)
-    whole = None if None in (error, score.run_error) else math.hypot(error, score.run_error)
-    score = replace(score, error=whole)
-    return score
+    error, freedom = together((error, freedom), score.over_runs())
+    return replace(score, error=error, freedom=freedom)
 
 
 def read_results(folders: list[str]) -> dict[str, dict[str, dict]]:
@@ -183,9 +195,8 @@ def check_result(path: Path, content: dict) -> None:
 
 
 def resolved(column: list[Score | None], comparisons: int) -> int | None:
-    """The index of a column's best score, if it is above every other by `threshold` standard errors
-    of their difference; None if it is not, if an error is not known, or if there is nothing to
-    compare.
+    """The index of a column's best score, if its difference from every other is resolved; None if
+    it is not, or if there is nothing to compare.
 
     >>> column = [Score(60.0, 1.0, (60.0,)), Score(50.0, 1.0, (50.0,)), None]
     >>> resolved(column, 1), resolved([column[0], Score(58.0, 1.0, (58.0,))], 1)
@@ -196,10 +207,8 @@ def resolved(column: list[Score | None], comparisons: int) -> int | None:
         return None
     best = max(known)[1]
     differences = [column[best].minus(column[index]) for _, index in known if index != best]
-    least = threshold(comparisons)
-    if any(error is None or not mean > least * error for mean, error in differences):
-        return None
-    return best
+    above = all(d.mean > 0 and d.resolved(comparisons) for d in differences)
+    return best if above else None
 
 
 def conditions(result: dict, score: str) -> dict:
@@ -303,8 +312,7 @@ def markdown(title: str, columns: list[str], rows: list[list], footnotes: list[s
             notes.append(f"{name}: not comparable. {note}")
         header.append(f"{name} ({len(notes)})" if note else name)
         if not note and any(paired := paired_with_first(column)):
-            least = threshold(comparisons)
-            texts = [difference_text(*d, least, digits(title)).strip() if d else "" for d in paired]
+            texts = [d.text(comparisons, digits(title)).strip() if d else "" for d in paired]
             starred |= any("*" in text for text in texts)
             cells.append([text.replace("*", "\\*") for text in texts])
             header.append(f"− {rows[0][0]} [95 %]")
@@ -312,12 +320,12 @@ def markdown(title: str, columns: list[str], rows: list[list], footnotes: list[s
     lines.append("|---" * len(header) + "|")
     lines += [f"| {' | '.join(line)} |" for line in zip(*cells)]
     if starred:
-        lines.append(f"\n\\* resolved at 5 % among {comparisons} comparisons")
+        lines.append(f"\n\\* significant at 5 % among {comparisons} comparisons")
     lines += [f"\n({number}) {note}" for number, note in enumerate(notes, 1)]
     return "\n".join(lines) + "\n"
 
 
-def paired_with_first(column: list[Score | None]) -> list[tuple[float, float | None] | None]:
+def paired_with_first(column: list[Score | None]) -> list[Difference | None]:
     """Of every score but the first: its difference to the first, if it is paired; else None."""
     first = column[0]
     paired = [None]
@@ -400,7 +408,7 @@ def write_csv(path: Path, nonempty: list[tuple]) -> None:
                 line = [method]
                 for score, paired in zip(scores, pairs):
                     line += [score.value, score.error] if score else [None, None]
-                    line += paired[index] or (None, None)
+                    line += [paired[index].mean, paired[index].error] if paired[index] else [""] * 2
                 writer.writerow(line)
             writer.writerows([[name, note] for name, note in zip(names, footnotes) if note])
             writer.writerow([])

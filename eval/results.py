@@ -12,8 +12,8 @@ import importlib.metadata
 import json
 import math
 import os
-import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ import yaml
 from eval.judge import TIMEOUT, URL
 from runtime.cache import file_digest
 from runtime.errors import InputError
+from runtime.intervals import FEW, t_quantile
 from runtime.log import read_config, write_whole
 from runtime.weights import local_model, model_fingerprint, resolve_model
 
@@ -89,7 +90,6 @@ SHARED_ARGUMENTS = {
 }
 JUDGE = ("--judge_base_url", "--judge_timeout")
 AGAINST = "win_rate_against_"  # the benchmark is this and the other model's name
-FEW = 10  # items, of which fewer tell no interval
 GENERATION = ("--engine", "--engine_args", "--batch_size", "--seed", "--template_args")
 
 
@@ -183,23 +183,46 @@ def matching(labels: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def threshold(comparisons: int) -> float:
-    """How many standard errors a difference must have to be resolved at 5 %, of so many that are
-    looked at (Bonferroni; normal approximation). One comparison: 1.96."""
-    return statistics.NormalDist().inv_cdf(1 - 0.025 / max(1, comparisons))
+@dataclass(frozen=True)
+class Difference:
+    """Of two means: its standard error, None if it is not known, and the degrees of freedom."""
+
+    mean: float
+    error: float | None
+    freedom: float = math.inf
+
+    def resolved(self, comparisons: int) -> bool:
+        """Whether it is significant at 5 % as one of so many comparisons (Bonferroni)."""
+        if self.error is None:
+            return False
+        return abs(self.mean) > t_quantile(self.freedom, comparisons) * self.error
+
+    def text(self, comparisons: int, digits: int = 4) -> str:
+        """With the 95 % interval, and a star if it is resolved; without if the error is not known;
+        "" if there is no difference."""
+        if self.error is None:
+            return f"{self.mean:+.{digits}f}"
+        if not self.error:
+            return f"{self.mean:+.{digits}f} in each" if self.mean else ""
+        half = t_quantile(self.freedom) * self.error
+        low, high = (f"{self.mean + side * half:+.{digits}f}" for side in (-1, 1))
+        star = "*" if self.resolved(comparisons) else " "
+        return f"{self.mean:+.{digits}f} [{low}, {high}]{star}"
 
 
-def paired_difference(values: Sequence, first: Sequence) -> tuple[float, float | None]:
-    """(mean of values − first, its standard error), item by item, over those that both have.
+def paired_difference(values: Sequence, first: Sequence) -> Difference:
+    """values − first, item by item, over those that both have.
 
     values, first: (items,), the same items in the same order; NaN where one has no value. The
-    error is None for fewer than FEW items, whose normal approximation is worth little.
+    error is not known for fewer than FEW items.
     """
     differences = np.asarray(values, dtype=float) - np.asarray(first, dtype=float)
     differences = differences[~np.isnan(differences)]
-    if len(differences) < FEW:
-        return float(differences.mean()) if len(differences) else math.nan, None
-    return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))
+    count = len(differences)
+    if count < FEW:
+        return Difference(float(differences.mean()) if count else math.nan, None)
+    error = float(differences.std(ddof=1)) / math.sqrt(count)
+    return Difference(float(differences.mean()), error, count - 1)
 
 
 def print_scores(
@@ -219,8 +242,7 @@ def print_scores(
         found = {name: paired_difference(items[number][name], items[0][name]) for name in both}
         differences.append(found)
         header += f"{'− first [95 %]':>32}" if found else ""
-    errors_known = [error for found in differences for _, error in found.values() if error]
-    least = threshold(len(errors_known))
+    comparisons = sum(bool(d.error) for found in differences for d in found.values())
     print(header)
     for name in names:
         line = f"{name:<{width}}"
@@ -228,21 +250,10 @@ def print_scores(
             cell = "–" if scores.get(name) is None else f"{scores[name]:.4f}"
             line += f"{cell + (f' ± {errors[name]:.4f}' if name in errors else ''):>28}"
             if found:
-                line += f"{difference_text(*found.get(name, (0, 0)), least):>32}"
+                line += f"{found[name].text(comparisons) if name in found else '':>32}"
         print(line.rstrip())
-    if errors_known:
-        print(f"* resolved at 5 %, of all differences in this table ({least:.2f} standard errors)")
-
-
-def difference_text(mean: float, error: float | None, least: float, digits: int = 4) -> str:
-    """A difference with its 95 % interval, and a star if it is `least` standard errors or more;
-    without an interval if the error is not known; "" if there is no difference."""
-    if error is None:
-        return f"{mean:+.{digits}f}"
-    if not error:
-        return f"{mean:+.{digits}f} in each" if mean else ""
-    low, high = (f"{mean + side * 1.96 * error:+.{digits}f}" for side in (-1, 1))
-    return f"{mean:+.{digits}f} [{low}, {high}]{'*' if abs(mean) > least * error else ' '}"
+    if comparisons:
+        print(f"* significant at 5 % among the {comparisons} differences of this table")
 
 
 def by_item(values: dict[str, Sequence], of) -> dict[str, dict]:

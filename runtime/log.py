@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from runtime.errors import InputError
 from runtime.identity import VERSIONS, git_state
+from runtime.intervals import t_quantile
 
 # The held-out metrics that the terminal shows.
 SHOWN = ("accuracy", "inverse_perplexity/chosen", "inverse_perplexity/rejected", "loss")
@@ -124,7 +125,8 @@ class Logger:
             old, new = first[f"eval/{name}"], last[f"eval/{name}"]
             table += f"{name:<30}{old:>9.4f}  → {new:>8.4f}"
             if name in paired:
-                low, high = (new - old + side * 1.96 * paired[name] for side in (-1, 1))
+                half = t_quantile(last["eval/pairs"] - 1) * paired[name]
+                low, high = new - old - half, new - old + half
                 table += f"   {new - old:+.4f} [{low:+.4f}, {high:+.4f}]"
             table += "\n"
         return table

@@ -27,6 +27,7 @@ import pytest
 import torch
 import yaml
 from conftest import CHATML, make_model, make_tokenizer, run, run_python, write_pairs
+from scipy import stats
 
 from data import load_data
 from eval import alpaca_eval2 as alpaca_eval2_module
@@ -35,6 +36,7 @@ from eval import leaderboard, preference, report, results, show_pairs, win_rate
 from eval import mt_bench as mt_bench_module
 from eval.judge import Judge, open_judge
 from runtime.errors import InputError
+from runtime.intervals import t_quantile
 from runtime.log import lock_folder
 from runtime.weights import tokenizer_digests
 
@@ -196,7 +198,7 @@ def score(value: float, error: float | None, items=None, of: str = "") -> report
 
 def test_only_what_is_resolved_is_bold():
     """By hand: of one comparison, 10 is 2.0 of the errors of the difference of 0 and 10, √(3² + 4²)
-    = 5, and resolved (1.96); of two comparisons it is not (2.24); nor without an error. Item by
+    = 5, and significant (1.96); of two comparisons it is not (2.24); nor without an error. Item by
     item, the same two differ by 10 everywhere but in one of ten: resolved, whatever their own
     errors."""
     column = [score(0.0, 3.0), None, score(10.0, 4.0)]
@@ -213,24 +215,65 @@ def test_only_what_is_resolved_is_bold():
     assert report.resolved(few, 1) is None
 
 
+def test_intervals_are_students():
+    """Against scipy: the quantile, the interval of paired items, that of independent scores
+    (Welch), and that of five runs of two methods, whose items are the same in each."""
+    for freedom, close in ((4, 0.015), (9, 1e-3), (42, 1e-5), (1e6, 1e-6), (math.inf, 1e-9)):
+        for comparisons in (1, 3, 50):
+            exact = stats.t.ppf(1 - 0.025 / comparisons, freedom)
+            assert t_quantile(freedom, comparisons) == pytest.approx(exact, rel=close)
+    generator = np.random.default_rng(0)
+    first, other = generator.normal(0, 1, 10), generator.normal(0.7, 2, 10)
+
+    def shown(difference):
+        return [float(n) for n in re.findall(r"[-+][\d.]+", difference.text(1))]
+
+    exact = stats.ttest_rel(other, first).confidence_interval()
+    expected = pytest.approx([(other - first).mean(), *exact], abs=1e-4)
+    assert shown(results.paired_difference(other, first)) == expected
+    one, two = (
+        report.score_of([result_of(values, of)], "a") for values, of in ((first, "a"), (other, "b"))
+    )
+    exact = stats.ttest_ind(other, first, equal_var=False).confidence_interval()
+    expected = pytest.approx([other.mean() - first.mean(), *exact], abs=1e-3)
+    assert shown(two.minus(one)) == expected
+    # Nothing but the runs differs: the interval is that of two samples of five means each.
+    runs = generator.normal(0, 1, (2, 5))
+    methods = [
+        report.score_of([result_of(first + shift, "a") for shift in shifts], "a") for shifts in runs
+    ]
+    exact = stats.ttest_ind(runs[1], runs[0], equal_var=False).confidence_interval()
+    expected = pytest.approx([runs[1].mean() - runs[0].mean(), *exact], abs=3e-3)
+    assert shown(methods[1].minus(methods[0])) == expected
+
+
+def result_of(values, of):
+    """A result with one score, "a", a mean over items."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    items = {"a": {"of": of, "values": [float(value) for value in values]}}
+    means = {"scores": {"a": float(np.mean(values))}, "standard_errors": {"a": error}}
+    return means | {"items": items}
+
+
 def test_differences_are_paired(capsys):
     """Against values worked out by hand: the items differ by 0.1, 0.3, 0.2 and 0.2, three times
     over, while they themselves vary by much more; their mean is 0.2, its standard error
     √(0.06 / 11 / 12). An item that one of them lacks does not count."""
     first = {"a": np.array([0.0, 1.0, 5.0, 9.0] * 3), "b": np.array([1.0, 2.0] * 6)}
     other = {"a": first["a"] + [0.1, 0.3, 0.2, 0.2] * 3, "b": first["b"][::-1], "c": np.zeros(12)}
-    expected = pytest.approx((0.2, (0.06 / 11 / 12) ** 0.5))
-    assert results.paired_difference(other["a"], first["a"]) == expected
     lacking = [*other["a"], 7.0], [*first["a"], math.nan]
-    assert results.paired_difference(*lacking) == expected
-    assert results.paired_difference(other["a"][:4], first["a"][:4]) == (pytest.approx(0.2), None)
-    assert results.threshold(1) == pytest.approx(1.96, abs=1e-3)
-    assert results.threshold(2) == pytest.approx(2.2414, abs=1e-3)
+    for pair in ((other["a"], first["a"]), lacking):
+        found = results.paired_difference(*pair)
+        assert (found.mean, found.error) == pytest.approx((0.2, (0.06 / 11 / 12) ** 0.5))
+        assert found.freedom == 11
+    few = results.paired_difference(other["a"][:4], first["a"][:4])
+    assert few.mean == pytest.approx(0.2) and few.error is None
     columns = [("m", {"a": 3.75, "b": 1.5}, {}), ("n", {"a": 3.95, "b": 1.5}, {})]
     results.print_scores(columns, [first, other])
     header, a, b, note = capsys.readouterr().out.splitlines()
-    assert header.endswith("− first [95 %]") and "+0.2000 [+0.1582, +0.2418]*" in a
-    assert not b.endswith("*") and "2.24 standard errors" in note
+    # ± 2.201 · 0.02132: Student's t with 11 degrees of freedom, from a table.
+    assert header.endswith("− first [95 %]") and "+0.2000 [+0.1531, +0.2469]*" in a
+    assert not b.endswith("*") and "2 differences" in note
     results.print_scores(columns)
     assert "first" not in capsys.readouterr().out
 
@@ -258,7 +301,9 @@ def test_several_runs_are_one_method(model_folder, tmp_path, monkeypatch, capsys
     assert header == "| model | accuracy, n = 10 | − other [95 %] |"
     assert other == f"| other | 0.4000 ± {base.std(ddof=1) / 10**0.5:.4f} |  |"
     shown = f"0.6000** ± {own:.4f} (0.5000 to 0.7000, 5 runs)"
-    low, high = 0.2 - 1.96 * error, 0.2 + 1.96 * error
+    # Welch–Satterthwaite: nine degrees of freedom of the items, four of the runs.
+    freedom = error**4 / (of_items**4 / 9 + (0.00625 / 5) ** 2 / 4)
+    low, high = (0.2 + side * stats.t.ppf(0.975, freedom) * error for side in (-1, 1))
     assert method == f"| S | **{shown} | +0.2000 [{low:+.4f}, {high:+.4f}]\\* |"
     line = [*csv.reader(open(tmp_path / "report.csv"))][3]
     assert [float(x) for x in line[1:]] == pytest.approx([0.6, own, 0.2, error], abs=1e-6)
@@ -266,12 +311,8 @@ def test_several_runs_are_one_method(model_folder, tmp_path, monkeypatch, capsys
     (tmp_path / "s-4").rename(tmp_path / "t-4")
     report.main()
     said = capsys.readouterr().out
-    assert (
-        "4 runs" in said
-        and "+0.1750 |" in said
-        and "**0." not in said
-        and "*" + " resolved" not in said
-    )
+    assert "4 runs" in said and "+0.1750 |" in said
+    assert "**0." not in said and "significant" not in said
     write(tmp_path / "s-2", model_folder, "preference", {"accuracy": 0.5}, settings={"data": "e"})
     with pytest.raises(InputError, match="S: its runs differ in how accuracy came about: run 1"):
         report.main()
@@ -1455,6 +1496,17 @@ def test_the_length_controlled_win_rate():
     biased = (rng.random(400) < 1 / (1 + np.exp(-3 * d))).astype(float)
     rate, error = win_rate.length_controlled(biased, lengths, others)
     assert biased.mean() > 0.6 and abs(rate - 50) < 2 * error
+    # By hand: t is 2.2281, and ± 0.44562 in log odds is 39.04 to 60.96 per cent.
+    assert win_rate.odds_interval(50.0, 5.0, 12) == pytest.approx((39.04, 60.96), abs=0.01)
+    # Twenty prompts, whose lengths differ to one side: it holds the true rate as often as it says.
+    held = []
+    while len(held) < 300:
+        d = rng.normal(1, 1, 20)
+        wins = rng.random(20) < 1 / (1 + np.exp(-1 - np.tanh(d / d.std())))
+        if found := win_rate.length_controlled(wins, d, np.zeros(20)):
+            low, high = win_rate.odds_interval(*found, 20)
+            held.append(low < 100 / (1 + math.exp(-1)) < high)
+    assert 0.92 < np.mean(held) < 0.98
     # Of equal lengths it is the win rate; where one side always wins, there is none.
     equal = win_rate.length_controlled([1, 0.5, 0, 1] * 3, range(12), range(12))
     assert equal[0] == pytest.approx(62.5)
@@ -1552,6 +1604,7 @@ from lm_eval import evaluator, tasks
 from lm_eval.models.huggingface import HFLM
 from eval import leaderboard
 from runtime.errors import InputError
+from runtime.intervals import t_quantile
 
 def stop(*args, **options):
     raise KeyboardInterrupt
