@@ -376,7 +376,10 @@ def load_data(
         key = hashlib.sha256(repr((given._fingerprint, source, *what)).encode()).hexdigest()[:32]
         part = map_rows(given, prepare_rows, how, datasets.Features(features), key)
         if share < 1:
-            drawn = np.random.default_rng(seed).permutation(len(part))[: round(share * len(part))]
+            order, count = np.random.default_rng(seed).permutation(len(part)), len(part)
+            # A negative one is what 1 + share leaves.
+            first, rest = order[: round(share * count)], order[round((1 + share) * count) :]
+            drawn = first if share > 0 else rest
             part = part.select(np.sort(drawn))
         parts.append(part)
     rows = datasets.concatenate_datasets(parts)

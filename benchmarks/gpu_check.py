@@ -133,8 +133,9 @@ def run_training(args, ranks: int, *flags: str) -> list[dict]:
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launch, str(ROOT / "train.py"), "--model", args.model, "--max_steps", "4"]
-    command += ["--wandb", "off", "--train_data", args.train_data, "--eval_data", args.train_data]
+    command = [*launch, str(ROOT / "train.py"), "recipes/demo.yaml", "--model", args.model]
+    command += ["--max_steps", "4", "--wandb", "off"]
+    command += ["--train_data", args.train_data, "--eval_data", args.train_data]
     with tempfile.TemporaryDirectory() as output:
         command += ["--output_dir", f"{output}/run", *args.flags, *flags]
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}

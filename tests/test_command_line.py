@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,18 @@ def test_recipe_and_command_line_precedence(tmp_path):
         parse_args([str(recipe)])
 
 
+def test_the_demos_recipe_is_for_its_own_model_and_pairs():
+    """Its learning rate, lengths and held-out pairs would be wrong for others."""
+    demo = parse_args(["recipes/demo.yaml"])
+    assert parse_args([]) == demo and demo.learning_rate == 2e-5
+    assert parse_args(["--loss", "sft"]) == replace(demo, loss="sft")
+    own = ["--model=m", "--train_data=d", "--output_dir=o"]
+    assert parse_args(own) == Config(model="m", train_data="d", output_dir="o")
+    for lacking, name in ((own[:2], "output_dir"), (own[1:], "model"), (own[::2], "train_data")):
+        with pytest.raises(InputError, match=f"{name} is needed: give --{name}"):
+            parse_args(lacking)
+
+
 @pytest.mark.parametrize("given", ["runs/a/checkpoints/step_1", "always"])
 def test_resume_is_auto_anyway_or_never(given):
     with pytest.raises(InputError, match=f"resume must be one of .*anyway.*, not {given}"):
@@ -49,9 +62,8 @@ def test_help_names_every_option():
 
 
 def test_bare_command(base, tmp_path):
-    """`train.py` without a recipe is the demo: here with its own data and a tiny model, by plain
-    python."""
-    flags = ["--model", base["model"], "--max_steps", "2", "--wandb", "off"]
+    """The demo's recipe, with its own data and a tiny model, by plain python."""
+    flags = ["recipes/demo.yaml", "--model", base["model"], "--max_steps", "2", "--wandb", "off"]
     flags += ["--output_dir", str(tmp_path / "run")]
     flags += ["--max_length", "200", "--max_prompt_length", "100"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}

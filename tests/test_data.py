@@ -250,6 +250,10 @@ def test_a_share_of_a_source_is_drawn_by_the_seed(write, tmp_path):
     assert len(half) == 20 and half == sorted({*half}) != [*range(20)]
     assert drawn(f"{source}:0.5") == half != drawn(f"{source}:0.5", seed=1)
     assert drawn(f"{source}:.05,{other}")[2:] == [0]
+    for share, rest, count in (("0.9", "-0.1", 36), ("0.66", "-0.34", 26), ("0.0125", "-1.0", 0)):
+        first = drawn(f"{source}:{share}") if count else []
+        assert len(first) == count
+        assert sorted(first + drawn(f"{source}:{rest}")) == [*range(40)]
     report = load_data(f"{source}:0.25", CHAT, 200, 100).report
     assert "10 pairs from" in report and "0 of 10 rows dropped" in report
     assert len(drawn(f"{tmp_path}/*.jsonl:0.5")) == 20  # of the other, a half is none

