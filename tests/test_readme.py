@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from benchmarks import plan
 from data import load_data
+from runtime.rows import split_share
 from train import LOSSES, Config, parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -33,11 +34,13 @@ PATCHES = re.findall(
 @pytest.mark.repo
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/forking.md"])
 def test_flags_exist(page):
-    text = PAGES[page]
+    text, trls, rest = PAGES[page].partition("## Coming from TRL")
+    text += re.sub(r"^\|[^|]*\|", "|", trls + rest, flags=re.MULTILINE)  # without TRL's names
     for command in re.findall(r"train\.py [^`]*?(?=`|\n\n|\Z)", text.replace("\\\n", " ")):
         for line in command.splitlines()[:1]:
             assert {*re.findall(r"--(\w+)", line)} <= {*Config.__dataclass_fields__, "help"}, line
     others = {"simper_loss", "loss_function", "save_to_disk", "gamma_beta_ratio", *LOSSES}
+    others |= {"adam_epsilon", "accuracy_implicit"}
     for flag in re.findall(r"`(?:--)?(\w+_\w+)`", text):
         assert flag in Config.__dataclass_fields__ or flag in others, flag
 
@@ -66,6 +69,15 @@ def test_files_exist(page):
     text = PAGES[page]
     for name in re.findall(r"\]\((?!http|#)([^)#]+)", text):
         assert ((ROOT / page).parent / name).exists(), name
+
+
+@pytest.mark.repo
+def test_the_recipe_of_ones_own_is_one(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGES["docs/training.md"], re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    config = parse_args([str(tmp_path / "mine.yaml")])
+    assert (config.batch_size, config.learning_rate) == (32, 7e-6)
+    assert [split_share(s)[1] for s in (config.train_data, config.eval_data)] == [0.9, -0.1]
 
 
 @pytest.mark.repo
