@@ -335,6 +335,7 @@ def pair_metrics(logps, losses, grads, batch: MicroBatch) -> dict[str, torch.Ten
             "inverse_perplexity/rejected": rejected.exp().mean(dim=1),
             "inverse_perplexity/margin": chosen.exp() - rejected.exp().mean(dim=1),
             "logps/rejected": rejected.mean(dim=1),
+            "logps/margin": chosen - rejected.mean(dim=1),
             "accuracy": (chosen[:, None] > rejected).double().mean(dim=1),
             "length/rejected": batch.lengths[:, 1:].double().mean(dim=1),
             "gradient_weight/rejected": weights[:, 1:].mean(dim=1),
@@ -404,10 +405,10 @@ class Meter:
 def evaluate(
     model, loss_function: Callable, heldout: DataSet, device: torch.device, signals
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """{"eval/NAME": mean over the held-out pairs of all ranks}, with their number; and {NAME: the
-    standard error of its change, pair by pair, since this process evaluated first}, of FEW pairs or
-    more, without those that are 0. signals: see watch_signals. Raises Stopped on all ranks as soon
-    as one has received a signal. Collective."""
+    """{"eval/NAME": mean over the held-out pairs of all ranks}, with their number; and the standard
+    errors of FEW pairs or more, without those that are 0: {NAME: of the mean, change/NAME: of its
+    change, pair by pair, since this process evaluated first}. signals: see watch_signals. Raises
+    Stopped on all ranks as soon as one has received a signal. Collective."""
     rows = []
     try:
         for batch in heldout.batches(0, dist.get_rank()):
@@ -425,11 +426,12 @@ def evaluate(
     found = {name: torch.cat([row[name] for row in rows]).double() for name in rows[0]}
     heldout.first = heldout.first or found
     changes = {f"change/{name}": found[name] - heldout.first[name] for name in found}
-    squares = {f"square/{name}": changes[f"change/{name}"] ** 2 for name in found}
-    *sums, pairs = sums_over_ranks([found | changes | squares]).tolist()
-    means = means_of([*found, *changes, *squares], [*sums, pairs])
+    values = found | changes
+    squares = {f"square/{name}": value**2 for name, value in values.items()}
+    *sums, pairs = sums_over_ranks([values | squares]).tolist()
+    means = means_of([*values, *squares], [*sums, pairs])
     line = {f"eval/{name}": means[name] for name in found} | {"eval/pairs": int(pairs)}
-    variances = {n: means[f"square/{n}"] - means[f"change/{n}"] ** 2 for n in found}
+    variances = {n: means[f"square/{n}"] - means[n] ** 2 for n in values}
     errors = {n: math.sqrt(v / (pairs - 1)) for n, v in variances.items() if v > 0 and pairs >= FEW}
     return line, errors
 

@@ -10,12 +10,15 @@ The paper's view of training: mean log-prob per token of the chosen and of the r
 the margin between them, and how hard the loss pulls at each side (gradient weights, see
 pair_metrics in train.py). The metrics of training batches are noisy: a line is their moving average
 over --smooth steps, and they themselves are pale behind it. Several runs of one label are their
-mean and, as a band, the range between the smallest and the largest. A .png is written with a .pdf
-beside it. Needs matplotlib (eval/requirements.txt).
+mean and, as a band, the range between the smallest and the largest. Held-out points of a single run
+have 95 % intervals over the pairs. A .png is written with a .pdf beside it. Needs matplotlib
+(eval/requirements.txt).
 """
 
 import itertools
 import json
+import math
+import operator
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ import numpy as np
 from eval.results import at_least, make_parser, matching
 from runtime.command_line import run_command
 from runtime.errors import InputError
+from runtime.intervals import t_quantile
 from runtime.log import read_lines
 
 # A loss has one color everywhere: those of Okabe and Ito (2008), which the color-blind can tell
@@ -55,16 +59,17 @@ STYLE = {
     "savefig.dpi": 200,
     "pdf.fonttype": 42,  # text that can be searched
 }
-DIRECT = 8  # labels that find room beside a panel; more go below
+DIRECT, BESIDE = 8, 24  # labels, and their characters, that find room beside a panel, not below
 CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
-PANELS = {
-    "mean log-prob, chosen": lambda line: line["logps/chosen"],
-    "mean log-prob, rejected": lambda line: line["logps/rejected"],
-    "margin of mean log-probs": lambda line: line["logps/chosen"] - line["logps/rejected"],
-    "gradient weight, chosen": lambda line: line["gradient_weight/chosen"],
-    "gradient weight, rejected": lambda line: line["gradient_weight/rejected"],
-    "accuracy": lambda line: line["accuracy"],
+METRICS = {
+    "mean log-prob, chosen": "logps/chosen",
+    "mean log-prob, rejected": "logps/rejected",
+    "margin of mean log-probs": "logps/margin",
+    "gradient weight, chosen": "gradient_weight/chosen",
+    "gradient weight, rejected": "gradient_weight/rejected",
+    "accuracy": "accuracy",
 }
+PANELS = {title: operator.itemgetter(name) for title, name in METRICS.items()}
 
 
 def read_run(run: str, heldout: bool = False) -> list[dict]:
@@ -178,6 +183,12 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
+def half_interval(line: dict, name: str) -> float:
+    """Half of the 95 % interval of a metric in a line of an evaluation; NaN where none is known."""
+    error = line.get(f"standard_error/{name}")
+    return t_quantile(line["pairs"] - 1) * error if error else math.nan
+
+
 def plot(
     curves: dict[str, list[list[dict]]],
     path: str,
@@ -192,17 +203,18 @@ def plot(
     Several runs under one label, such as seeds, are drawn as their mean and the range between the
     smallest and the largest. window: of the moving average of the mean, behind which the mean
     itself is pale. Panels whose titles are the same up to a comma have the same scale. The labels
-    stand beside the last panel of each row, or below where they are many; those of `pale`, drawn
-    thin and gray, nowhere.
+    stand beside the last panel of each row, or below where they are many or long; those of `pale`,
+    drawn thin and gray, nowhere.
 
     Raises InputError if matplotlib is not installed, or if the runs under a label have different
     values of x.
     """
     styles = line_styles(curves, pale)
     named = [label for label in curves if label not in pale]
+    beside = len(named) <= DIRECT and max(map(len, named), default=0) <= BESIDE
     with new_figure(path, list(panels)) as axes:
         ends = {}
-        for axis, metric in zip(axes, panels.values()):
+        for axis, (title, metric) in zip(axes, panels.items()):
             ends[axis] = {}
             for label, runs in curves.items():
                 style, color = styles[label], styles[label]["color"]
@@ -212,12 +224,16 @@ def plot(
                 values = np.array([[metric(line) for line in run] for run in runs])
                 mean = values.mean(axis=0)
                 smooth = moving_average(mean, window)
-                key = {"label": label} if len(named) > DIRECT and label in named else {}
+                key = {"label": label} if label in named and not beside else {}
                 axis.plot(xs, smooth, **style, **key)
                 if label in named:
                     ends[axis][label] = (smooth[-1], color)
                     if window > 1:
                         axis.plot(xs, mean, color=color, alpha=0.25, linewidth=0.6, zorder=1)
+                    if len(runs) == 1 and title in METRICS and "pairs" in runs[0][0]:
+                        bars = [half_interval(line, METRICS[title]) for line in runs[0]]
+                        bar = {"elinewidth": 0.8, "capsize": 1.5, "alpha": 0.6}
+                        axis.errorbar(xs, mean, bars, fmt="none", color=color, **bar)
                     if len(runs) > 1:
                         low, high = values.min(axis=0), values.max(axis=0)
                         axis.fill_between(xs, low, high, color=color, alpha=0.12, linewidth=0)
@@ -233,7 +249,7 @@ def plot(
             same = [a for a, t in zip(axes, panels) if t.split(",")[0] == title.split(",")[0]]
             low, high = zip(*(a.get_ylim() for a in same))
             axis.set_ylim(min(low), max(high))
-        if len(named) <= DIRECT:
+        if beside:
             for number, axis in enumerate(axes, 1):
                 if number % 3 == 0 or number == len(axes):
                     label_lines(axis, ends[axis])
@@ -251,6 +267,18 @@ def radar_figure(scores: dict[str, dict[str, float]], path: str | Path) -> None:
         axis.set_xticks(angles, names)
         axis.tick_params(axis="x", pad=14)  # the names stand beside the circle, not on it
         axis.set_ylim(0, 10)
+
+
+def scores_of(file: Path) -> dict[str, float]:
+    """Of a result that write_result wrote. Raises InputError if it is none."""
+    try:
+        return {
+            name: float(score) for name, score in json.loads(file.read_text())["scores"].items()
+        }
+    except FileNotFoundError:
+        raise InputError(f"{file}: there is no such file") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{file} is damaged: evaluate again") from None
 
 
 def main() -> None:
@@ -282,11 +310,7 @@ def main() -> None:
             files = {Path(run).name: Path(run) / "mt_bench.json" for run in args.runs}
             if len(files) < len(args.runs):
                 raise InputError("two of the folders have the same name, which is their label")
-            missing = [str(file) for file in files.values() if not file.is_file()]
-            if missing:
-                raise InputError(f"{', '.join(missing)}: there is no such file")
-            scores = {name: json.loads(file.read_text())["scores"] for name, file in files.items()}
-            radar_figure(scores, args.output)
+            radar_figure({name: scores_of(file) for name, file in files.items()}, args.output)
         else:
             groups = {run: [run] for run in args.runs} | matching(args.label)
             curves = {n: [read_run(run, args.heldout) for run in g] for n, g in groups.items()}

@@ -78,11 +78,14 @@ class Logger:
         self.progress = tqdm(desc="SimPER", total=last, initial=step, unit="step", disable=off)
 
     def write(self, metrics: dict, errors: dict[str, float] | None = None) -> None:
-        """Log one line; `metrics` has the key "step". errors: of evaluate."""
+        """Log one line; `metrics` has the key "step". errors: of evaluate; those of means are
+        written, too."""
         if not self.on:
             return
+        errors = errors or {}
+        own = {f"standard_error/{n}": e for n, e in errors.items() if not n.startswith("change/")}
         with open(self.path, "a") as file:
-            print(json.dumps(metrics), file=file)
+            print(json.dumps(metrics | own), file=file)
         # wandb drops a step that it has: what a resumed run repeats. A step's evaluation is a step
         # of its own there, since the run may have been stopped between the two.
         self.to_wandb("log", metrics, step=2 * metrics["step"] + ("eval/loss" in metrics))
@@ -90,7 +93,7 @@ class Logger:
             self.progress.set_postfix({k: f"{metrics[k]:.3f}" for k in ("loss", "logps/chosen")})
         if "eval/loss" in metrics:
             self.evaluations.append(metrics)
-            self.errors = errors or {}
+            self.errors = errors
             shown = [f"{k} {metrics[f'eval/{k}']:.3f}" for k in SHOWN if f"eval/{k}" in metrics]
             text = f"held-out pairs after step {metrics['step']}: {', '.join(shown)}"
             tqdm.write(text, file=sys.stderr)
@@ -124,8 +127,8 @@ class Logger:
         for name in (name for name in SHOWN if f"eval/{name}" in last):
             old, new = first[f"eval/{name}"], last[f"eval/{name}"]
             table += f"{name:<30}{old:>9.4f}  → {new:>8.4f}"
-            if name in paired:
-                half = t_quantile(last["eval/pairs"] - 1) * paired[name]
+            if f"change/{name}" in paired:
+                half = t_quantile(last["eval/pairs"] - 1) * paired[f"change/{name}"]
                 low, high = new - old - half, new - old + half
                 table += f"   {new - old:+.4f} [{low:+.4f}, {high:+.4f}]"
             table += "\n"

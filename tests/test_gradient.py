@@ -180,23 +180,26 @@ def test_metrics_are_exact_means(base, three_steps):
             both = [plain_logps(model, row["prompt"], ids) for ids in row["responses"]]
             means.append([logps.double().mean() for logps in both])
     chosen, rejected = torch.tensor(means).unbind(dim=1)
-    lengths = [[len(ids) for ids in row["responses"]] for row in rows]
-    expected = {
-        "step": 0,
-        "eval/pairs": 11,
-        "eval/loss": (rejected.exp() - chosen.exp()).mean().item(),
-        "eval/inverse_perplexity/chosen": chosen.exp().mean().item(),
-        "eval/inverse_perplexity/rejected": rejected.exp().mean().item(),
-        "eval/inverse_perplexity/margin": (chosen.exp() - rejected.exp()).mean().item(),
-        "eval/logps/chosen": chosen.mean().item(),
-        "eval/logps/rejected": rejected.mean().item(),
-        "eval/accuracy": (chosen > rejected).double().mean().item(),
-        "eval/length/chosen": sum(chosen for chosen, _ in lengths) / len(rows),
-        "eval/length/rejected": sum(rejected for _, rejected in lengths) / len(rows),
+    lengths = torch.tensor([[len(ids) for ids in row["responses"]] for row in rows]).double()
+    values = {
+        "loss": rejected.exp() - chosen.exp(),
+        "inverse_perplexity/chosen": chosen.exp(),
+        "inverse_perplexity/rejected": rejected.exp(),
+        "inverse_perplexity/margin": chosen.exp() - rejected.exp(),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "logps/margin": chosen - rejected,
+        "accuracy": (chosen > rejected).double(),
+        "length/chosen": lengths[:, 0],
+        "length/rejected": lengths[:, 1],
         # SimPER's weights are the inverse perplexities.
-        "eval/gradient_weight/chosen": chosen.exp().mean().item(),
-        "eval/gradient_weight/rejected": rejected.exp().mean().item(),
+        "gradient_weight/chosen": chosen.exp(),
+        "gradient_weight/rejected": rejected.exp(),
     }
+    expected = {"step": 0, "eval/pairs": 11}
+    for name, of_pairs in values.items():
+        expected[f"eval/{name}"] = of_pairs.mean().item()
+        expected[f"standard_error/{name}"] = of_pairs.std().item() / math.sqrt(11)
     assert three_steps["one"][1][0] == pytest.approx(expected, abs=1e-6)
     assert 0 < expected["eval/accuracy"] < 1  # the case tells something
 
@@ -243,6 +246,7 @@ def test_metrics_of_several_responses_and_of_one():
         "loss": [0.25, 0.5],
         "logps/chosen": [-2.0, -1.5],
         "logps/rejected": [-2.75, -1.75],
+        "logps/margin": [0.75, 0.25],
         "inverse_perplexity/chosen": [e(-2), e(-1.5)],
         "inverse_perplexity/rejected": [(e(-1.5) + e(-4)) / 2, (e(-0.5) + e(-3)) / 2],
         "accuracy": [0.5, 0.5],
@@ -313,7 +317,7 @@ def test_the_change_is_paired_over_all_ranks(base, tmp_path, capsys):
     for name, before in found["before"].items():
         change = found["after"][name] - before
         expected = [before.mean(), found["after"][name].mean(), change.mean()]
-        error = 1.96 * change.std() / math.sqrt(11)
+        error = 2.2281 * change.std() / math.sqrt(11)  # Student's t, ten degrees of freedom
         interval = rf"   {number} \[{number}, {number}\]" if error > 0 else ""
         line = rf"^{name} +{number}  → +{number}{interval}$"
         shown = [float(x) for x in re.search(line, table, re.MULTILINE).groups()]

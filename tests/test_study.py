@@ -384,6 +384,28 @@ def test_plots_command(tiny_study, tmp_path, monkeypatch):
         plots.main()
         assert figure.stat().st_size > 10_000
         figure.unlink()
+    for damaged in ("{", '{"scores": {"score": "high"}}', "[]"):
+        (tmp_path / "a" / "mt_bench.json").write_text(damaged)
+        with pytest.raises(InputError, match="mt_bench.json is damaged: evaluate again"):
+            plots.main()
+
+
+def test_heldout_points_have_intervals(tmp_path, monkeypatch):
+    """Of eleven pairs: 2.2281 standard errors to each side, by Student's t."""
+    from matplotlib import pyplot
+
+    drawn = {}
+    monkeypatch.setattr(pyplot, "close", lambda figure: drawn.update(figure=figure))
+    line = {f"eval/{name}": 0.5 for name in plots.METRICS.values()} | {"eval/pairs": 11}
+    line |= {"standard_error/accuracy": 0.1, "eval/loss": -0.1}
+    lines = [line | {"step": step} for step in (0, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    flags = [str(tmp_path), "--heldout", "--output", str(tmp_path / "x.svg")]
+    monkeypatch.setattr(sys, "argv", ["plots", *flags])
+    plots.main()
+    *_, axis = drawn["figure"].axes
+    (bars,) = (c for c in axis.collections if len(c.get_segments()) == 2)
+    assert bars.get_segments()[1][:, 1] == pytest.approx([0.5 - 0.22281, 0.5 + 0.22281], abs=1e-4)
 
 
 def test_plotted_lines_are_the_metrics(tmp_path, monkeypatch):
