@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 
 import train
 from benchmarks.plan import GPUS, plan, sizes_of
@@ -80,6 +81,7 @@ SETUPS = {
 ANSWER_TOKENS, JUDGMENTS, LOADING = 2500, 8, 10
 TOKENS = 600  # of an answer
 PORT = 8765
+RUNNING: list[subprocess.Popen] = []  # the stages' processes, also those that have ended
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ class Stage:
             print(f"$ {self}", file=file, flush=True)
             environment = os.environ | {"PYTHONPATH": str(ROOT)} | self.environment
             options = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": file}
-            status = subprocess.run(self.command, **options).returncode
+            with subprocess.Popen(self.command, **options) as process:  # waits for it in any case
+                RUNNING.append(process)
+                status = process.wait()
         if status:
             end = "".join(log.read_text(errors="replace").splitlines(True)[-15:])
             raise InputError(
@@ -129,6 +133,13 @@ class Stage:
             )
         write_whole(mark, self.made_of())
         print(f"{self.name}: done, {(time.monotonic() - began) / 60:.0f} min", flush=True)
+
+
+def end_stages(*_) -> None:
+    """Hand SIGTERM on to what runs (a training saves a checkpoint), and end when it has ended."""
+    for process in RUNNING:
+        process.terminate()
+    sys.exit(128 + signal.SIGTERM)
 
 
 def run_name(rate: float) -> str:
@@ -186,6 +197,11 @@ def needs(
     lines += [f"  {name:<28}{hour:8.1f} h" for name, hour in hours.items()]
     total = sum(disk.values()) / 1e9
     lines.append(f"  together{'':<20}{total:8.1f} GB, {sum(hours.values()):.1f} h")
+    folders = {"output_dir": args.output_dir, "the hub's cache": Path(HF_HUB_CACHE)}
+    for name, folder in folders.items():
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free / 1e9
+        lines.append(f"  free in {name:<20}{free:8.1f} GB ({folder})")
     return "\n".join(lines), disk["the trained models"] + disk["checkpoints"]
 
 
@@ -396,8 +412,7 @@ def main() -> None:
             print(f"{stage.name}: {stage}")
         return
 
-    # What runs is ended, too, when a scheduler ends this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, end_stages)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(args.output_dir).free
     if free < space and not (args.output_dir / "runs").exists():

@@ -286,11 +286,13 @@ def main() -> None:
     lengths = [len(texts[i]) for i in known], [len(pairs[i][1]) for i in known]
     if controlled := length_controlled(counted, *lengths):
         scores["length_controlled_winrate"], errors["length_controlled_winrate"] = controlled
+    # The judge prefers the same place in both orders: half a win, and not a tie.
+    contradicted = sum({r["score"] for r in judgments[i]} == {0.0, 1.0} for i in known)
     shares = {
         "wins": sum(score > 0.5 for score in counted),
-        "ties": counted.count(0.5),
+        "ties": sum(score == 0.5 for score in counted) - contradicted,
         "losses": sum(score < 0.5 for score in counted),
-        "both_orders_agree": sum(len({r["score"] for r in judgments[i]}) == 1 for i in known),
+        "contradicted": contradicted,
     }
     scores |= {key: 100 * count / len(counted) for key, count in shares.items()}
     scores |= {"judged": len(counted), "unparsable": len(judgments) - len(counted)}

@@ -1389,8 +1389,8 @@ def test_win_rate(model_folder, tmp_path):
     folder = tmp_path / "results" / "tiny"
     result = json.loads((folder / "win_rate.json").read_text())
     # Seven wins, seven losses, and a half for seven ties and the nine of which each side has one.
-    expected = {"win_rate": 50, "wins": 700 / 30, "ties": 1600 / 30, "losses": 700 / 30}
-    expected |= {"judged": 30, "unparsable": 1, "words/chosen": 1, "both_orders_agree": 70}
+    expected = {"win_rate": 50, "wins": 700 / 30, "ties": 700 / 30, "losses": 700 / 30}
+    expected |= {"judged": 30, "unparsable": 1, "words/chosen": 1, "contradicted": 900 / 30}
     assert {name: result["scores"][name] for name in expected} == pytest.approx(expected)
     error = 100 * math.sqrt(14 * 0.25 / 29 / 30)
     assert result["standard_errors"]["win_rate"] == pytest.approx(error)

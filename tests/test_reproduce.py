@@ -3,18 +3,24 @@ vLLM that serves the judge."""
 
 import hashlib
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
 from conftest import make_model, make_tokenizer, run_python, write_pairs
 
 from eval import alpaca_eval2, reproduce
+from eval.reproduce import Stage
 from runtime.errors import InputError
 
 # Prefers the longer answer. While a file "broken" is beside it, it refuses all but 26 requests.
@@ -237,6 +243,38 @@ def test_a_disk_that_is_too_small_is_refused(setting, monkeypatch):
     with pytest.raises(InputError, match="training writes 0 GB, 0 are free"):
         start()
     assert not (folder / "out" / "runs").exists()
+
+
+def test_sigterm_ends_what_runs(tmp_path):
+    """Both of two stages that run side by side, each of which writes what a checkpoint would be."""
+    code = """
+import pathlib, signal, sys, time
+def end(*_):
+    time.sleep(0.5)
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1]).write_text("started")
+time.sleep(60)
+"""
+    files = [tmp_path / name for name in "ab"]
+    stages = [Stage(f.name, [sys.executable, "-c", code, str(f)]) for f in files]
+
+    def when_both_run() -> None:
+        while not all(f.exists() and f.read_text() == "started" for f in files):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, reproduce.end_stages)
+    try:
+        with pytest.raises(SystemExit) as ended, ThreadPoolExecutor(2) as pool:
+            Thread(target=when_both_run, daemon=True).start()
+            list(pool.map(lambda stage: stage.run(tmp_path), stages))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [f.read_text() for f in files] == ["saved", "saved"]
+    assert not any(stage.is_done(tmp_path) for stage in stages)
 
 
 def test_the_setups_are_those_of_the_recipes():
