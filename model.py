@@ -39,8 +39,7 @@ from runtime.masters import (
 )
 from runtime.norms import fuse_norms
 from runtime.processes import say
-from runtime.streaming import check_host, settle
-from runtime.templates import end_of_turn
+from runtime.streaming import check_host
 from runtime.weights import (
     check_surgery,
     first_values,
@@ -55,9 +54,9 @@ from runtime.weights import (
 
 # The language-model head runs on as many response tokens at once as keep one float32 logits buffer
 # below this size.
-LOGITS_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}  # of 80 GB: see logits_bytes
-# What selective checkpointing keeps: products and attention, by their names in torch's aten, of
-# which a version may not have all.
+LOGITS_BYTES = 192 * 2**20  # on CPUs; on a GPU, a 40th of its memory
+# The operators of torch.ops.aten whose results selective checkpointing keeps. Some versions of
+# torch lack some of them.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product_flash_attention")
 PRODUCTS += ("_scaled_dot_product_efficient_attention",)
 PRODUCTS += ("_scaled_dot_product_flash_attention_for_cpu",)
@@ -84,6 +83,7 @@ class PackedModel(torch.nn.Module):
         self.packed, self.own_logits = True, False
         self.kept = False  # weights are gathered once a step
         self.masters = None  # by name, if the modules' weights are not float32: see masters.py
+        self.loaded = set()  # the parameters that load_model made, for check_trainable
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Log-prob of every response token: (R,) float32, in the order of batch.targets."""
@@ -101,20 +101,19 @@ class PackedModel(torch.nn.Module):
         """The same by the model's own forward, for models that cannot be packed: each response is a
         row with its prompt, padded on the right, where a causal model does not look. One forward
         for all rows, since FSDP wants as many on every rank."""
-        sizes = [p + n for p, *responses in batch.segments for n in responses]
-        rows = batch.input_ids[batch.keys].split(sizes)
+        sizes = [(p, n) for p, *responses in batch.segments for n in responses]
+        rows = batch.input_ids[batch.keys].split([p + n for p, n in sizes])
         rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (N K, L)
-        # Of the (N K) · L places, those that predict the targets: each row's from its first on.
-        lengths, count = batch.lengths.flatten(), len(batch.targets)
-        firsts = batch.key_starts.diff() - lengths - 1 - lengths.cumsum(0) + lengths
-        firsts += rows.shape[1] * torch.arange(len(rows), device=rows.device)
-        places = firsts.repeat_interleave(lengths, output_size=count)
-        places += torch.arange(count, device=rows.device)
+
+        def predictors(states: torch.Tensor) -> torch.Tensor:
+            """(N K, L, ·) → (R, ·): those from which the targets are predicted."""
+            return torch.cat([row[p - 1 : p + n - 1] for row, (p, n) in zip(states, sizes)])
+
         if self.own_logits:
-            logits = self.model(input_ids=rows, use_cache=False).logits.flatten(0, 1)[places]
+            logits = predictors(self.model(input_ids=rows, use_cache=False).logits)
             return logits.float().log_softmax(dim=-1).gather(1, batch.targets[:, None])[:, 0]
         hidden = self.model.base_model(input_ids=rows, use_cache=False).last_hidden_state
-        return self.token_logps(hidden.flatten(0, 1)[places], batch.targets)
+        return self.token_logps(predictors(hidden), batch.targets)
 
     def set_attention(self, name: str | None = None) -> None:
         """Compute with another attention implementation of transformers, or, by default, again with
@@ -143,10 +142,7 @@ class PackedModel(torch.nn.Module):
         with their gradients on the GPU (see streaming.py)."""
         inside = {*(self if part is None else part).parameters()}
         own = {n: p for n, p in self.named_parameters() if p.requires_grad and p in inside}
-        if self.masters is None:
-            return own
-        settle(self.masters)
-        return {name: self.masters[name] for name in own}
+        return own if self.masters is None else {name: self.masters[name] for name in own}
 
     def refresh(self) -> None:
         """Called whenever the optimized parameters have changed: what is computed with is renewed,
@@ -210,8 +206,7 @@ def load_model(
         needed = stored_tensors(model.model)
         surgery(model.model)
     check_surgery(model.model, needed)
-    added = {name for name, _ in model.model.named_parameters()} - needed.keys()
-    values = first_values(model.model, added) if added else {}
+    values = first_values(model.model, needed)
     if activation_checkpointing != "false":
         # Called gradient_checkpointing_enable before transformers 5.23; vLLM still needs an older
         # one.
@@ -231,21 +226,22 @@ def load_model(
     if not alone:
         shard(model, device.type, dtype, replicas)
     elif dtype != torch.float32:
-        lighten(model, dtype, [*other_parts(model.model).values()])
+        lighten(model, dtype, {*other_parts(model.model).values()})
     model.to_empty(device="cpu" if stream_optimizer else device)
     model.model.tie_weights()  # to_empty may have given tied weights a tensor each
     read_weights(model.model, weights_folder(name, needed), values)
     if alone and dtype != torch.float32:
         model.dtype = dtype
-        kept, home = [*other_parts(model.model).values()], device if stream_optimizer else None
+        kept, home = {*other_parts(model.model).values()}, device if stream_optimizer else None
         model.masters = keep_masters(model, dtype, kept, home)
     fuse_norms(model, device, dtype)
+    model.loaded = {*model.parameters()}
     return model.train()
 
 
 def keep_products() -> tuple:
-    """Contexts of a block's forward, and of its repetition, in which the results of matrix products
-    and of attention are kept: what is computed again costs next to nothing."""
+    """For selective checkpointing: contexts of a block's forward, and of its repetition, in which
+    the results of matrix products and attention are kept. Recomputing the rest is cheap."""
     kept = [getattr(torch.ops.aten, name) for name in PRODUCTS if hasattr(torch.ops.aten, name)]
     kept.append(torch.ops.torch_attn._varlen_attn)
     return create_selective_checkpoint_contexts([operator.default for operator in kept])
@@ -270,8 +266,7 @@ def export(
         put_back(model, model.masters)
         model.masters = None
     merge(model.model)
-    end = end_of_turn(tokenizer)[0]
-    write_model(model.model, name, tokenizer, folder, model.dtype, end, card, read)
+    write_model(model.model, name, tokenizer, folder, model.dtype, card, read)
 
 
 def build_model(config) -> PackedModel:
@@ -395,9 +390,8 @@ class TokenLogps(torch.autograd.Function):
         # Several chunks are summed in float32: bfloat16 would round the sum with each of them.
         sum_dtype = torch.float32 if len(ctx.chunks) > 1 else weight.dtype
         sum_dtype = torch.promote_types(weight.dtype, sum_dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = None  # of a frozen head, and of one that has a sum
-        if ctx.needs_input_grad[1] and ctx.total is None:
+        grad_hidden, grad_weight = torch.empty_like(hidden), ctx.total
+        if ctx.total is None and ctx.needs_input_grad[1]:  # not of a frozen head
             grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sum_dtype)
         for rows in reversed(ctx.chunks):
@@ -416,22 +410,19 @@ class TokenLogps(torch.autograd.Function):
             grad_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g)
             grad_logits = grad_logits.mul_(slope).to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
-            if ctx.total is not None:
-                add_product(ctx.total, grad_logits.T, hidden[rows])
-            elif grad_weight is not None and sum_dtype == weight.dtype:
-                grad_weight.addmm_(grad_logits.T, hidden[rows])
-            elif grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
+            if grad_weight is not None:
+                add_product(grad_weight, grad_logits.T, hidden[rows])
             if bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
             del softmax, grad_logits, slope  # before the next chunk's
+        grad_weight = None if ctx.total is not None else grad_weight  # it has been added already
         return grad_hidden, grad_weight, grad_bias, None, None, None  # autograd casts them
 
 
 def logits_bytes(device: torch.device) -> int:
     """LOGITS_BYTES; on a GPU, a 40th of its memory."""
     if device.type != "cuda":
-        return LOGITS_BYTES[device.type]
+        return LOGITS_BYTES
     return torch.cuda.get_device_properties(device).total_memory // 40
 
 
@@ -481,11 +472,8 @@ def packed_attention(
         reason = ", ".join(extra) or "no segments arrived"
         raise InputError(f"packed attention cannot do what this model's does: {reason}")
     options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    one_width = query.shape[-1] == value.shape[-1]
-    if query.is_cuda and one_width and varlen_works(query.dtype, query.shape[-1]):
+    if query.is_cuda and varlen_works(query.dtype, query.shape[-1], value.shape[-1]):
         return varlen_attention(query, key, value, sliding_window, micro_batch, options), None
-    if query.is_cuda:
-        say_once(f"attention in {query.dtype}, heads of {query.shape[-1]}: a call a response, slow")
 
     def attend(q, k, v):
         """Causal attention of the last n of m tokens to all m: (1, heads, n, d)."""
@@ -511,20 +499,13 @@ def packed_attention(
     return torch.cat([out.transpose(1, 2) for out in outputs], dim=1), None
 
 
-@functools.cache
-def say_once(text: str) -> None:
-    say(text)
-
-
 def varlen_attention(query, key, value, sliding_window, micro_batch: MicroBatch, options: dict):
     """packed_attention in one kernel call, for GPUs: as many sequences of queries as of keys, in
     each of which the last query sees all keys."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
     longest = max(p + max(responses) for p, *responses in micro_batch.segments)
-    if (
-        "enable_gqa" not in inspect.signature(varlen_attn).parameters
-    ):  # torch 2.11 needs no such word
-        options = {"scale": options["scale"]}
+    known = inspect.signature(varlen_attn).parameters  # torch 2.11 has no enable_gqa, nor needs it
+    options = {name: value for name, value in options.items() if name in known}
     return varlen_attn(
         q,
         k.index_select(0, micro_batch.keys),
@@ -539,16 +520,20 @@ def varlen_attention(query, key, value, sliding_window, micro_batch: MicroBatch,
 
 
 @functools.cache
-def varlen_works(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether this GPU's FlashAttention takes sequences of different lengths in one call."""
-    x = torch.zeros(1, 1, head_dim, dtype=dtype, device="cuda", requires_grad=True)
+def varlen_works(dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Whether this GPU's FlashAttention takes sequences of different lengths in one call; says so
+    if it does not. The widths are those of a head's queries and values."""
+    x = torch.zeros(1, 1, width, dtype=dtype, device="cuda", requires_grad=True)
     starts = torch.tensor([0, 1], dtype=torch.int32, device="cuda")
+    works = width == value_width
     try:
         with torch.enable_grad():  # some cards have the forward of wide heads alone
             varlen_attn(x, x, x, starts, starts, 1, 1, window_size=(-1, 0)).sum().backward()
     except (RuntimeError, NotImplementedError):  # an older card, float32, or heads of another size
-        return False
-    return True
+        works = False
+    if not works:
+        say(f"attention in {dtype}, heads of {width}: one call for each response, which is slow")
+    return works
 
 
 # Under torch.compile, blocks are compiled around this function. The lengths differ in every

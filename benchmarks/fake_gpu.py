@@ -356,7 +356,7 @@ def simper(
             "start_group": lambda device: None,
         }
         replaced[model_module] |= {
-            "varlen_works": lambda dtype, head_dim: dtype == torch.bfloat16,
+            "varlen_works": lambda dtype, *widths: dtype == torch.bfloat16,
             "varlen_attention": count_attention,
         }
         if "masters" in without:

@@ -300,7 +300,7 @@ def main() -> None:
     gpus, runs, failures = torch.cuda.device_count() if args.device == "cuda" else 2, {}, 0
     if args.device == "cuda":
         print(f"{gpus} × {torch.cuda.get_device_name()}, torch {torch.__version__}")
-        works = model_module.varlen_works(dtype, 128)
+        works = model_module.varlen_works(dtype, 128, 128)
         print(f"attention in one kernel call a layer: {'yes' if works else 'no, pair by pair'}")
         print(f"products of bfloat16 in float32: {'yes' if masters.gives_float32() else 'no'}")
 

@@ -272,7 +272,7 @@ def count(config, setting: Setting, segments: tuple, memory: float) -> Counts:
                 options["context_fn"] = keep_products
             model.model.activation_checkpointing_enable(options)
         model.dtype = dtype
-        model.masters = masters.keep_masters(model, dtype, [*other_parts(model.model).values()])
+        model.masters = masters.keep_masters(model, dtype, {*other_parts(model.model).values()})
         if setting.fused:
             norms.fuse_norms(model, torch.device("cpu"), dtype)
         model.train()

@@ -209,7 +209,7 @@ def own_sampling(name: str) -> dict:
     values for what it does not set: the sampling of a bare model.generate(temperature=...)."""
     folder = resolve_model(name)
     end = end_of_turn(load_tokenizer(folder))[0]
-    own = generation_config(folder, load_config(folder), end)
+    own = generation_config(folder, end)
     values = {"top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
     return {key: own.get(key, value) for key, value in values.items()}
 
@@ -248,7 +248,7 @@ def load_engine(
     except ImportError:
         raise InputError(NO_VLLM) from None
     end = end_of_turn(tokenizer)[0]
-    stop_ids = {*generation_config(folder, load_config(folder), end)["eos_token_id"]}
+    stop_ids = {*generation_config(folder, end)["eos_token_id"]}
     model = LLM(model=folder, seed=seed, **more)
     return functools.partial(generate_with_vllm, model, tokenizer, stop_ids)
 
@@ -278,7 +278,7 @@ def answer(
     folder = resolve_model(name)
     tokenizer = load_tokenizer(folder, template_args=template_args)
     size = VLLM_BATCH if engine == "vllm" else batch_size
-    own = generation_config(folder, load_config(folder), end_of_turn(tokenizer)[0])
+    own = generation_config(folder, end_of_turn(tokenizer)[0])
     sampling = {"temperature": 0.0, "top_p": 1.0} | sampling
     settings = {
         "model": name,

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
 from data import DataSet, MicroBatch, pack
@@ -72,7 +71,7 @@ def check_loss(
     count = data.responses
     if heldout and heldout.responses != count:
         raise InputError(f"train_data has {count} responses a row, eval_data {heldout.responses}")
-    # Two pairs that differ in all, so that what one lends the other shows.
+    # Two pairs with nothing in common: if one affects the other's loss, it shows.
     lengths = torch.arange(1, 2 * count + 1).view(2, count)
     logps = torch.arange(-1.0 * lengths.sum(), 0).mul(0.1).split(lengths.sum(dim=1).tolist())
     columns = {name: torch.tensor([1.0, 2.0]) for name in asked}
@@ -92,7 +91,9 @@ def check_loss(
             f"a loss must be one number for each pair; of 2 pairs it has {[*both.shape]}"
         )
     if not torch.equal(both, again):
-        raise InputError("the loss of the same pairs is another one when it is computed again")
+        raise InputError(
+            "the loss is not deterministic: computed again for the same pairs, it differs"
+        )
     if not torch.allclose(both, alone, rtol=1e-4, equal_nan=True):
         problem = "a pair's loss depends on the other pairs of its micro-batch"
         raise InputError(f"{problem}: another split of the batch would give another gradient")
@@ -101,30 +102,22 @@ def check_loss(
 def check_trainable(model: PackedModel, optimizer, name: str) -> None:
     """Raise InputError, naming a parameter, if training the model would not be what it seems: if
     its export would not have the names and shapes of the model that it was loaded from, which
-    `name` is; if a parameter stands outside the sharded model, where ranks would diverge; if it
-    has dropout; or if the optimizer has other parameters than those that require a gradient."""
+    `name` is; if a parameter is none that load_model made: ranks would diverge; if it has
+    dropout; or if the optimizer has other parameters than those that require a gradient."""
     with torch.device("meta"):
         config = load_config(name)
         rebuilt = build_model(config).model
         expected = {key: value.shape for key, value in stored_tensors(rebuilt).items()}
         surgery(rebuilt)
-        known = {key for key, _ in rebuilt.named_parameters()}
         merge(rebuilt)
         exported = {key: value.shape for key, value in stored_tensors(rebuilt).items()}
     for key in {**expected, **exported}:
         if expected.get(key) != exported.get(key):
             problem = f"final/ would have {key} as {exported.get(key)}, not {expected.get(key)}"
             raise InputError(f"{problem}: merge() in model.py must undo what surgery() changes")
-    parameters = dict(model.named_parameters())
-    sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
-    for key, parameter in parameters.items():
-        plain = isinstance(parameter, DTensor) != sharded
-        if model.masters is not None and parameter.requires_grad:
-            plain = not hasattr(parameter, "total")
-        if key.removeprefix("model.") not in known or plain:
-            raise InputError(
-                f"{key} was added to the loaded model: do it in surgery(), in model.py"
-            )
+    for key, parameter in model.named_parameters():
+        if parameter not in model.loaded:
+            raise InputError(f"{key} was added after load_model: do it in surgery(), in model.py")
     for key, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             problem = (
@@ -148,7 +141,7 @@ def check_trainable(model: PackedModel, optimizer, name: str) -> None:
 
 
 class AttentionError(InputError):
-    """packed_attention is wrong, of whatever model: an edit of it must not be passed by."""
+    """packed_attention itself is wrong, whatever the model: padded rows would hide it."""
 
 
 def choose_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) -> None:
@@ -189,8 +182,8 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
 
     - log-probs are the same when they are computed again, and do not move when another response
       changes, nor, if nothing is packed, with a later token, all relative to how they move with the
-      prompts: that holds at any scale, and of a model that is too uniform to tell, nothing is
-      accepted;
+      prompts, which holds at any scale. A model whose log-probs hardly depend on the prompt is
+      refused: no difference could show;
     - they equal those of the model's own forward, to the rounding that this forward itself has;
     - the head is a linear layer of the last hidden states, and the model's logits are its output,
       scaled and capped as TokenLogps does;

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.errors import InputError
-from runtime.streaming import HostMaster, pinned, settle
+from runtime.streaming import HostMaster, pinned
 
 LINEAR = torch.nn.Linear.forward
 BYTES = 18  # a parameter, with AdamW: master, sum of gradients and two moments, and the weight
@@ -18,16 +18,16 @@ SHARE = 0.85  # of the device's memory that these may take; the rest is for acti
 
 
 @torch.no_grad()
-def lighten(model: torch.nn.Module, dtype: torch.dtype, kept: list) -> None:
+def lighten(model: torch.nn.Module, dtype: torch.dtype, kept: set) -> None:
     """Make the frozen parameters of a model on "meta" of `dtype`: they are read as such."""
     for parameter in model.parameters():
-        if not parameter.requires_grad and all(parameter is not other for other in kept):
+        if not parameter.requires_grad and parameter not in kept:
             parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()
 def keep_masters(
-    model: torch.nn.Module, dtype: torch.dtype, kept: list, device: torch.device | None = None
+    model: torch.nn.Module, dtype: torch.dtype, kept: set, device: torch.device | None = None
 ) -> dict:
     """Give the modules weights of `dtype`. Returns the float32 masters of those that are trained,
     by name. Their .grad is the sum of the weights' gradients since `renew`, in float32: the product
@@ -75,7 +75,6 @@ def renew(masters: dict) -> None:
 
 def put_back(model: torch.nn.Module, masters: dict) -> None:
     """Give the modules the masters themselves, which are then float32 again; for the export."""
-    settle(masters)
     found = {master.weight: master for master in masters.values()}
     if any(isinstance(master, HostMaster) for master in masters.values()):
         for weight in found:  # merge() wants all on one device, which has the memory of the sums

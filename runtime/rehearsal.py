@@ -105,7 +105,7 @@ def tokens_that_fit(model, data, device: torch.device, batch_size: int) -> int:
                 break
             sizes.append(data.cost(rows))
             peaks.extend(max_over_ranks(device, torch.cuda.max_memory_allocated()))
-            # What it takes grows no faster than its tokens: all that is known after the first.
+            # After one size, only this is known: memory grows at most in proportion to the tokens.
             (size0, peak0), (size1, peak1) = [(0, base), *zip(sizes, peaks)][-2:]
             slope = max(1.0, (peak1 - peak0) / (size1 - size0))
             fits = size1 + (most - peak1) / slope

@@ -33,8 +33,8 @@ class HostMaster(torch.nn.Parameter):
 
 def stream(optimizer) -> None:
     """Have an AdamW over HostMasters make its steps on the GPU of their weights, which are renewed.
-    Its state has the names and values that it would have there. The step returns before all copies
-    to the host are done: see `settle`. Raises InputError for any other optimizer."""
+    Its state has the names and values that it would have there. Raises InputError for any other
+    optimizer."""
     plain = type(optimizer) is torch.optim.AdamW
     if not plain or any(group["amsgrad"] for group in optimizer.param_groups):
         kind = "AMSGrad" if plain else type(optimizer).__name__
@@ -45,7 +45,7 @@ def stream(optimizer) -> None:
 @torch.no_grad()
 def streamed_step(self) -> None:
     """The step of AdamW. While a slice is computed, the next is on its way to the GPU, and the one
-    before on its way back: three streams, two sets of buffers, and the host waits for none."""
+    before on its way back: three streams, two sets of buffers. It returns when all is done."""
     masters = [master for group in self.param_groups for master in group["params"]]
     device = masters[0].weight.device
     streams = torch.get_device_module(device)
@@ -91,22 +91,15 @@ def streamed_step(self) -> None:
                 number += 1
             state["step"] += 1
             master.renewed = True
-    compute.wait_stream(outgoing)
-    for master in masters:
-        master.copied = emptied[(number - 1) % 2]
-
-
-def settle(masters: dict) -> None:
-    """Wait until the copies of the last step have reached the host: before any value is read."""
-    if event := getattr(next(iter(masters.values()), None), "copied", None):
-        event.synchronize()
+    streams.synchronize(device)  # from here on, the masters on the host may be read
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor in memory of the host that a GPU reads by itself, as long as the object lives."""
     if device.type != "cuda" or tensor.is_pinned():
         return tensor
-    # pin_memory rounds up to a power of two, and copies: only for what shares its pages.
+    # pin_memory copies, and rounds the size up to a power of two. So large tensors are registered
+    # in place; small ones, which share pages with others, are copied.
     if tensor.nbytes >= 2**20:
         cuda, place = torch.cuda.cudart(), tensor.data_ptr()
         if int(cuda.cudaHostRegister(place, tensor.nbytes, 0)) == 0:

@@ -31,6 +31,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from runtime.cache import asked_once, cache_folder, files_digest, locked, seal
 from runtime.errors import InputError
+from runtime.templates import end_of_turn
 
 # Of a model: no weights. README.md names its licence.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md")
@@ -203,7 +204,7 @@ def weights_folder(name: str, needed: dict[str, torch.Tensor]) -> str:
     Raises InputError if weights are quantized, missing, there twice, or do not fit the config.
     """
     folder, config = fetch_weights(name), load_config(name)
-    # Names and shapes can be those of a plain model: its 8-bit values would be taken as they are.
+    # They may have a plain model's names and shapes: their 8-bit values would be read as weights.
     if getattr(config, "quantization_config", None):
         raise InputError(f"{name}: its weights are quantized; give the model before quantization")
     stored = in_files(folder)
@@ -216,8 +217,8 @@ def weights_folder(name: str, needed: dict[str, torch.Tensor]) -> str:
 
 
 def in_files(folder: str) -> dict:
-    """What DCP knows of the tensors in a folder's safetensors, by name; of none, or of broken ones,
-    nothing."""
+    """{name: metadata} of the tensors in a folder's safetensors, as DCP gives it; {} if there are
+    none, or if they are broken."""
     try:
         return dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
     except Exception:  # transformers will say what is wrong with them
@@ -289,14 +290,14 @@ def check_surgery(model, needed: dict[str, torch.Tensor]) -> None:
         raise InputError("nothing is trained: surgery() has frozen every parameter")
 
 
-def first_values(model, added: set[str]) -> dict[str, torch.Tensor]:
-    """Values of the parameters `added` by `surgery`, which no file holds: the module that owns one
-    gives it by its `reset_parameters`. Whole tensors on the CPU from torch's generator, so that
+def first_values(model, needed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Values of the parameters that `surgery` has added, which no file holds: the module that owns
+    one gives it by its `reset_parameters`. Whole tensors on the CPU from torch's generator, so that
     they are the same for any number of ranks. Raises InputError for one without that method.
 
-    model: a transformers model on "meta".
+    model: a transformers model on "meta"; needed: what the files hold, by name.
     """
-    values = {}
+    values, added = {}, {name for name, _ in model.named_parameters()} - needed.keys()
     for prefix, module in model.named_modules():
         names = {n: f"{prefix}.{n}".lstrip(".") for n, _ in module.named_parameters(recurse=False)}
         mine = {n: name for n, name in names.items() if name in added}
@@ -359,13 +360,12 @@ def write_model(
     tokenizer,
     folder: Path,
     dtype: torch.dtype,
-    end: int,
     card: str,
     read: Callable | None,
 ) -> None:
     """Write a transformers model, its tokenizer with chat template, and its generation config to
     `folder` in Hugging Face format, with the parameters in `dtype`; buffers and other_parts as in
-    the folder `name`, from which the model was loaded. `end` is the token that ends a turn; `card`
+    the folder `name`, from which the model was loaded. `card`
     is README.md, if any; `read` gives a tensor by its name, of a model on "meta". Collective; the
     folder appears whole. Raises FloatingPointError if a parameter is not finite.
     """
@@ -381,7 +381,6 @@ def write_model(
     if dist.get_rank() == 0:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        os.umask(umask := os.umask(0))
     weight_map, size = {}, 0
     for file, names in files.filename_to_tensors.items():
         whole = {}
@@ -403,18 +402,20 @@ def write_model(
             whole |= read_as_stored(name, ignored.keys() & {*names})
             size += sum(tensor.nbytes for tensor in whole.values())
             save_file(whole, scratch / file, metadata={"format": "pt"})
-            (scratch / file).chmod(0o666 & ~umask)  # safetensors makes it for its owner alone
             weight_map |= dict.fromkeys(whole, file)
     if dist.get_rank() == 0:
         if files.is_sharded:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         write_config(model, name, scratch, dtype)
+        for path in scratch.glob("*.safetensors"):  # safetensors makes them for their owner alone
+            path.chmod((scratch / "config.json").stat().st_mode)
         write_tokenizer(tokenizer, name, scratch)
         if card:
             (scratch / "README.md").write_text(card)
         # As text: transformers refuses to save some of the generation configs that it loads.
-        generation = json.dumps(generation_config(name, load_config(name), end), indent=2)
+        generation = generation_config(name, end_of_turn(tokenizer)[0])
+        generation = json.dumps(generation, indent=2)
         (scratch / "generation_config.json").write_text(generation)
         seal(scratch, folder.with_name(f"{folder.name}.json"))
         os.sync()  # a run that has final/, be it empty after a power cut, is never continued
@@ -446,23 +447,17 @@ def read_as_stored(folder: str, names: set[str]) -> dict[str, torch.Tensor]:
 
 
 def write_config(model, name: str, folder: Path, dtype: torch.dtype) -> None:
-    """The config.json that came with the model, for its dtype: another version of transformers
-    would write other keys, which older ones and other tools do not know. A new one where it came
-    with none, as with GGUF. No reference to code."""
-    source, written = Path(name) / "config.json", str(dtype).removeprefix("torch.")
-    if not source.exists():
-        config = load_config(name)
-        config.architectures, config.dtype = [type(model).__name__], dtype
-        config.save_pretrained(folder)
-        return
-    config = json.loads(source.read_text())
+    """The config.json that came with the model, for its dtype, and without a reference to code:
+    another version of transformers would write other keys, which older ones and other tools do not
+    know."""
+    config = json.loads((Path(name) / "config.json").read_text())
+    written = str(dtype).removeprefix("torch.")
     config.pop("auto_map", None)
+    config["architectures"] = [type(model).__name__]
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     keys = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
     for part, key in keys or [(config, "torch_dtype")]:  # the older name, which all versions read
         part[key] = written
-    if type(model).__name__ not in config.get("architectures") or []:
-        config["architectures"] = [type(model).__name__]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -490,12 +485,12 @@ def write_tokenizer(tokenizer, name: str, folder: Path) -> None:
         path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
-def generation_config(name: str, config, end: int) -> dict:
+def generation_config(name: str, end: int) -> dict:
     """The generation config that came with the model, made to stop also at the token `end`."""
     try:
         generation = GenerationConfig.from_pretrained(name)
     except OSError:  # it has none
-        generation = GenerationConfig.from_model_config(config)
+        generation = GenerationConfig.from_model_config(load_config(name))
     ends = generation.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     ends = {token: None for token in (*ends, end) if token is not None}

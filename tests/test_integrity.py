@@ -309,7 +309,7 @@ def test_a_loss_that_is_another_one_the_next_time_is_refused(base, tmp_path, mon
         return loss.simper_loss(token_logps, lengths) * (1 + 1e-6 * len(calls))
 
     monkeypatch.setitem(loss.LOSSES, "simper", counting_loss)
-    with pytest.raises(InputError, match="another one when it is computed again"):
+    with pytest.raises(InputError, match="the loss is not deterministic"):
         run(base | {"max_steps": 2}, tmp_path / "run")
 
 

@@ -71,7 +71,7 @@ def distance(some: dict, others: dict) -> float:
 def test_in_float32_the_gradient_is_bit_for_bit_that_of_the_plain_model(folder, group):
     plain = load_model(str(folder), CPU, torch.float32)
     model = load_model(str(folder), CPU, torch.float32)
-    model.masters = keep_masters(model, torch.float32, [])
+    model.masters = keep_masters(model, torch.float32, set())
     expected, found = gradient(plain), gradient(model)
     assert expected.keys() == found.keys()
     tied = plain.model.config.tie_word_embeddings

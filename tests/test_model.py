@@ -166,8 +166,8 @@ def assert_near(actual, expected, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "phi"])  # phi's head has a bias
 def test_packed_equals_plain(name, monkeypatch):
-    monkeypatch.setitem(
-        model_module.LOGITS_BYTES, "cpu", 4 * 320 * 7
+    monkeypatch.setattr(
+        model_module, "LOGITS_BYTES", 4 * 320 * 7
     )  # 7 of the 50 response tokens at a time
     reference = make_reference(name) if name in ARCHITECTURES else make_other(name, TINY)
     for actual, expected in zip(packed_results(make_packed(reference)), plain_results(reference)):
@@ -326,8 +326,8 @@ def test_length_dependent_models_are_refused(kind, group, tmp_path):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 20, 100])
 def test_token_logps_in_chunks(bias, rows, monkeypatch):
-    monkeypatch.setitem(
-        model_module.LOGITS_BYTES, "cpu", 4 * 50 * rows + 3
+    monkeypatch.setattr(
+        model_module, "LOGITS_BYTES", 4 * 50 * rows + 3
     )  # `rows` of the 20 tokens at a time
     generator = torch.Generator().manual_seed(0)
     shapes = [(20, 8), (50, 8), (50,)] if bias else [(20, 8), (50, 8)]
@@ -362,7 +362,7 @@ def test_token_logps_in_chunks(bias, rows, monkeypatch):
 )
 @pytest.mark.parametrize("rows", [3, 20])
 def test_logits_that_are_scaled_and_capped(scale, cap, rows, monkeypatch):
-    monkeypatch.setitem(model_module.LOGITS_BYTES, "cpu", 4 * 50 * rows)
+    monkeypatch.setattr(model_module, "LOGITS_BYTES", 4 * 50 * rows)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (20, 50)]
     inputs = [x.requires_grad_() for x in inputs]
@@ -382,7 +382,7 @@ def test_logits_that_are_scaled_and_capped(scale, cap, rows, monkeypatch):
 @pytest.mark.parametrize("rows", [3, 20])
 def test_large_logits_do_not_overflow(rows, monkeypatch):
     """Of 800 and more: e^800 is beyond float64. In several chunks and in one."""
-    monkeypatch.setitem(model_module.LOGITS_BYTES, "cpu", 4 * 50 * rows)
+    monkeypatch.setattr(model_module, "LOGITS_BYTES", 4 * 50 * rows)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (20, 50))
     targets = torch.randint(50, (20,), generator=generator)
@@ -405,7 +405,7 @@ def test_the_heads_bfloat16_gradient_is_not_rounded_with_every_chunk(monkeypatch
     exact = weight.double().requires_grad_()
     F.linear(hidden.double(), exact).log_softmax(dim=1)[torch.arange(640), targets].sum().backward()
     for rows in (640, 20):  # in one chunk, and in 32
-        monkeypatch.setitem(model_module.LOGITS_BYTES, "cpu", 4 * 50 * rows)
+        monkeypatch.setattr(model_module, "LOGITS_BYTES", 4 * 50 * rows)
         leaf = weight.clone().requires_grad_()
         TokenLogps.apply(hidden, leaf, None, targets).sum().backward()
         # bfloat16 has 8 bits: a result that is rounded once, as its factors are, is off by 0.2 %.
@@ -989,7 +989,7 @@ def test_the_files_of_the_base_are_exported_as_they_came(model_folder, group, tm
     older = {"torch_dtype": "float32", "auto_map": {"AutoModel": "code.Model"}, "rope_theta": 5e5}
     older |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "of_another_tool": [1, None]}
     config = json.loads((base / "config.json").read_text())
-    del config["dtype"], config["rope_parameters"]
+    del config["dtype"], config["rope_parameters"], config["architectures"]
     (base / "config.json").write_text(json.dumps(config | older))
     settings = json.loads((base / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": "c.T"}}
@@ -1000,7 +1000,8 @@ def test_the_files_of_the_base_are_exported_as_they_came(model_folder, group, tm
     export(model, str(base), weights.load_tokenizer(str(base)), final)
     del older["auto_map"], settings["auto_map"]
     exported = json.loads((final / "config.json").read_text())
-    assert exported == config | older | {"torch_dtype": "bfloat16"}
+    written = {"torch_dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]}
+    assert exported == config | older | written
     assert json.loads((final / "tokenizer_config.json").read_text()) == settings
     for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
         assert (final / name).read_bytes() == (base / name).read_bytes()
