@@ -167,11 +167,7 @@ class Timer(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if self.rank == 0 and "loss" in logs:
             line = {"step": state.global_step, "pairs_per_second": self.pairs_per_second}
-            line |= {
-                "loss": logs["loss"],
-                "grad_norm": logs["grad_norm"],
-                "logps/chosen": logs["logps/chosen"],
-            }
+            line |= {name: logs[name] for name in ("loss", "grad_norm", "logps/chosen")}
             write_metrics(self.config, line | peak_memory(DEVICE))
 
 

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 PROPAGATING = []  # DTensor works out shapes on whole tensors that it makes for the purpose
-# Operators by what they move: nothing; the rows that they look up; only what they write; each value
-# of their source three times, since they add it to others.
+# Operators that do not simply read their inputs and write their output. STILL move nothing, LOOKUPS
+# the rows that they look up, FILLS what they write, SCATTERS their source two or three times.
 STILL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_"}
 STILL |= {"resize_", "_unsafe_view", "record_stream", "lift_fresh", "_local_scalar_dense"}
 STILL |= {"all_gather_copy_in"}  # whose copies are dispatched on their own
@@ -65,11 +65,8 @@ def moved_bytes(function, name: str, args: tuple, kwargs: dict, out) -> int:
     if name in FILLS:
         return size(out)
     if name in SCATTERS:
-        whole = 2 * size(args[0]) if name == "index_add" else 0
-        return (
-            SCATTERS[name] * size(args[3 if name.startswith(("index_add", "scatter")) else 2])
-            + whole
-        )
+        source = args[2 if name == "index_put_" else 3]
+        return SCATTERS[name] * size(source) + (2 * size(args[0]) if name == "index_add" else 0)
     if name == "embedding_dense_backward":
         return 2 * size(args[0]) + size(out)
     if name in ("copy_", "_foreach_copy_"):

@@ -2,21 +2,19 @@
 
     python benchmarks/fake_gpu.py recipes/llama-3-8b-instruct.yaml
     python benchmarks/fake_gpu.py recipes/llama-3-8b-instruct.yaml --arm textbook
-    python benchmarks/fake_gpu.py recipes/llama-3-8b-instruct.yaml --ranks 64 --row
+    python benchmarks/fake_gpu.py recipes/llama-3-8b-instruct.yaml --ranks 64
 
 train.train itself runs on fake CUDA tensors, and its second step is counted: shapes, dtypes,
 devices, operators, memory and the host's waits are real; kernels, values and times are not. Only
 the weights, the tokenizer and the data (random lengths, benchmarks/plan.py) are replaced. `--arm
 textbook` is the step that SimPO's code, the authors' SimPER and TRL share, under the same FSDP2:
-chosen and rejected responses padded and concatenated, all logits, log_softmax, gather; with
-activation checkpointing and --textbook_pairs pairs a forward (the authors' two). Further flags are
-train.py's.
+chosen and rejected responses padded and concatenated, all logits, log_softmax, gather; as the
+authors run it, with activation checkpointing and two pairs a forward. Further flags are train.py's.
 
 Needs a CUDA build of torch (which `pip install torch` gives on Linux), and the model's config. It
 proves nothing about kernels: what they support, their speed and their values need a GPU.
 """
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -49,8 +47,9 @@ import model as model_module
 import train
 from benchmarks.baselines import shard_plain
 from benchmarks.counter import PROPAGATING, Recorder, to_empty
-from benchmarks.plan import LENGTHS, forward_of, sample_lengths
+from benchmarks.plan import LENGTHS, forward_of, is_rms_norm, sample_lengths
 from data import DataSet, truncate
+from eval.results import make_parser
 from runtime import masters, norms, processes, rehearsal, streaming
 from runtime.command_line import run_command
 from runtime.weights import load_config, resolve_model
@@ -66,9 +65,8 @@ def allow_backward_without_gpu() -> object:
     get_hooks.restype = ctypes.c_void_p
     hooks = ctypes.cast(get_hooks(), ctypes.POINTER(ctypes.c_void_p))
     size = 128
-    table = (
-        ctypes.c_void_p * (size + 2)
-    )()  # a copy of the virtual table, with its two words before
+    # A copy of the virtual table, with its two words before.
+    table = (ctypes.c_void_p * (size + 2))()
     ctypes.memmove(table, hooks[0] - 16, (size + 2) * 8)
     answer = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(lambda *_: False)
     # Two destructors, isBuilt, isAvailable, hasPrimaryContext (AcceleratorHooksInterface.h).
@@ -140,15 +138,6 @@ class FakeHostMaster(FakeTensor):
         return made
 
     def __init__(self, tensor): ...
-
-
-IS_RMS_NORM = norms.is_rms_norm
-
-
-def rounds_no_more(module, width: int, device, dtype: torch.dtype) -> bool:
-    """is_rms_norm, on the CPU's values."""
-    with unset_fake_temporarily():
-        return IS_RMS_NORM(module, width, torch.device("cpu"), dtype)
 
 
 # What a table of bytes tells apart, and the functions in which it happens; all else is of blocks.
@@ -239,7 +228,7 @@ def fake_cuda(ranks: int):
     ]
     patches += [(torch.cuda, "reset_peak_memory_stats", recorder.restart)]
     patches += [(rehearsal, "max_over_ranks", lambda device, *values: values)]
-    patches += [(norms, "is_rms_norm", rounds_no_more)]
+    patches += [(norms, "is_rms_norm", is_rms_norm)]
     patches += [(module, "HostMaster", FakeHostMaster) for module in (masters, rehearsal)]
     patches += [
         (streaming, "free_memory", lambda: 10**13),
@@ -372,9 +361,7 @@ def simper(
     return recorder
 
 
-def textbook(
-    config: train.Config, sizes: list[tuple[int, int, int]], ranks: int, pairs_a_forward: int
-) -> Recorder:
+def textbook(config: train.Config, sizes: list[tuple[int, int, int]], ranks: int) -> Recorder:
     """The second of two steps: gradients and Adam's state are in place, as in all later ones."""
     model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
     mine = sizes[: len(sizes) // ranks]
@@ -390,8 +377,8 @@ def textbook(
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(2):
             recorder.restart()
-            for start in range(0, len(mine), pairs_a_forward):
-                part = mine[start : start + pairs_a_forward]
+            for start in range(0, len(mine), 2):
+                part = mine[start : start + 2]
                 longest = max(p + max(c, r) for p, c, r in part)
                 ids = torch.zeros(2 * len(part), longest, dtype=torch.long, device="cuda")
                 mask = torch.ones_like(ids)
@@ -407,22 +394,16 @@ def textbook(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("recipe")
     parser.add_argument("--arm", choices=["simper", "textbook"], default="simper")
     parser.add_argument("--ranks", type=int, default=8, help="GPUs in all")
     parser.add_argument("--lengths", choices=LENGTHS, default="ultrafeedback")
-    parser.add_argument("--textbook_pairs", type=int, default=2, help="the textbook's, a forward")
     parser.add_argument(
-        "--without", nargs="*", default=[], choices=["masters", "norms"], help="as it was before"
+        "--without", nargs="*", default=[], choices=["masters", "norms"], help="leave these out"
     )
     parser.add_argument("--gpu_memory", type=int, default=80, help="of a GPU, GiB")
-    parser.add_argument(
-        "--row", action="store_true", help="print one line of docs/notes/gpu.md's table"
-    )
-    parser.add_argument("--json", action="store_true", help="print all counts, in GB (of simper)")
+    parser.add_argument("--json", action="store_true", help="simper's counts, bytes in GB")
     args, rest = parser.parse_known_args()
     if not torch.version.cuda:
         sys.exit("this needs a CUDA build of torch; a GPU is not needed")
@@ -439,7 +420,7 @@ def main() -> None:
     if args.arm == "simper":
         recorder = simper(config, sizes, args.ranks, args.without)
     else:
-        recorder = textbook(config, sizes, args.ranks, args.textbook_pairs)
+        recorder = textbook(config, sizes, args.ranks)
     figures = [recorder.flops / 1e12, recorder.peak / 1e9, recorder.operators]
     figures += [sum(recorder.waits.values())]
     moved = {part: size / 1e9 for part, size in recorder.moved.items()}
@@ -448,8 +429,6 @@ def main() -> None:
         found |= dict(zip(("tflop", "peak", "operators", "waits"), figures))
         found |= {"micro_batches": recorder.micro_batches, "sizes": sizes}
         print(json.dumps(found))
-    elif args.row:
-        print("{:.0f} | {:.1f} | {:,} | {}".format(*figures[:4]))
     else:
         text = "{:.4g} Tflop, peak {:.2f} GB, {:,} operators, {} host waits".format(*figures)
         print(f"{args.arm}, rank 0 of {args.ranks}: {text} {dict(recorder.waits)}")

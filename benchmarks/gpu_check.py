@@ -13,7 +13,6 @@ on the host. What there is no time for is left out by name. `--device cpu` runs 
 --log FILE adds a line of JSON for each line.
 """
 
-import argparse
 import contextlib
 import gc
 import importlib.util
@@ -44,6 +43,7 @@ from benchmarks.baselines import seconds_since
 from benchmarks.plan import PAPER, flops
 from benchmarks.throughput import matmul_speed, random_config
 from data import pack
+from eval.results import make_parser
 from runtime import checks, masters, norms
 from runtime.command_line import run_command
 from runtime.log import read_lines
@@ -79,8 +79,8 @@ def head_error(device: str, dtype: torch.dtype) -> float:
 
 
 def sum_error(device: str, dtype: torch.dtype) -> float:
-    """Of masters.add_product, the sum of a product of `dtype` and a float32 tensor, relative to
-    float64."""
+    """The relative error of masters.add_product, which adds a product of `dtype` to a float32
+    tensor, against float64."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = (
         torch.randn(shape, generator=generator, device=device, dtype=dtype)
@@ -194,17 +194,9 @@ def speed(layers: int, pairs: int, choice: str, steps: int, dtype: str) -> dict[
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         shape.save_pretrained(folder)
-        flags = [
-            PAPER,
-            "--model",
-            folder,
-            "--output_dir",
-            f"{folder}/run",
-            "--wandb",
-            "off",
-            *flags,
-        ]
+        flags = [PAPER, "--model", folder, "--output_dir", f"{folder}/run", *flags]
         flags += ["--batch_size", str(pairs), "--max_steps", str(steps), "--dtype", dtype]
+        flags += ["--wandb", "off"]
         flags += ["--eval_data", "", "--save_every", "0", "--train_data", "random"]
         config = train.parse_args(flags)
         sizes = fake_gpu.sample_pairs(config, "ultrafeedback")
@@ -278,9 +270,7 @@ def baselines(args, show: Callable) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--model", default="demo", help="folder or hub id")
     parser.add_argument("--train_data", default="demo/train.jsonl")
@@ -322,11 +312,11 @@ def main() -> None:
     def against_one_gpu() -> float:
         return difference(train_once("all", gpus), train_once("one", 1), "logps/chosen")
 
-    def check(what: str, limit: float, measure: Callable[[], float]) -> None:
+    def check(what: str, limit: float, measure: Callable[..., float], *inputs) -> None:
         nonlocal failures
         began = time.perf_counter()
         try:
-            figure = measure()
+            figure = measure(*inputs)
             verdict = "ok    " if figure <= limit else "FAILED"
             text = f"{figure:.2g} (at most {limit:g})"
         except Exception as error:
@@ -335,25 +325,13 @@ def main() -> None:
         values = {"verdict": verdict.strip(), "figure": text}
         show(f"{verdict} {what}", f"{text}, {time.perf_counter() - began:.0f} s", values)
 
-    attention = "attention and its gradients, relative error"
-    check(
-        f"{attention}, 32 heads of 128",
-        0.02,
-        lambda: attention_error(args.device, dtype, 32, 8, 128),
-    )
-    check(
-        f"{attention}, 9 heads of 64", 0.02, lambda: attention_error(args.device, dtype, 9, 3, 64)
-    )
-    check("log-probs of the chunked head, nats", 0.02, lambda: head_error(args.device, dtype))
-    check(
-        "a product added to its float32 sum, relative", 1e-5, lambda: sum_error(args.device, dtype)
-    )
-    check(
-        "its time, to that of a product added afterwards",
-        1.2,
-        lambda: sum_speed(args.device, dtype),
-    )
-    check("a fused norm and its gradients, relative", 0.01, lambda: norm_error(args.device, dtype))
+    attention, where = "attention and its gradients, relative error", (args.device, dtype)
+    check(f"{attention}, 32 heads of 128", 0.02, attention_error, *where, 32, 8, 128)
+    check(f"{attention}, 9 heads of 64", 0.02, attention_error, *where, 9, 3, 64)
+    check("log-probs of the chunked head, nats", 0.02, head_error, *where)
+    check("a product added to its float32 sum, relative", 1e-5, sum_error, *where)
+    check("its time, to that of a product added afterwards", 1.2, sum_speed, *where)
+    check("a fused norm and its gradients, relative", 0.01, norm_error, *where)
     check("training against float32, mean log-prob, relative", 0.02, against_float32)
     if gpus > 1:
         check(f"{gpus} GPUs against one, mean log-prob, relative", 0.01, against_one_gpu)

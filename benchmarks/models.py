@@ -11,7 +11,6 @@ and hold the tensors that were read, under their names, bit for bit. --train com
 after two steps with those of a plain loop of AdamW in float64.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -37,6 +36,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from data import DataSet, pack
+from eval.results import make_parser
 from loss import simper_loss
 from model import export, load_model
 from runtime.checks import choose_forward
@@ -371,7 +371,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def verdict(found: dict, dtype: torch.dtype) -> str:
-    """ "right", "refused", "WRONG", or what the tiny model could not be made of."""
+    """ "right", "WRONG", "refused", or "not tried": no tiny model could be made, or transformers'
+    own attentions disagree."""
     if "how" not in found:
         return "refused" if "refused" in found else "not tried"
     if dtype == torch.float32 and found["own rounding"] > 0.1:
@@ -493,9 +494,7 @@ def line(kind: str, found: dict, dtype: torch.dtype) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("kinds", nargs="*", help="model_type of a config; none: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--std", type=float, default=0.15, help="of the weights; 0: transformers'")
@@ -510,9 +509,7 @@ def main() -> None:
     for kind in args.kinds or (TRAINED.split() if args.train else every):
         found = examine_apart(kind, args)
         lines.append(line(kind, found, getattr(torch, args.dtype)))
-        print(
-            lines[-1], json.dumps({k: v for k, v in found.items() if k[0] in "12eospg"}), flush=True
-        )
+        print(lines[-1], json.dumps(found), flush=True)
     if not (args.kinds or args.train or args.std != 0.15 or args.dtype != "float32"):
         before, mark, _ = PAGE.read_text().partition("| kind |")
         table = [mark + " computed | or the reason; other parts | log-probs | gradients |"]

@@ -17,7 +17,6 @@ wherever they are shorter; and pairs with the lengths in LENGTHS. docs/plan.md c
 with runs.
 """
 
-import argparse
 import bisect
 import contextlib
 import copy
@@ -41,7 +40,7 @@ from transformers import AttentionInterface
 import model as model_module
 from benchmarks.counter import Recorder, to_empty
 from data import pack, spread_rows, truncate
-from eval.results import at_least
+from eval.results import at_least, make_parser
 from model import PackedModel, blocks, build_model, keep_products, shape_logits, shard
 from model import varlen_attention as one_kernel
 from runtime import masters, norms, streaming
@@ -196,9 +195,9 @@ class Counts:
 
 
 def is_rms_norm(module, width: int, device, dtype) -> bool:
-    """norms.is_rms_norm, with real values."""
+    """norms.is_rms_norm, with real values on the CPU."""
     with unset_fake_temporarily(), patch.object(torch.nn.functional, "rms_norm", RMS_NORM):
-        return IS_RMS_NORM(module, width, device, dtype)
+        return IS_RMS_NORM(module, width, torch.device("cpu"), dtype)
 
 
 IS_RMS_NORM, RMS_NORM = norms.is_rms_norm, torch.nn.functional.rms_norm
@@ -554,7 +553,6 @@ def plan(
         "way": way,
         "how": how,
         "checkpointing": recipe.activation_checkpointing,
-        "tokens": tokens,
         "micro_batches": micro_batches,
         "largest_tokens": cost(largest),
         "memory": memory,
@@ -664,9 +662,7 @@ def choose_gpu(args) -> GPU:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("model", help="folder, hub id, or a recipe with its values")
     parser.add_argument("--gpus", type=at_least(1), default=1, help="GPUs in all, eight in a node")
     parser.add_argument("--gpu", choices=GPUS, default="h100")

@@ -32,12 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 STEPS, EVAL_EVERY = 40, 5
-UNEQUAL = {
-    "pairs_per_second",
-    "tokens_per_second",
-    "peak_memory_gb",
-    "peak_reserved_gb",
-}  # in two equal runs
+# In two equal runs.
+UNEQUAL = {"pairs_per_second", "tokens_per_second", "peak_memory_gb", "peak_reserved_gb"}
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 # When a run is killed, in turn, before it may finish.
 PLAN = ("tokenization", "random", "random", "checkpoint", "random", "random", "evaluation")

@@ -9,7 +9,6 @@ reaches is *predicted* from them, with the constants of benchmarks/plan.py; NCCL
 that --help does not list are those of fake_gpu.py.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 
 from benchmarks.plan import GPUS, LARGE, LINK_EFFICIENCY, PAPER, Counts, flops, seconds
 from benchmarks.throughput import random_config
+from eval.results import make_parser
 from model import build_model
 from runtime.command_line import run_command
 from runtime.streaming import HOST_BYTES
@@ -81,9 +81,7 @@ def count(layers: int, flags: list[str]) -> tuple[dict, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", choices=["one", "eight"], default="one")
     parser.add_argument("--pairs", nargs="+", default=["32", "128"], help="in a step")
     args, flags = parser.parse_known_args()

@@ -11,7 +11,6 @@ it. A study that is started again continues after its finished runs; the tables 
 of docs/study.jsonl alone, and need matplotlib (eval/requirements.txt).
 """
 
-import argparse
 import functools
 import hashlib
 import inspect
@@ -38,7 +37,7 @@ from transformers import AutoModelForCausalLM
 from demo.smollm2 import demo_model
 from eval.generate import generate_tokens, load_prompts, prompt_ids, stop_tokens
 from eval.plots import COLORS, label_lines, line_styles, new_figure, plot
-from eval.results import at_least, read_records
+from eval.results import at_least, make_parser, read_records
 from eval.score import load_scorer, score_answers
 from loss import LOSSES
 from runtime.command_line import run_command
@@ -49,7 +48,7 @@ from runtime.weights import load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 # What is compared: every loss with the hyperparameters of its paper or its authors' code, which are
 # the defaults in loss.py, and for DPO and SimPO others from their papers.
-STUDIED = [loss for loss in LOSSES if loss != "alphapo"]  # which has come later
+STUDIED = [loss for loss in LOSSES if loss != "alphapo"]  # alphapo was added after the study
 ARMS = {loss: {"loss": loss} for loss in STUDIED}
 VARIANTS = ("dpo beta=0.01", "dpo beta=1", "simpo beta=2.5,gamma=0.25", "simpo beta=10,gamma=3")
 ARMS |= {arm: dict(zip(("loss", "loss_args"), arm.split())) for arm in VARIANTS}
@@ -71,13 +70,9 @@ RECIPE = ROOT / "recipes" / "demo.yaml"
 FLAGS = {"max_steps": 20, "eval_every": 0, "save_every": 0, "wandb": "off"}
 SCORER = f"{ROOT / 'demo' / 'sentiment.py'}:score"
 NEW_PROMPTS = ROOT / "demo" / "new_prompts.jsonl"
-# train.py, but that numbers below 1e-38, as simper_sum's gradients can be, are 0: with them, CPUs
-# compute more than ten times as slowly.
-TRAIN = "import sys, torch, train; torch.set_flush_denormal(True); "
-TRAIN += "train.train(train.parse_args(sys.argv[1:]))"
 PACKAGES = ("torch", "transformers", "vaderSentiment")
 SIDES = ("chosen", "rejected")
-LOGGED = re.compile(r"(eval/)?(step|accuracy|logps/\w+|gradient_weight/\w+)")
+LOGGED = re.compile(r"(eval/)?(step|accuracy|(logps|gradient_weight)/(chosen|rejected))")
 JUDGING = threading.Lock()  # one model at a time: torch has one stream of random numbers
 CHANGES = tuple(f"Δ {side}" for side in SIDES)
 FORMATS = {"words": ".1f", "finished": ".2f", "distinct": ".2f"} | dict.fromkeys(CHANGES, "+.2f")
@@ -92,15 +87,15 @@ def make_run(arm: str, rate: float, seed: int, output: Path, threads: int) -> di
     its numbers to five digits; {"error": text} if training diverged."""
     shutil.rmtree(output, ignore_errors=True)
     flags = FLAGS | ARMS.get(arm, {}) | {"learning_rate": rate, "seed": seed, "output_dir": output}
-    command = [sys.executable, "-c", TRAIN, str(RECIPE)]
+    command = [sys.executable, "train.py", str(RECIPE)]
     command += [f"--{name}={value}" for name, value in flags.items()]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        if not last.startswith("FloatingPointError"):  # no result: the run must be repeated
-            raise RuntimeError(f"{' '.join(command)}: {last}")
-        return {"error": last}
+        diverged = re.search(r"step \d+: gradient norm .*", done.stderr)
+        if not diverged:  # no result: the run must be repeated
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-1000:]}")
+        return {"error": diverged[0]}
     lines = read_lines(output / "metrics.jsonl")
     lines = [{k: v for k, v in line.items() if LOGGED.fullmatch(k)} for line in lines]
     evaluations = [line for line in lines if "eval/accuracy" in line]
@@ -408,9 +403,7 @@ def run_all(results: list[dict], path: Path, output: Path, jobs: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "study.jsonl")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "study.md")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/study"))

@@ -26,7 +26,6 @@ a trained one until its process has been measured, are written to the folder for
 GB together for llama-3-8b:32.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import itertools
@@ -53,7 +52,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from benchmarks.baselines import DEVICE, seconds_since
 from benchmarks.plan import LENGTHS, flops, sample_lengths
 from data import load_data, step_indices
-from eval.results import at_least
+from eval.results import at_least, make_parser
 from model import build_model
 from runtime.command_line import run_command
 from runtime.errors import InputError
@@ -64,12 +63,9 @@ ROOT = Path(__file__).resolve().parent.parent
 WORDS = """the of and to in is that for it as was with be by on not he his but at are this have from
 or had an they which one you were her all she there would their we him been has when who will more
 no if out so said what""".split()
-ARMS = {
-    "simper": [str(ROOT / "train.py")],
-    "textbook": [str(ROOT / "benchmarks" / "baselines.py"), "textbook"],
-    "trl": [str(ROOT / "benchmarks" / "baselines.py"), "trl"],
-    "padded": [str(ROOT / "benchmarks" / "baselines.py"), "padded"],
-}
+BASELINES = str(ROOT / "benchmarks" / "baselines.py")
+ARMS = {"simper": [str(ROOT / "train.py")]}
+ARMS |= {name: [BASELINES, name] for name in ("textbook", "trl", "padded")}
 # The figures of a process, and with how many digits they are printed.
 FIGURES = {"pairs/s": 2, "distinct tokens/s": 0, "share of matmul": 2, "peak GB": 2}
 FIGURES |= {"s to first step": 1}
@@ -288,9 +284,7 @@ def run(data: str, model: str, batch_size: int, arms: list[str], args, folder: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--data", nargs="+", default=["hh"])
     parser.add_argument("--model", nargs="+", default=["demo"])
     parser.add_argument(

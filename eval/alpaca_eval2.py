@@ -4,7 +4,7 @@ the official tool.
     python -m eval.alpaca_eval2 runs/llama-3-8b-instruct/final --decoding llama-3-8b-instruct \\
         --engine vllm
     python -m eval.alpaca_eval2 M --decoding mistral-7b-base --generate_only   # no judge, no cost
-    python -m eval.alpaca_eval2 M --judge_base_url http://HOST:8000/v1 --judge_model my-judge
+    python -m eval.alpaca_eval2 M --judge_base_url http://HOST:8000/v1 --judge my-judge
 
 Writes OUTPUT_DIR/MODEL/alpaca_eval2/outputs.json, the judge's annotations beside it, and
 OUTPUT_DIR/MODEL/alpaca_eval2.json with the length-controlled win rate, the win rate, their standard
@@ -24,11 +24,10 @@ import yaml
 from huggingface_hub import hf_hub_download
 
 from eval.generate import answer, engine_options, short_name
-from eval.judge import MODEL, REFUSALS, REFUSED, Judge, api_key, open_judge
+from eval.judge import REFUSALS, REFUSED, Judge, api_key, open_judge
 from eval.results import (
     GENERATION,
     JUDGE,
-    at_least,
     by_item,
     file_sha256,
     make_parser,
@@ -55,7 +54,7 @@ REFERENCE = "alpaca_eval_gpt4_baseline.json"
 # position, without looking at the instruction: different rows, or a different order, give a wrong
 # rate and no error. SHA-256 of the JSON list of the 805 instructions:
 INSTRUCTIONS_SHA256 = "c5770d532bf3f697768ed9a57a05d8b58b2617321ca65070620f059676e7c99a"
-ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # the paper's; its judge is replaced by --judge
 
 
 def recipe_of(model: str) -> str:
@@ -102,30 +101,24 @@ def load_outputs(path: str) -> list[dict]:
     return rows
 
 
-def prepare_judge(annotator: str, model: str, base_url: str, folder: Path, timeout: float):
+def prepare_judge(model: str, base_url: str, folder: Path, timeout: float):
     """Import alpaca_eval and configure its judge's endpoint, in `folder`. → alpaca_eval and the
     Judge.
 
-    Raises InputError if the tool, the annotator or a file from the hub is missing, which the tool
-    would report only after the judge has been paid, or if the judge does not answer.
+    Raises InputError if the tool or a file from the hub is missing, which the tool would report
+    only after the judge has been paid, or if the judge does not answer.
     """
     os.environ["OPENAI_API_KEY"] = api_key()  # the key is written to no file
     client = folder / "client.yaml"
     os.environ["OPENAI_CLIENT_CONFIG_PATH"] = str(client)  # read when alpaca_eval is imported
     try:
         import alpaca_eval
-        from alpaca_eval import constants
     except ImportError as error:
         raise InputError(
             f"alpaca_eval is not installed ({error}): pip install -r eval/requirements.txt"
         ) from error
-    # Those that weigh the judge's two answers by their probabilities, as the paper's does. All of
-    # them ask an OpenAI endpoint.
-    configs = Path(constants.EVALUATORS_CONFIG_DIR).glob("weighted_*/configs.yaml")
-    annotators = sorted(path.parent.name for path in configs)
-    if annotator not in annotators:
-        raise InputError(f"there is no annotator {annotator}; choose from {', '.join(annotators)}")
-    hub_file("df_gamed.csv", cache_dir=constants.DEFAULT_CACHE_DIR)  # for the length control
+    cache = alpaca_eval.constants.DEFAULT_CACHE_DIR
+    hub_file("df_gamed.csv", cache_dir=cache)  # for the length control
     judge = open_judge(model, base_url, max_tokens=1, temperature=1, logprobs=True, timeout=timeout)
     folder.mkdir(parents=True, exist_ok=True)
     lock_folder(folder)  # until this process ends: another one would pay for the same judgments
@@ -134,13 +127,7 @@ def prepare_judge(annotator: str, model: str, base_url: str, folder: Path, timeo
 
 
 def run_judge(
-    alpaca_eval,
-    judge: Judge,
-    outputs: Path,
-    reference: str,
-    folder: Path,
-    annotator: str,
-    base_url: str,
+    alpaca_eval, judge: Judge, outputs: Path, reference: str, folder: Path, base_url: str
 ) -> tuple[dict[str, float], list[float | None], str]:
     """Run the official evaluation. → its metrics for these outputs, each output's win rate in per
     cent (None: unjudged), and the judge's versions.
@@ -152,9 +139,9 @@ def run_judge(
     from openai import APIStatusError
 
     official = Path(alpaca_eval.constants.EVALUATORS_CONFIG_DIR)
-    config = yaml.safe_load((official / annotator / "configs.yaml").read_text())[annotator]
+    config = yaml.safe_load((official / ANNOTATOR / "configs.yaml").read_text())[ANNOTATOR]
     config["prompt_template"] = str(official / config["prompt_template"])
-    name = f"{annotator}_{judge.model}".replace("/", "_")
+    name = f"{ANNOTATOR}_{judge.model}".replace("/", "_")
     # requires_chatml: a model with "instruct" in its name would get a plain completion request.
     config["completions_kwargs"] |= {"model_name": judge.model, "requires_chatml": True}
     if "max_completion_tokens" in judge.options:  # the tool sends it on, and no max_tokens of None
@@ -230,15 +217,7 @@ def run_judge(
 
 
 def main() -> None:
-    parser = make_parser(
-        __doc__,
-        "model",
-        *GENERATION,
-        "--generate_only",
-        *JUDGE,
-        "--output_dir",
-        "--wandb",
-    )
+    parser = make_parser(__doc__, "model", *GENERATION, *JUDGE, "--limit")
     parser.add_argument(
         "--decoding",
         choices=DECODING,
@@ -248,16 +227,6 @@ def main() -> None:
     parser.add_argument(
         "--reference", default="", help=f"the reference's outputs; empty: {REFERENCE} of {HUB}"
     )
-    parser.add_argument(
-        "--limit",
-        type=at_least(0),
-        default=0,
-        help="answer the first N instructions, without the judge",
-    )
-    parser.add_argument(
-        "--annotator", default=ANNOTATOR, help="one of alpaca_eval's whose name begins weighted_"
-    )
-    parser.add_argument("--judge_model", default=MODEL, help="the judge's name at its endpoint")
     args = parser.parse_args()
 
     reference_file = args.reference or hub_file(REFERENCE, advice="; give --reference FILE")
@@ -269,7 +238,7 @@ def main() -> None:
         reference, folder = reference[: args.limit], folder / f"limit-{args.limit}"
     elif not args.generate_only:
         alpaca_eval, judge = prepare_judge(
-            args.annotator, args.judge_model, args.judge_base_url, folder, args.judge_timeout
+            args.judge, args.judge_base_url, folder, args.judge_timeout
         )
     recipe = args.decoding or recipe_of(args.model)
     decoding = DECODING[recipe]
@@ -294,15 +263,8 @@ def main() -> None:
     )
     if alpaca_eval is None:
         return
-    load_outputs(str(outputs))  # checks them
     metrics, rates, versions = run_judge(
-        alpaca_eval,
-        judge,
-        outputs,
-        reference_file,
-        folder,
-        annotator=args.annotator,
-        base_url=args.judge_base_url,
+        alpaca_eval, judge, outputs, reference_file, folder, args.judge_base_url
     )
     errors = {
         "win_rate": metrics.pop("standard_error"),
@@ -312,9 +274,9 @@ def main() -> None:
         **decoding,
         **options,
         "decoding": recipe,
-        "annotator": args.annotator,
+        "annotator": ANNOTATOR,
         "judge_base_url": args.judge_base_url,
-        "judge_model": args.judge_model,
+        "judge": args.judge,
         "judge_version": versions,
         "reference_sha256": file_sha256(reference_file),
         "cut": cut,

@@ -29,6 +29,7 @@ from transformers import GenerationConfig
 from data import tokenize_text
 from eval.results import (
     GENERATION,
+    SAMPLING,
     at_least,
     make_parser,
     parse_engine_args,
@@ -443,7 +444,8 @@ def print_side_by_side(names: list[str], prompts: list, columns: list[list]) -> 
 
 
 def main() -> None:
-    parser = make_parser(__doc__, *GENERATION, "--columns")
+    parser = make_parser(__doc__, *GENERATION, *SAMPLING, "--columns")
+    parser.set_defaults(num_prompts=4, max_new_tokens=128, temperature=0.0)
     parser.add_argument(
         "--models",
         nargs="+",
@@ -454,14 +456,6 @@ def main() -> None:
         "--data",
         default="demo/heldout.jsonl",
         help="rows with a prompt, or preference data whose prompts to answer",
-    )
-    parser.add_argument(
-        "--num_prompts", type=at_least(0), default=4, help="spread over the data; 0: all"
-    )
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=128, help="longest answer")
-    parser.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 is greedy")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="share of the probability to sample from"
     )
     parser.add_argument(
         "--output_dir", default="", help="folder for a file of answers per model; empty: not kept"

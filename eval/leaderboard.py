@@ -25,14 +25,7 @@ import torch
 from filelock import FileLock
 
 from eval.generate import NO_VLLM, short_name
-from eval.results import (
-    at_least,
-    by_item,
-    make_parser,
-    parse_engine_args,
-    read_items,
-    write_result,
-)
+from eval.results import by_item, make_parser, parse_engine_args, read_items, write_result
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.templates import DATE
@@ -54,7 +47,6 @@ BENCHMARKS = {
     "TruthfulQA": ("truthfulqa_mc2", 0, ("acc,none",)),
     "Winogrande": ("winogrande", 5, ("acc,none",)),
 }
-MATH_VERIFY = ("MATH (Math-Verify)", ("exact_match,none",))
 # Tasks whose number of shots is set here: that in the harness's own files is a different one.
 SET_SHOTS = ("gsm8k", "arc_challenge", "truthfulqa_mc2", "winogrande")
 # Groups that version 2 of the leaderboard normalizes subtask by subtask; the others as a whole.
@@ -113,7 +105,7 @@ def collect(results: dict, benchmark: str) -> tuple[dict[str, float], dict[str, 
         raise InputError(f"{benchmark}: the harness used {sorted(used)} shots instead of {shots}")
     found = {benchmark: task_score(results, name, metrics)}
     if benchmark == "MATH":
-        found[MATH_VERIFY[0]] = task_score(results, name, MATH_VERIFY[1])
+        found["MATH (Math-Verify)"] = task_score(results, name, ("exact_match,none",))
     parts = subtasks if name in BY_SUBTASK else [name]
     guesses = [guessing_score(task, results["configs"]) for task in parts]
     if None not in guesses:
@@ -188,7 +180,8 @@ def check_data(manager, benchmarks: list[str]) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "model", "--output_dir", "--wandb", "--engine", "--engine_args")
+    shared = ("--engine", "--engine_args", "--limit", "--output_dir", "--wandb")
+    parser = make_parser(__doc__, "model", *shared)
     parser.add_argument(
         "--benchmarks",
         nargs="+",
@@ -202,9 +195,6 @@ def main() -> None:
         default="false",
         help="ask in the model's chat format; leaderboard: as it does, for chat models in the six "
         "benchmarks of its version 2",
-    )
-    parser.add_argument(
-        "--limit", type=at_least(0), default=0, help="questions of each task; 0: all"
     )
     parser.add_argument("--batch_size", default="auto", help="of the harness")
     args = parser.parse_args()

@@ -10,9 +10,9 @@ fastchat/llm_judge/data) and reference answers to the questions of math, reasoni
 gpt-4.jsonl from there (mt_bench/reference_answer) or another's, NAME.jsonl for --reference NAME.
 
 Writes OUTPUT_DIR/MODEL/mt_bench/model_answer/MODEL.jsonl, model_judgment-HOST/JUDGE_single.jsonl,
-which FastChat reads, and OUTPUT_DIR/MODEL/mt_bench.json with the score, by turn and by category,
-and a radar figure. Judging takes 160 calls, after one that shows whether the judge answers. The
-same command continues after an interruption. The judge: eval/judge.py.
+which FastChat reads, and OUTPUT_DIR/MODEL/mt_bench.json with the score, by turn and by category.
+Judging takes 160 calls, after one that shows whether the judge answers. The same command continues
+after an interruption. The judge: eval/judge.py.
 """
 
 import itertools
@@ -26,8 +26,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from eval.generate import answer, engine_options, own_sampling, short_name
-from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
-from eval.plots import radar_figure
+from eval.judge import Judge, ask_all, endpoint_name, judge_versions, open_judge
 from eval.results import (
     GENERATION,
     JUDGE,
@@ -252,35 +251,17 @@ def standard_error(by_question: list[float | None]) -> float | None:
 
 
 def main() -> None:
-    parser = make_parser(
-        __doc__,
-        "model",
-        *GENERATION,
-        "--generate_only",
-        *JUDGE,
-        "--output_dir",
-        "--wandb",
-    )
+    parser = make_parser(__doc__, "model", *GENERATION, *JUDGE, "--workers", "--limit")
     parser.add_argument(
         "--data",
         required=True,
         help="folder with question.jsonl, judge_prompts.jsonl and gpt-4.jsonl",
     )
-    parser.add_argument("--judge", default=MODEL, help="the judge's name at its endpoint")
     parser.add_argument(
         "--reference", default="gpt-4", help="whose reference answers to use, NAME.jsonl in --data"
     )
     parser.add_argument(
         "--repeats", type=at_least(1), default=1, help="times to judge everything, for the spread"
-    )
-    parser.add_argument(
-        "--workers", type=at_least(1), default=8, help="calls of the judge at a time"
-    )
-    parser.add_argument(
-        "--limit",
-        type=at_least(0),
-        default=0,
-        help="only the first N questions: a quick look, no result for a table",
     )
     args = parser.parse_args()
 
@@ -361,10 +342,6 @@ def main() -> None:
             text = f"{value:g} of {2 * len(questions)} judgments"
         line = f"{key:<14}{text:>8}" + (f" ± {errors[key]:.2f}" if key in errors else "")
         print(line + (f" (over repeats: ± {spread[key]:.2f})" if key in spread else ""))
-    try:
-        radar_figure({name: scores}, folder / "radar.png")
-    except InputError as error:
-        print(f"no figure: {error}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from eval.generate import answer, load_engine, load_prompts, sampling_options
-from eval.results import GENERATION, at_least, make_parser
+from eval.results import GENERATION, SAMPLING, make_parser
 from eval.score import load_scorer, score_answers
 from runtime.command_line import run_command
 from runtime.errors import InputError
@@ -57,11 +57,9 @@ def choose_pair(
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "model", *GENERATION, "--columns")
+    parser = make_parser(__doc__, "model", *GENERATION, *SAMPLING, "--columns")
+    parser.set_defaults(num_prompts=0, max_new_tokens=512, temperature=1.0)
     parser.add_argument("--data", required=True, metavar="PROMPTS", help="file, folder or hub id")
-    parser.add_argument(
-        "--num_prompts", type=at_least(0), default=0, help="spread over the data; 0: all"
-    )
     parser.add_argument("--samples", type=int, default=4, help="answers to each prompt")
     parser.add_argument(
         "--score", required=True, metavar="SCORER", help="a reward model, or FILE.py:FUNCTION"
@@ -70,11 +68,6 @@ def main() -> None:
     parser.add_argument(
         "--min_gap", type=float, default=0.0, help="least difference of a pair's scores"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="share of the probability to sample from"
-    )
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=512, help="longest answer")
     args = parser.parse_args()
     output = Path(args.output)
     if output.suffix != ".jsonl":
@@ -85,24 +78,16 @@ def main() -> None:
     prompts = load_prompts(args.data, args.num_prompts, args.columns)
     scorer = load_scorer(args.score, args.batch_size)
     repeated = [prompt for prompt in prompts for _ in range(args.samples)]
-    answers = answer(
-        args.model,
-        repeated,
-        output.with_suffix(".answers.jsonl"),
-        **sampling_options(args),
-    )
+    path = output.with_suffix(".answers.jsonl")
+    answers = answer(args.model, repeated, path, **sampling_options(args))
     load_engine.cache_clear()  # makes room for a reward model
     gc.collect()
     torch.cuda.empty_cache()
     scores = score_answers(scorer, repeated, answers)
-    chosen = [
-        choose_pair(prompt, answers[start:end], scores[start:end], args.min_gap)
-        for prompt, start, end in zip(
-            prompts,
-            range(0, len(answers), args.samples),
-            range(args.samples, len(answers) + 1, args.samples),
-        )
-    ]
+    chosen = []
+    for number, prompt in enumerate(prompts):
+        own = slice(number * args.samples, (number + 1) * args.samples)
+        chosen.append(choose_pair(prompt, answers[own], scores[own], args.min_gap))
     rows = [row for row in chosen if isinstance(row, dict)]
     dropped = Counter(row for row in chosen if isinstance(row, str))
     if not rows:

@@ -4,7 +4,6 @@
     python -m eval.plots runs/simper runs/dpo --output rivals.svg   # one line per run
     python -m eval.plots runs/simper runs/dpo --heldout             # held-out, not training pairs
     python -m eval.plots runs/dpo --label SimPER='runs/simper-*'    # several seeds, one line
-    python -m eval.plots --radar results/a results/b --output radar.png   # MT-Bench, by category
 
 The paper's view of training: mean log-prob per token of the chosen and of the rejected responses,
 the margin between them, and how hard the loss pulls at each side (gradient weights, see
@@ -16,7 +15,6 @@ have 95 % intervals over the pairs. A .png is written with a .pdf beside it. Nee
 """
 
 import itertools
-import json
 import math
 import operator
 import re
@@ -60,7 +58,6 @@ STYLE = {
     "pdf.fonttype": 42,  # text that can be searched
 }
 DIRECT, BESIDE = 8, 24  # labels, and their characters, that find room beside a panel, not below
-CATEGORIES = "writing roleplay reasoning math coding extraction stem humanities".split()
 METRICS = {
     "mean log-prob, chosen": "logps/chosen",
     "mean log-prob, rejected": "logps/rejected",
@@ -88,10 +85,7 @@ def read_run(run: str, heldout: bool = False) -> list[dict]:
 
 @contextmanager
 def new_figure(
-    path: str | Path,
-    titles: list[str],
-    panel_size: tuple[float, float] = (2.4, 2.2),
-    projection: str | None = None,
+    path: str | Path, titles: list[str], panel_size: tuple[float, float] = (2.4, 2.2)
 ) -> Iterator[list]:
     """One matplotlib axes for each title, at most three in a row, to draw on. When the block ends,
     the figure gets a legend of all labels and is saved to `path`, a .png also as a .pdf.
@@ -114,8 +108,7 @@ def new_figure(
     with matplotlib.rc_context(STYLE):
         figure = pyplot.figure(figsize=size, layout="constrained")
         for place, title in enumerate(titles, 1):
-            axis = figure.add_subplot(rows, columns, place, projection=projection)
-            axis.set_title(title)
+            figure.add_subplot(rows, columns, place).set_title(title)
         yield figure.axes
         handles = {}
         for axis in figure.axes:
@@ -255,39 +248,10 @@ def plot(
                     label_lines(axis, ends[axis])
 
 
-def radar_figure(scores: dict[str, dict[str, float]], path: str | Path) -> None:
-    """MT-Bench's mean score in each category, {model: scores of mt_bench.json}, a line for each
-    model. Raises InputError if matplotlib is not installed."""
-    names = [n for n in next(iter(scores.values())) if n in CATEGORIES]
-    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-    with new_figure(path, [""], (3.3, 3.3), projection="polar") as (axis,):
-        for (model, values), style in zip(scores.items(), line_styles(scores).values()):
-            line = [values.get(name, np.nan) for name in names]
-            axis.plot([*angles, angles[0]], [*line, line[0]], label=model, **style)
-        axis.set_xticks(angles, names)
-        axis.tick_params(axis="x", pad=14)  # the names stand beside the circle, not on it
-        axis.set_ylim(0, 10)
-
-
-def scores_of(file: Path) -> dict[str, float]:
-    """Of a result that write_result wrote. Raises InputError if it is none."""
-    try:
-        return {
-            name: float(score) for name, score in json.loads(file.read_text())["scores"].items()
-        }
-    except FileNotFoundError:
-        raise InputError(f"{file}: there is no such file") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{file} is damaged: evaluate again") from None
-
-
 def main() -> None:
     parser = make_parser(__doc__, "--label")
     parser.add_argument(
-        "runs",
-        nargs="*",
-        metavar="RUN",
-        help="output_dir of a run, or a metrics.jsonl; with --radar, a model's results",
+        "runs", nargs="*", metavar="RUN", help="output_dir of a run, or a metrics.jsonl"
     )
     parser.add_argument(
         "--output", default="dynamics.png", help="file to write, .png, .svg or .pdf"
@@ -295,7 +259,6 @@ def main() -> None:
     parser.add_argument(
         "--heldout", action="store_true", help="the evaluations instead of the training steps"
     )
-    parser.add_argument("--radar", action="store_true", help="MT-Bench's scores by category")
     parser.add_argument(
         "--smooth", type=at_least(1), help="steps; by default a tenth. 1: not at all"
     )
@@ -304,20 +267,12 @@ def main() -> None:
         raise InputError(f"--output {args.output}: its name must end with .png, .svg or .pdf")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     try:
-        if args.radar:
-            if args.label or not args.runs:
-                raise InputError("--radar draws folders of results, and takes no --label")
-            files = {Path(run).name: Path(run) / "mt_bench.json" for run in args.runs}
-            if len(files) < len(args.runs):
-                raise InputError("two of the folders have the same name, which is their label")
-            radar_figure({name: scores_of(file) for name, file in files.items()}, args.output)
-        else:
-            groups = {run: [run] for run in args.runs} | matching(args.label)
-            curves = {n: [read_run(run, args.heldout) for run in g] for n, g in groups.items()}
-            if not curves:
-                raise InputError("give the folders of runs, or --label NAME=PATTERN")
-            window = 1 if args.heldout else max(len(runs[0]) for runs in curves.values()) // 10
-            plot(curves, args.output, window=args.smooth or window or 1)
+        groups = {run: [run] for run in args.runs} | matching(args.label)
+        curves = {n: [read_run(run, args.heldout) for run in g] for n, g in groups.items()}
+        if not curves:
+            raise InputError("give the folders of runs, or --label NAME=PATTERN")
+        window = 1 if args.heldout else max(len(runs[0]) for runs in curves.values()) // 10
+        plot(curves, args.output, window=args.smooth or window or 1)
     except KeyError as error:
         raise InputError(
             f"a run has no metric {error}: it was logged by an older version"

@@ -34,8 +34,6 @@ from runtime.reference import response_logps
 from runtime.rows import load_rows, split_sources
 from runtime.weights import load_tokenizer, resolve_model
 
-IMPLICIT = {"accuracy_implicit", "implicit_reward/margin"}  # the reference itself has none
-
 
 def load_pairs(source: str, model: str, **options) -> DataSet:
     """The pairs of the sources, tokenized for the model. options: of load_data. Raises InputError
@@ -79,7 +77,7 @@ def score(
 def pair_values(
     sums: np.ndarray, lengths: np.ndarray, reference: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Of which `score` gives the means: {name: (pairs,)}."""
+    """The values whose means `score` gives: {name: (pairs,)}."""
     means = sums / lengths
     inverse = np.exp(means)
     values = {"accuracy": means[:, 0] > means[:, 1], "accuracy_sum": sums[:, 0] > sums[:, 1]}
@@ -201,8 +199,7 @@ def main() -> None:
             for (source, row), logps, length in zip(places, sums.tolist(), lengths.tolist()):
                 line = {"source": source, "row": row, "logps": logps, "lengths": length}
                 print(json.dumps(line), file=file)
-        lacking = {} if reference is None else dict.fromkeys(IMPLICIT - scores.keys())
-        columns[name], inverse[name] = (scores | lacking, errors), np.exp(sums / lengths)
+        columns[name], inverse[name] = (scores, errors), np.exp(sums / lengths)
         items.append(pair_values(sums, lengths, reference))
         seen.append(places)
     dist.destroy_process_group()

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.leaderboard import BENCHMARKS
 from eval.results import (
     AGAINST,
     Difference,
@@ -36,10 +37,7 @@ from eval.results import (
 from runtime.command_line import run_command
 from runtime.errors import InputError
 
-LEADERBOARD = (
-    "MMLU-Pro", "IFEval", "BBH", "GPQA", "MuSR", "MATH", "GSM8K", "ARC-Challenge", "TruthfulQA",
-    "Winogrande",
-)  # fmt: skip
+LEADERBOARD = [*BENCHMARKS]
 HEAD_TO_HEAD = "Win rate against another model's answers"
 NO_RESULT = {"scores": {}}
 RUNS = 5  # of a method, of which fewer tell no interval: it would have to be several times as wide
@@ -68,7 +66,7 @@ TABLES = {
 # The settings that must be equal for scores to be compared.
 DECODING = ("temperature", "top_p", "max_new_tokens", "template_args")
 CONDITIONS = {
-    "alpaca_eval2": ("annotator", "judge_model", "judge_version", "reference_sha256", *DECODING),
+    "alpaca_eval2": ("annotator", "judge", "judge_version", "reference_sha256", *DECODING),
     "mt_bench": ("judge", "judge_version", "reference", "repeats"),
     "win_rate": ("judge", "judge_version", "orders", "data_sha256", "num_prompts", *DECODING),
     "preference": ("data", "max_length", "max_prompt_length", "truncation"),

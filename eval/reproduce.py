@@ -160,8 +160,8 @@ def write_prompts(reference: str, path: Path, limit: int) -> None:
 def needs(
     setup: str, models: list[str], rates: list[float], args, flags: list[str]
 ) -> tuple[str, int]:
-    """What it takes, predicted: disk in GB and hours, by part; and the bytes of them that training
-    writes to output_dir. Raises InputError if the GPUs do not hold the training."""
+    """The predicted disk (GB) and hours of each part, as text; and how many bytes training writes
+    to output_dir. Raises InputError if the GPUs do not hold the training."""
 
     @functools.cache
     def parameters(name: str) -> int:
@@ -233,7 +233,8 @@ def win_rate(model: str, other: str, decoding: dict, args, *more: str) -> list[s
 
 
 def read_by(args, model: str) -> tuple[Path, ...]:
-    """What an answer of the model depends on that an earlier stage may write anew."""
+    """The files that an answer of the model depends on and that an earlier stage may rewrite: the
+    prompts and the weights."""
     return args.output_dir / "alpaca_eval.jsonl", *sorted(Path(model).glob("*.safetensors"))
 
 

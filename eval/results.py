@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import yaml
 
-from eval.judge import TIMEOUT, URL
+from eval.judge import MODEL, TIMEOUT, URL
 from runtime.cache import file_digest
 from runtime.errors import InputError
 from runtime.intervals import FEW, t_quantile
@@ -65,8 +65,14 @@ SHARED_ARGUMENTS = {
     "--batch_size": {"type": at_least(1), "default": 8, "help": "prompts at once; vllm: not used"},
     "--template_args": {"default": "", "metavar": "NAME=VALUE,...", "help": "as for train.py"},
     "--seed": {"type": at_least(0), "default": 0, "help": "of sampling"},
+    "--num_prompts": {"type": at_least(0), "help": "spread over the data; 0: all"},
+    "--max_new_tokens": {"type": at_least(1), "help": "longest answer"},
+    "--temperature": {"type": at_least(0, float), "help": "0 is greedy"},
+    "--top_p": {"type": float, "default": 1.0, "help": "share of the probability to sample from"},
+    "--limit": {"type": at_least(0), "default": 0, "help": "a quick look at the first N; 0: all"},
     "--columns": {"default": "", "metavar": "NAME=COLUMN,...", "help": "as for train.py"},
     "--generate_only": {"action": "store_true", "help": "stop before the judge"},
+    "--judge": {"default": MODEL, "help": "the judge's name at its endpoint"},
     "--judge_base_url": {
         "type": endpoint,
         "default": URL,
@@ -79,6 +85,7 @@ SHARED_ARGUMENTS = {
         "metavar": "SECONDS",
         "help": "that a reply may take",
     },
+    "--workers": {"type": at_least(1), "default": 8, "help": "calls of the judge at a time"},
     "--output_dir": {"default": "results", "help": "folder of all models' results"},
     "--label": {
         "action": "append",
@@ -88,9 +95,12 @@ SHARED_ARGUMENTS = {
     },
     "--wandb": {"choices": ["off", "online", "offline"], "default": "off", "help": "log scores"},
 }
-JUDGE = ("--judge_base_url", "--judge_timeout")
+JUDGE = ("--judge", "--judge_base_url", "--judge_timeout", "--generate_only")
+JUDGE += ("--output_dir", "--wandb")  # of every command that asks a judge
 AGAINST = "win_rate_against_"  # the benchmark is this and the other model's name
 GENERATION = ("--engine", "--engine_args", "--batch_size", "--seed", "--template_args")
+# Whose defaults each command sets, but for that of --top_p.
+SAMPLING = ("--num_prompts", "--max_new_tokens", "--temperature", "--top_p")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -160,13 +170,6 @@ def start_model(model: str) -> str:
     """The model that training started from, by the config.yaml of the run whose final/ `model` is;
     of any other model the model itself."""
     return run_config(model).get("model", model)
-
-
-def made_by(model: str) -> dict[str, str]:
-    """The digest of the code and the commit of the run whose final/ `model` is; {} for any other
-    model."""
-    config = run_config(model)
-    return {name: config[name] for name in ("code", "commit") if name in config}
 
 
 def matching(labels: list[str]) -> dict[str, list[str]]:
@@ -315,7 +318,9 @@ def write_result(
         "model_sha256": model_fingerprint(resolve_model(model)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    result |= {"run": run} if (run := made_by(model)) else {}
+    config = run_config(model)
+    if run := {name: config[name] for name in ("code", "commit") if name in config}:
+        result["run"] = run
     if items:
         path = folder / f"{benchmark}.items.json"
         write_whole(path, json.dumps(items) + "\n")

@@ -167,7 +167,7 @@ def summary(
 def item_values(
     answers: list[tuple[str, bool]], scores: list[float], threshold: float
 ) -> dict[str, list[float]]:
-    """Of which `summary` gives the means: {name: a value for each answer}."""
+    """The values whose means `summary` gives: {name: a value for each answer}."""
     return {
         "score": scores,
         f"share above {threshold:g}": [float(score > threshold) for score in scores],

@@ -16,11 +16,10 @@ from runtime.weights import load_tokenizer, resolve_model
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "--columns")
+    parser = make_parser(__doc__, "--columns", "--template_args")
     parser.add_argument("data", help="sources as for --train_data")
     parser.add_argument("--model", default="demo", help="hub id or folder whose tokenizer to use")
     parser.add_argument("--chat_template", default="", help="as for train.py")
-    parser.add_argument("--template_args", default="", help="as for train.py")
     parser.add_argument("--num_pairs", type=int, default=2, help="rows to print")
     parser.add_argument("--max_length", type=int, default=2048, help="as for train.py")
     parser.add_argument("--max_prompt_length", type=int, default=1800, help="as for train.py")

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from eval.generate import answer, load_engine, load_prompts, sampling_options, short_name
-from eval.judge import MODEL, Judge, ask_all, endpoint_name, judge_versions, open_judge
+from eval.judge import Judge, ask_all, endpoint_name, judge_versions, open_judge
 from eval.results import (
     AGAINST,
     GENERATION,
     JUDGE,
-    at_least,
+    SAMPLING,
     by_item,
     file_sha256,
     make_parser,
@@ -93,8 +93,8 @@ def judge_prompt(prompt: list | str, ours: str, other: str, place: str) -> str:
 
 
 def parse_verdict(judgment: str) -> str:
-    """ "A", "B" or "TIE": the last line, also in the form of these examples; "" if it is none of
-    them, as where it names both.
+    """The verdict in the last line, alone or in a sentence as below: "A", "B" or "TIE"; "" if there
+    is none, or if it names both.
 
     >>> [parse_verdict(line) for line in ("**A**", "Answer: B", "It is a tie.", "A > B")]
     ['A', 'B', 'TIE', '']
@@ -214,26 +214,13 @@ def odds_interval(rate: float, error: float, count: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    shared = ("--columns", "--generate_only", *JUDGE, "--output_dir", "--wandb")
-    parser = make_parser(__doc__, *GENERATION, *shared)
-    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    parser = make_parser(__doc__, "model", *GENERATION, *SAMPLING, "--columns", *JUDGE, "--workers")
+    parser.set_defaults(num_prompts=256, max_new_tokens=256, temperature=1.0)
     parser.add_argument(
         "other", nargs="?", metavar="OTHER", help="the model to win against; else chosen responses"
     )
     parser.add_argument(
         "--data", required=True, help="preference data, as for train.py; with OTHER also prompts"
-    )
-    parser.add_argument(
-        "--num_prompts", type=at_least(0), default=256, help="spread over the data; 0: all"
-    )
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=256, help="longest answer")
-    parser.add_argument("--temperature", type=at_least(0, float), default=1.0, help="0 is greedy")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="share of the probability to sample from"
-    )
-    parser.add_argument("--judge", default=MODEL, help="the judge's name at its endpoint")
-    parser.add_argument(
-        "--workers", type=at_least(1), default=8, help="calls of the judge at a time"
     )
     args = parser.parse_args()
 
@@ -279,7 +266,7 @@ def main() -> None:
     by_prompt = prompt_scores(judgments)
     counted = [score for score in by_prompt if score is not None]
     if len(counted) < 2:
-        raise InputError(f"none or one of the prompts has two verdicts: look at {path}")
+        raise InputError(f"fewer than two prompts have a verdict in both orders: look at {path}")
     errors = {"win_rate": 100 * statistics.stdev(counted) / math.sqrt(len(counted))}
     scores = {"win_rate": 100 * statistics.mean(counted)}
     known = [i for i, score in enumerate(by_prompt) if score is not None]

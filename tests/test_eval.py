@@ -743,7 +743,7 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
         return choose(request)
 
     with judge_server(reply, True) as (url, requests):
-        flags = ("--judge_base_url", url, "--judge_model", "mock")
+        flags = ("--judge_base_url", url, "--judge", "mock")
         spent = alpaca_eval2(alpaca, model_folder, output, *flags, OPENAI_API_KEY="sk-secret")
         (line,) = (line for line in spent.stderr.splitlines() if line.startswith("error: "))
         assert spent.returncode == 1 and "You exceeded your current quota" in line
@@ -783,7 +783,7 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
     assert 0 < scores["length_controlled_winrate"] < 100 and scores["unjudged"] == 1
     assert "1 of 805 got no readable judgment" in done.stdout
     assert re.search(rf"^win rate +{scores['win_rate']:.2f} % ±", done.stdout, re.MULTILINE)
-    assert result["settings"]["judge_model"] == "mock" and "alpaca_eval" in result["versions"]
+    assert result["settings"]["judge"] == "mock" and "alpaca_eval" in result["versions"]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert all(b"sk-secret" not in path.read_bytes() for path in files)
 
@@ -793,7 +793,6 @@ def test_alpaca_eval_reports_what_is_missing_before_it_starts(alpaca, model_fold
         judge, no_cache = ["--judge_base_url", url], {"HF_HUB_CACHE": str(tmp_path / "none")}
         for environment, flags, message in (
             ({}, ["--judge_base_url", "http://127.0.0.1:9/v1"], "the judge meta-llama/Llama-3.3"),
-            ({}, [*judge, "--annotator", "x"], "there is no annotator x; .* weighted_alpaca"),
             (no_cache, judge, "df_gamed.csv of tatsu-lab/alpaca_eval"),
         ):
             done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags, **environment)
@@ -807,7 +806,7 @@ def test_two_processes_do_not_pay_alpaca_evals_judge(alpaca, model_folder, tmp_p
     folder.mkdir(parents=True)
     lock = lock_folder(folder)  # as the first does
     with judge_server(choose) as (url, requests):
-        flags = ("--judge_base_url", url, "--judge_model", "mock")
+        flags = ("--judge_base_url", url, "--judge", "mock")
         done = alpaca_eval2(alpaca, model_folder, tmp_path, *flags)
     os.close(lock)
     assert done.returncode == 1 and "another run is writing to it" in done.stderr
@@ -974,7 +973,7 @@ def test_mt_bench(mt_bench_data, model_folder, tmp_path):
     assert result["settings"]["top_k"] == 50  # transformers' own: the model has none
     assert {read_lines(path)[0]["top_k"] for path in folder.glob("answers/*.jsonl")} == {50}
     assert scores["unparsable"] == 2 and result["settings"]["spread_over_repeats"]["score"] == 0
-    assert (folder / "radar.png").stat().st_size > 10_000 and "2 of 160 judgments" in again.stdout
+    assert "2 of 160 judgments" in again.stdout
     fastchat = importlib.util.find_spec("fastchat")
     if fastchat:
         script = Path(fastchat.origin).parent / "llm_judge" / "show_result.py"
