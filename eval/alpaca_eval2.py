@@ -302,8 +302,8 @@ def main() -> None:
     print(f"{'mean length (characters)':<28}{metrics['avg_length']:>8.0f}")
     if metrics["unjudged"]:
         print(
-            f"{metrics['unjudged']} of 805 got no readable judgment and do not count; the "
-            "same command asks for them again"
+            f"{metrics['unjudged']} of {len(prompts)} got no readable judgment and do not count; "
+            "the same command asks for them again"
         )
 
 

@@ -22,11 +22,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -277,6 +279,11 @@ def become_python(words: list[str], cwd: Path, environment: dict, out: Path, err
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    if home := environment.get("HF_HOME"):  # read when the libraries were imported
+        environment = {"HF_HUB_CACHE": f"{home}/hub"} | environment
+        datasets.config.HF_DATASETS_CACHE = Path(home) / "datasets"
+        datasets.config.HF_MODULES_CACHE = f"{home}/modules"
+    huggingface_hub.constants.HF_HUB_CACHE = environment.get("HF_HUB_CACHE", HF_HUB_CACHE)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

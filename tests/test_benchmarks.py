@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_config, make_model, write_pairs
+from conftest import make_config, make_model, run_python, write_pairs
 from test_recipes import MODELS, RECIPES
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,17 +124,15 @@ def test_throughput_measures_the_same_computation(model_folder, tmp_path):
     """The whole benchmark on a tiny model: train.py's steps and the textbook's. It stops if a
     figure differs."""
     data, log = write_pairs(tmp_path / "pairs.jsonl", 20), tmp_path / "log.jsonl"
-    command = [sys.executable, ROOT / "benchmarks" / "throughput.py", "--model", model_folder]
-    command += ["--data", data, "--pairs", "4", "--max_length", "96", "--repeats", "1"]
-    command += ["--arms", "simper", "textbook", "simper,ranks=2,micro_batch_tokens=150"]
-    command += ["textbook,pairs_a_forward=2", "--log", log]
-    done = subprocess.run(command, capture_output=True, text=True)
+    flags = ["--model", model_folder, "--data", data, "--pairs", "4", "--max_length", "96"]
+    flags += ["--repeats", "1", "--log", log, "--arms", "simper", "textbook,pairs_a_forward=2"]
+    flags += ["simper,ranks=2,micro_batch_tokens=150"]
+    done = run_python("benchmarks/throughput.py", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"^\| textbook \| \d", done.stdout, re.MULTILINE)
-    simper, textbook, ranks, parts = map(json.loads, log.read_text().splitlines())
+    assert re.search(r"^\| textbook,pairs_a_forward=2 \| \d", done.stdout, re.MULTILINE)
+    simper, textbook, ranks = map(json.loads, log.read_text().splitlines())
     assert len(simper["steps"]) == len(textbook["steps"]) == len(ranks["steps"]) == 3
     assert simper["steps"][2]["loss"] == pytest.approx(textbook["steps"][2]["loss"], rel=1e-4)
-    assert parts["steps"][2]["loss"] == pytest.approx(textbook["steps"][2]["loss"], rel=1e-4)
     textbook["steps"][2]["grad_norm"] *= 1.01
     with pytest.raises(ValueError, match="step 3: grad_norm"):
         check_agreement({"simper": simper, "textbook": textbook})

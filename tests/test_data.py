@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, make_tokenizer
+from conftest import CHATML, make_tokenizer, run_python
 from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -1018,11 +1018,10 @@ def test_a_micro_batch_moves_as_a_whole():
 def test_the_command_line_shows_tokens_and_statistics_or_one_line_of_error(write, tmp_path):
     CHAT.save_pretrained(tmp_path / "tokenizer")
     source = write([TEXT, TEXT | {"chosen": "plus plus plus"}, TEXT | {"rejected": ""}])
-    command = [sys.executable, "-m", "eval.show_pairs", "--num_pairs", "1"]
-    command += ["--model", tmp_path / "tokenizer"]
-    where = {"cwd": Path(data.__file__).parent, "capture_output": True, "text": True}
+    flags = ["--num_pairs", "1", "--model", tmp_path / "tokenizer"]
     shown, failed = (
-        subprocess.run([*command, argument], **where) for argument in (source, "nowhere.jsonl")
+        run_python("-m", "eval.show_pairs", *flags, argument)
+        for argument in (source, "nowhere.jsonl")
     )
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines() == [

@@ -43,14 +43,6 @@ from runtime.weights import tokenizer_digests
 ROOT = Path(__file__).parent.parent
 
 
-def new_python(*args, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
-    """run_python, with an environment that libraries read when they are imported."""
-    words = [sys.executable, *map(str, args)]
-    return subprocess.run(
-        words, cwd=cwd, env=os.environ | environment, capture_output=True, text=True
-    )
-
-
 def command(module: str, *args, **options) -> subprocess.CompletedProcess:
     return run_python("-m", f"eval.{module}", *args, **options)
 
@@ -653,6 +645,9 @@ def test_a_judge_is_asked_as_its_endpoint_wants_it():
     assert judge.options["max_tokens"] == 1 and judge.options["temperature"] == 1
 
 
+INSTRUCTIONS = 205  # of the 805, whose digest the tests replace
+
+
 def preference_of(i: int) -> float:
     """The probability, by the judge of these tests, that answer i is better than the
     reference's."""
@@ -674,7 +669,7 @@ def choose(request: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def alpaca(tmp_path_factory) -> Path:
-    """A folder with a reference of 805 instructions, and the hub's df_gamed.csv in a cache, both in
+    """A folder with a reference of INSTRUCTIONS, and the hub's df_gamed.csv in a cache, both in
     the official schema."""
     folder = tmp_path_factory.mktemp("alpaca")
     rows = [
@@ -684,7 +679,7 @@ def alpaca(tmp_path_factory) -> Path:
             "output": "reference answer" + " x" * (i % 7),
             "generator": "r",
         }
-        for i in range(805)
+        for i in range(INSTRUCTIONS)
     ]
     (folder / "reference.json").write_text(json.dumps(rows))
     cache = folder / "hub" / "datasets--tatsu-lab--alpaca_eval"
@@ -696,7 +691,7 @@ def alpaca(tmp_path_factory) -> Path:
         writer = csv.writer(file)
         writer.writerow(header.split())
         for model, sign in (("concise", -1), ("verbose", 1)):
-            for i in range(805):
+            for i in range(INSTRUCTIONS):
                 preference, longer = 0.5 + 0.2 * sign, sign * (0.5 + i % 3)
                 writer.writerow([model, i, preference, longer, (i % 11 - 5) / 5, False])
     return folder
@@ -715,7 +710,7 @@ run_command(a.main)
 """
     flags = ["--reference", alpaca / "reference.json", "--output_dir", output, *flags]
     environment = {"HF_HUB_CACHE": str(alpaca / "hub"), "OPENAI_API_KEY": ""} | environment
-    return new_python("-c", code, model, "--batch_size", 256, *flags, **environment)
+    return run_python("-c", code, model, "--batch_size", 256, *flags, **environment)
 
 
 def instructions_sha256(alpaca: Path) -> str:
@@ -724,7 +719,7 @@ def instructions_sha256(alpaca: Path) -> str:
 
 
 def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
-    """The judge drops a connection, and its quota is spent after 300 judgments. When there is a new
+    """The judge drops a connection, and its quota is spent after 100 judgments. When there is a new
     one, the same command asks for the judgments that are missing. One prompt is always refused."""
     failing, output = True, os.path.relpath(tmp_path, ROOT)  # as the default is: relative
     asked_at_all = {"message": {"role": "assistant", "content": "m"}, "logprobs": {"content": [{}]}}
@@ -734,11 +729,11 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
             return 400, "Use 'max_completion_tokens' instead.", "unsupported_parameter"
         if "Answer with one letter" in request["messages"][-1]["content"]:
             return asked_at_all
-        if failing and len(requests) == 100:
+        if failing and len(requests) == 40:
             return None
-        if failing and len(requests) > 301:
+        if failing and len(requests) > 101:
             return 429, "You exceeded your current quota", "insufficient_quota"
-        if "instruction number 800" in request["messages"][-1]["content"]:
+        if "instruction number 200" in request["messages"][-1]["content"]:
             return 403, "It is against our policy.", "content_policy"
         return choose(request)
 
@@ -750,25 +745,25 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
         assert "Its judgments so far are kept in" in line and "Traceback" not in spent.stderr
         (kept,) = (tmp_path / "tiny" / "alpaca_eval2").glob("judgments-*.json")
         text = kept.read_text()
-        assert len(json.loads(text)) == 288  # written after every 32
+        assert len(json.loads(text)) == 96  # written after every 32
         kept.write_text(text[: len(text) // 2])  # killed while it wrote
         whole = kept.read_text().count("\n  },")
-        assert 100 < whole < 288
+        assert 40 < whole < 96
         failing, asked = False, len(requests)
         done = alpaca_eval2(alpaca, model_folder, output, *flags, OPENAI_API_KEY="sk-secret")
         assert done.returncode == 0, done.stderr[-3000:]
-        assert len(requests) - asked == 805 - whole
+        assert len(requests) - asked == INSTRUCTIONS - whole
     keys = ("model", "max_tokens", "max_completion_tokens", "top_logprobs", "logprobs")
     asked = {tuple(map(request.get, keys)) for request in requests}
     assert asked == {("mock", 1, None, 5, True), ("mock", None, 1, 5, True)}
     result = json.loads((tmp_path / "tiny" / "alpaca_eval2.json").read_text())
     scores = result["scores"]
-    preferences = [preference_of(i) for i in range(805) if i != 800]
+    preferences = [preference_of(i) for i in range(INSTRUCTIONS) if i != 200]
     assert scores["win_rate"] == pytest.approx(100 * np.mean(preferences), abs=1e-3)
     items = results.read_items(tmp_path / "tiny", result)["win_rate"]["values"]
-    assert items.pop(800) is None  # the judge refused it
+    assert items.pop(200) is None  # the judge refused it
     assert items == pytest.approx(100 * np.array(preferences), abs=1e-3)
-    error = 100 * np.std(preferences, ddof=1) / math.sqrt(804)
+    error = 100 * np.std(preferences, ddof=1) / math.sqrt(INSTRUCTIONS - 1)
     assert result["standard_errors"]["win_rate"] == pytest.approx(error, abs=1e-3)
     official = (tmp_path / "tiny" / "alpaca_eval2").rglob("leaderboard.csv")
     official = next(csv.DictReader(next(official).read_text().splitlines()))
@@ -777,11 +772,11 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
     assert result["settings"]["judge_version"] == "mock"
     outputs = json.loads((tmp_path / "tiny" / "alpaca_eval2" / "outputs.json").read_text())
     instructions = [row["instruction"] for row in outputs]
-    assert instructions == [f"instruction number {i}" for i in range(805)]
+    assert instructions == [f"instruction number {i}" for i in range(INSTRUCTIONS)]
     assert {tuple(row) for row in outputs} == {("dataset", "instruction", "output", "generator")}
     assert scores["avg_length"] == int(np.mean([len(row["output"]) for row in outputs]))
     assert 0 < scores["length_controlled_winrate"] < 100 and scores["unjudged"] == 1
-    assert "1 of 805 got no readable judgment" in done.stdout
+    assert f"1 of {INSTRUCTIONS} got no readable judgment" in done.stdout
     assert re.search(rf"^win rate +{scores['win_rate']:.2f} % ±", done.stdout, re.MULTILINE)
     assert result["settings"]["judge"] == "mock" and "alpaca_eval" in result["versions"]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -833,8 +828,8 @@ def test_alpaca_eval_refuses_other_rows(alpaca, tmp_path, monkeypatch):
     path = tmp_path / "outputs.json"
     swapped = [rows[1], rows[0], *rows[2:]]
     for wrong, message in (
-        (swapped, "its 805 instructions are not the 805"),
-        (rows[:-1], "its 804 instructions are not the 805"),
+        (swapped, "its 205 instructions are not the 805"),
+        (rows[:-1], "its 204 instructions are not the 805"),
         ([{**rows[0], "generator": "other"}, *rows[1:]], "must have one generator"),
         ([{"instruction": "a", "generator": "b"}], "entry 0 must have instruction, output"),
         ({"rows": rows}, "must be a JSON list"),
@@ -849,7 +844,7 @@ def test_alpaca_eval_refuses_other_rows(alpaca, tmp_path, monkeypatch):
 def test_the_official_instructions_have_the_pinned_fingerprint():
     path = ROOT.parent / "shared" / "data" / "alpaca_eval" / "gpt4_1106_preview_model_outputs.json"
     if path.exists():  # not in a user's clone
-        assert len(alpaca_eval2_module.load_outputs(str(path))) == 805
+        assert len(alpaca_eval2_module.load_outputs(str(path))) == INSTRUCTIONS
 
 
 # ---- MT-Bench ------------------------------------------------------------------------------------
@@ -1640,7 +1635,7 @@ def test_leaderboard_with_the_harness(tmp_path):
     def run(code: str, cache: str) -> subprocess.CompletedProcess:
         environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / cache)}
         environment |= {"NLTK_DATA": str(tmp_path / "nltk_data")}
-        return new_python("-c", LEADERBOARD_RUNS + code, cwd=tmp_path, **environment)
+        return run_python("-c", LEADERBOARD_RUNS + code, cwd=tmp_path, **environment)
 
     flags = "--benchmarks GSM8K GPQA Winogrande --apply_chat_template leaderboard --limit 1"
     quick = run(f"run('{flags}')", cache="one cache")

@@ -3,18 +3,15 @@ than where it belongs. (That only the expected wheel is unpacked: test_demo.py.)
 
 import gzip
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_tokenizer
+from conftest import make_tokenizer, run_python
 from safetensors.torch import load_file
 
 import train
@@ -161,24 +158,11 @@ def test_a_script_that_comes_with_data_is_not_run(marker, tmp_path, monkeypatch,
 def test_no_secret_is_written_or_printed(flags, tmp_path):
     names = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY")
     secrets = {name: f"{number}" * 40 for number, name in enumerate(names, 5)}
-    runs = {}
     for wandb in ("off", "offline"):
-        runs[wandb] = subprocess.Popen(
-            [
-                sys.executable,
-                "train.py",
-                *flags,
-                f"--wandb={wandb}",
-                f"--output_dir={tmp_path / wandb}",
-            ],
-            cwd=ROOT,
-            env=os.environ | secrets,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-    for wandb, process in runs.items():
-        printed = process.communicate()
-        assert process.returncode == 0, printed[1][-2000:]
+        where = f"--output_dir={tmp_path / wandb}"
+        done = run_python("train.py", *flags, f"--wandb={wandb}", where, **secrets)
+        assert done.returncode == 0, done.stderr[-2000:]
+        printed = done.stdout.encode(), done.stderr.encode()
         written = [path for path in (tmp_path / wandb).rglob("*") if path.is_file()]
         assert (tmp_path / wandb / "wandb").exists() == (wandb == "offline")
         for content in (*printed, *(path.read_bytes() for path in written)):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer, read_metrics, write_pairs
+from conftest import make_model, make_tokenizer, read_metrics, run_python, write_pairs
 
 from benchmarks import study
 from eval import plots
@@ -22,6 +22,11 @@ from runtime.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 WHOLE = {name: getattr(study, name) for name in ("ARMS", "LEARNING_RATES", "SEEDS")}
+
+
+def forked(command, env, **_) -> subprocess.CompletedProcess:
+    """subprocess.run of a python, as a fork."""
+    return run_python(*command[1:], **env)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,7 @@ def tiny_study(tmp_path_factory):
     command += ["--output_dir", str(folder / "runs"), "--jobs", "2"]
     arms = {"simpo x": {"loss": "simpo", "loss_args": "beta=1"}}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study.subprocess, "run", forked)
         patch.setattr(study, "RECIPE", folder / "recipe.yaml")
         patch.setattr(study, "demo_model", lambda: str(folder / "model"))
         patch.setattr(study, "ARMS", arms)
@@ -111,6 +117,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch):
     flags |= {"eval_data": "", "batch_size": 4, "max_steps": 4, "max_grad_norm": 1e30}
     flags |= {"max_length": 200, "max_prompt_length": 100}
     monkeypatch.setattr(study, "FLAGS", flags | {"warmup_ratio": 0, "wandb": "off"})
+    monkeypatch.setattr(study.subprocess, "run", forked)
     found = study.make_run("simper", 1e30, 0, tmp_path / "run", threads=1)
     assert re.match(r"step \d: gradient norm (nan|inf)", found["error"])
     monkeypatch.setitem(study.FLAGS, "batch_size", 40)
