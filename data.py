@@ -9,11 +9,10 @@ trained on, token by token.
 import functools
 import hashlib
 import heapq
-import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import datasets
@@ -26,19 +25,22 @@ from runtime.identity import code_digest
 from runtime.rows import (
     DROPPED,
     Dropped,
+    Missing,
     is_json,
     load_rows,
     map_rows,
-    parse_rows,
+    parse_row,
+    read_number,
+    rename,
     split_share,
     split_sources,
 )
 from runtime.templates import (
     THINKING,
+    End,
     as_messages,
     control_tokens,
     end_of_turn,
-    end_tokens,
     prompt_text,
     render_row,
     without_end,
@@ -61,15 +63,10 @@ def tokenize_text(tokenizer, text: str) -> list[int]:
 
 
 def tokenize_row(
-    tokenizer,
-    prompt: list | str,
-    answers: list[str],
-    end: tuple[int, str, str, str],
-    stops: list[int],
-    ended: bool = True,
+    tokenizer, prompt: list | str, answers: list[str], end: End, ended: bool = True
 ) -> list:
-    """Token ids of the prompt and of every response: 1 + K lists. prompt, answers: see parse_row;
-    end: see end_of_turn; stops: see end_tokens. Raises InputError as render_row.
+    """Token ids of the prompt and of every response: 1 + K lists. prompt, answers: see parse_row.
+    Raises InputError as render_row.
 
     A response is what follows the prompt (see render_row), up to and including one end-of-turn
     token, or, without `ended`, up to the answer's own last token. Its ids are those that follow the
@@ -77,12 +74,12 @@ def tokenize_row(
     the answer's first ones, those that follow a line break, so that the prompt keeps its ids. An
     answer without any text gives [].
     """
-    start, bodies = render_row(tokenizer, prompt, answers, end, stops)
+    start, bodies = render_row(tokenizer, prompt, answers, end)
     prompt_ids, line_break_ids = (tokenize_text(tokenizer, text) for text in (start, "\n"))
-    end_ids = [end[0]] if ended else []
+    end_ids = [end.token] if ended else []
 
     def tokenize_body(body: str) -> list[int]:
-        body += end[1] if ended else ""
+        body += end.before if ended else ""
         for before, before_ids in ((start, prompt_ids), ("\n", line_break_ids)):
             ids = tokenize_text(tokenizer, before + body)
             if ids[: len(before_ids)] == before_ids:
@@ -93,7 +90,8 @@ def tokenize_row(
 
 
 def has_control_tokens(tokenizer, prompt: list | str, answers: list[str], stops: list[int]) -> bool:
-    """Whether a text contains a control token. It becomes one, as it does at inference."""
+    """Whether a text spells a control token. The tokenizer turns it into that token, here as at
+    inference."""
     stop_texts = tokenizer.convert_ids_to_tokens(stops)
     texts = [message["content"] for message in as_messages(prompt)]
     texts += [without_end(answer, stop_texts) for answer in answers]
@@ -119,10 +117,10 @@ def truncate(ids: list[list], max_length: int, max_prompt_length: int) -> list[l
 def fit(tokenize, prompt: list | str, max_length: int, max_prompt_length: int) -> list[list]:
     """What is left of a row that exceeds max_length: the prompt loses its oldest turns, and never
     its BOS or system message; if that is not enough, responses are cut to what the prompt leaves
-    them. If one of them loses its end, all do: an end that is scored in the others alone would
-    teach when to stop by what was cut. tokenize: (prompt, whether responses have their end) → the
-    prompt's and the responses' token ids. Raises Dropped if the last question alone has more than
-    max_prompt_length tokens."""
+    them. If one of them loses its end, all do: otherwise only the shorter ones would keep an end,
+    and the model would learn to stop from where we cut. tokenize: (prompt, whether responses have
+    their end) → the prompt's and the responses' token ids. Raises Dropped if the last question
+    alone has more than max_prompt_length tokens."""
     while shorter := without_oldest_turn(prompt):
         prompt = shorter
         ids = tokenize(prompt, True)
@@ -145,46 +143,48 @@ def without_oldest_turn(prompt: list | str) -> list | str | None:
     if isinstance(prompt, str):
         start = prompt.find("\n\nHuman:", 1) if prompt.startswith("\n\nHuman:") else -1
         return prompt[start:] if start > 0 else None
-    roles = [message["role"] for message in prompt]
-    oldest = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
-    later = next((i for i in range(oldest + 1, len(roles)) if roles[i] == "user"), None)
-    if later is None:
+    turns = [i for i, message in enumerate(prompt) if message["role"] != "system"]
+    later = [i for i in turns[1:] if prompt[i]["role"] == "user"]
+    if not later:
         return None
-    system = [message for message in prompt[:later] if message["role"] == "system"]
-    first, *rest = [*system, *prompt[later:]]
+    system = [message for message in prompt[: later[0]] if message["role"] == "system"]
+    first, *rest = [*system, *prompt[later[0] :]]
     tools = {name: value for name, value in prompt[0].items() if name == "tools"}
     return [first | tools, *rest]
 
 
-def prepare_rows(
-    batch: dict[str, list], indices: list[int], source: str, how: dict, **more
-) -> dict[str, list]:
+def prepare_rows(batch: dict[str, list], indices: list[int], source: str, **how) -> dict[str, list]:
     """Rows of a source → the columns of a DataSet, and `status`: whole, truncated, or why a row is
-    dropped. indices: of the rows; how: see parse_rows; more: see prepare_row. Raises InputError,
-    naming source and row."""
-    prepared = []
-    for index, parsed in zip(indices, parse_rows(batch, indices, source, **how)):
-        prepared.append({"source": source, "row": index} | prepare_row(*parsed, **more))
+    dropped. indices: of the rows; how: see prepare_row. Raises InputError, naming source and row.
+    """
+    prepared, place = [], f"{source}, rows {indices[0]} to {indices[-1]}"
+    try:
+        for index, values in zip(indices, zip(*batch.values())):
+            place = f"{source}, row {index}"
+            row = {name: value for name, value in zip(batch, values) if value is not Missing}
+            prepared.append({"source": source, "row": index} | prepare_row(row, **how))
+    except Exception as error:
+        raise InputError(f"{place}: {error}") from None
     return {name: [row[name] for row in prepared] for name in prepared[0]}
 
 
 def prepare_row(
-    place: str, numbers: list[float], prompt, answers, tokenizer, end, stops, limits
+    row: dict, names, columns: str, verbatim: bool, tokenizer, end: End, limits
 ) -> dict:
-    """What parse_rows gives of a row → its token ids, status, and `facts`, each 0 or 1: whether a
-    text contains a control token; whether the prompt is the one without thinking, where the
-    template's default is another; whether truncation has taken the prompt's beginning, its BOS, and
-    the end of each response. end, stops: see tokenize_row; limits: truncation, max_length and
-    max_prompt_length of Config."""
-    ids, status, facts = [[]], "refused by template", []
-    truncation, max_length, max_prompt_length = limits
+    """One row → its token ids, status, the numbers in its columns `names`, and `facts`, each 0 or
+    1: whether a text contains a control token; whether the prompt has thinking switched off,
+    although the template's default is on; whether truncation has taken the prompt's beginning, its
+    BOS, and the end of each response. columns: see rename; verbatim: see parse_row; limits:
+    truncation, max_length and max_prompt_length of Config."""
+    ids, facts, (truncation, max_length, max_prompt_length) = [[]], [], limits
+    row = rename(row, columns)
+    numbers = [read_number(row, name) for name in names]
 
     def tokenize(prompt: list | str, ended: bool = True) -> list:
-        return tokenize_row(tokenizer, prompt, answers, end, stops, ended)
+        return tokenize_row(tokenizer, prompt, answers, end, ended)
 
     try:
-        if isinstance(answers, str):  # the reason why the row is dropped
-            raise Dropped(answers)
+        prompt, answers = parse_row(row, verbatim)
         ids = whole = tokenize(prompt)
         status = "whole"
         if all(whole) and row_length(whole) > max_length:
@@ -197,24 +197,26 @@ def prepare_row(
                 ids = fit(tokenize, prompt, max_length, max_prompt_length)
         if not all(ids):
             raise Dropped("empty")
-        if any({*stops} & {*response[:-1]} for response in ids[1:]):
+        if any({*end.stops} & {*response[:-1]} for response in ids[1:]):
             raise Dropped("end of turn inside")
         if len({*map(tuple, ids[1:])}) < len(answers):  # no preference between two of them
             raise Dropped("identical")
         prompt_end, bos = tokenizer.decode(ids[0][-16:]), tokenizer.bos_token_id
         closed = any(closing in prompt_end for closing in THINKING.values())
-        facts = [has_control_tokens(tokenizer, prompt, answers, stops)]
+        facts = [has_control_tokens(tokenizer, prompt, answers, end.stops)]
         facts += [closed and whole[0] != tokenize_text(tokenizer, prompt_text(tokenizer, prompt))]
         facts += [len(ids[0]) < len(whole[0]), whole[0][0] == bos != ids[0][0]]
-        facts += [response[-1] != end[0] for response in ids[1:]]
+        facts += [response[-1] != end.token for response in ids[1:]]
     except Dropped as reason:
         status = str(reason)
-    except Exception as error:
+    except TemplateError:
         # In a few of HH's dialogues one side speaks twice; Gemma's and Mistral's templates want
         # the roles to alternate.
-        if not (isinstance(error, TemplateError) and str(prompt).startswith("\n\nHuman:")):
-            raise InputError(f"{place}: {error}") from None
+        if not str(prompt).startswith("\n\nHuman:"):
+            raise
+        status = "refused by template"
     tokens = {"prompt": ids[0], "responses": ids[1:], "lengths": [len(part) for part in ids]}
+    tokens["hashes"] = [hash(tuple(part)) for part in ids]
     return tokens | {"columns": numbers, "status": status, "facts": [*map(int, facts)]}
 
 
@@ -226,8 +228,9 @@ class DataSet:
     """Tokenized rows, and the order in which a run reads them.
 
     rows: columns prompt (list of int32 token ids), responses (K such lists), lengths (1 + K of
-        them: tokens of the prompt and of every response), columns (float64, one number for each of
-        `names`), source and row (where the row comes from, counted from 0)
+        them: tokens of the prompt and of every response), hashes (1 + K, likewise), columns
+        (float64, one number for each of `names`), source and row (where the row comes from, counted
+        from 0)
     names: the columns that the loss asks for
     schedule: schedule[step][m][rank] are the indices of the rows in the rank's micro-batch m
     reference: (rows, K) float32, summed log-probs of the responses under the starting model, for a
@@ -265,6 +268,11 @@ class DataSet:
         """(rows,) int64: tokens of every row, its prompt counted once."""
         return self.lengths.sum(axis=1)
 
+    @functools.cached_property
+    def spans(self) -> np.ndarray:
+        """(rows,) int64: tokens of every row's prompt and longest response."""
+        return self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)
+
     def cost(self, indices) -> int:
         """Tokens that a forward of the rows at `indices` computes: each prompt once, or, if
         `separate`, K times and with padding."""
@@ -274,9 +282,7 @@ class DataSet:
     @property
     def costs(self) -> np.ndarray:
         """(rows,) int64: cost of every row alone."""
-        prompts, responses = self.lengths[:, 0], self.lengths[:, 1:]
-        longest = self.responses * (prompts + responses.max(axis=1))
-        return longest if self.separate else self.tokens
+        return self.responses * self.spans if self.separate else self.tokens
 
     def spread(self, indices: Sequence[int], ranks: int, micro_batch_tokens: int) -> list:
         """spread_rows of these rows, by what they cost."""
@@ -290,7 +296,7 @@ class DataSet:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt + response."""
-        return int((self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)).max())
+        return int(self.spans.max())
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -361,25 +367,23 @@ def load_data(
     integers, text = datasets.List(datasets.Value("int32")), datasets.Value("string")
     features = {"prompt": integers, "responses": datasets.List(integers), "lengths": integers}
     features |= {"columns": datasets.List(datasets.Value("float64")), "source": text}
-    features |= {"row": datasets.Value("int64"), "status": text, "facts": integers}
-    parsing = {"numbers": [*numbers], "columns": columns}
-    tokenizing = {"end": end_of_turn(tokenizer), "stops": end_tokens(tokenizer)}
-    tokenizing |= {"limits": (truncation, max_length, max_prompt_length)}
+    features |= {"row": datasets.Value("int64"), "hashes": datasets.List(datasets.Value("int64"))}
+    features |= {"status": text, "facts": integers}
+    how = {"names": [*numbers], "columns": columns, "end": end_of_turn(tokenizer)}
+    how |= {"limits": (truncation, max_length, max_prompt_length)}
     # With the code: a fork that edits it never meets a stale cache.
-    code = code_digest(sys.modules[__name__])
-    what = (tokenizer_digests(tokenizer), parsing, tokenizing, code)
+    what = (tokenizer_digests(tokenizer), how, code_digest(sys.modules[__name__]))
     parts = []
     for source, share in map(split_share, split_sources(sources)):
         given = load_rows(source)
-        how = tokenizing | {"tokenizer": tokenizer, "source": source}
-        how["how"] = parsing | {"verbatim": is_json(given)}
+        more = {"tokenizer": tokenizer, "source": source, "verbatim": is_json(given)}
         key = hashlib.sha256(repr((given._fingerprint, source, *what)).encode()).hexdigest()[:32]
-        part = map_rows(given, prepare_rows, how, datasets.Features(features), key)
+        part = map_rows(given, prepare_rows, how | more, datasets.Features(features), key)
         if share < 1:
-            order, count = np.random.default_rng(seed).permutation(len(part)), len(part)
-            # A negative one is what 1 + share leaves.
-            first, rest = order[: round(share * count)], order[round((1 + share) * count) :]
-            drawn = first if share > 0 else rest
+            order = np.random.default_rng(seed).permutation(len(part))
+            # (Rounded: 1 - 0.9 is not 0.1, and a row would be in both parts.)
+            first = round(round(share if share > 0 else 1 + share, 9) * len(part))
+            drawn = order[:first] if share > 0 else order[first:]
             part = part.select(np.sort(drawn))
         parts.append(part)
     rows = datasets.concatenate_datasets(parts)
@@ -395,7 +399,7 @@ def load_data(
         raise InputError(f"no pairs are left: {report}")
     rows = rows.select(kept)
     facts = flat_column(rows.select_columns("facts").with_format("arrow")[:], "facts")
-    data = DataSet(rows.remove_columns(["status", "facts"]), parsing["numbers"], report=report)
+    data = DataSet(rows.remove_columns(["status", "facts"]), how["names"], report=report)
     lengths = rows.select_columns("lengths").with_format("arrow")[:]["lengths"].combine_chunks()
     counts = lengths.value_lengths().to_numpy() - 1
     if others := np.flatnonzero(counts != counts[0]).tolist():
@@ -416,33 +420,15 @@ def load_data(
 def overlaps(data: DataSet, heldout: DataSet | None) -> str:
     """A sentence on rows that are there twice, on pairs that contradict each other, and on prompts
     that the held-out rows share with those of training."""
-    prompts, rows = set(), Counter()
-    for prompt, responses in row_keys(data):
-        prompts.add(prompt)
-        rows[prompt, responses] += 1
+    rows = Counter(map(tuple, data.rows["hashes"][:]))
     twice = sum(rows.values()) - len(rows)
-    exchanged = sum((p, r[::-1]) in rows for p, r in rows) // 2 if data.responses == 2 else 0
+    exchanged = sum((p, *r[::-1]) in rows for p, *r in rows) // 2 if data.responses == 2 else 0
     text = f"{twice} rows are repeated, {exchanged} pairs are also there the other way round"
     if heldout:
-        shared = sum(prompt in prompts for prompt, _ in row_keys(heldout))
+        prompts = {prompt for prompt, *_ in rows}
+        shared = sum(prompt in prompts for prompt, *_ in heldout.rows["hashes"][:])
         text += f"; {shared} of {len(heldout.rows)} held-out prompts are also in training"
     return text
-
-
-def row_keys(data: DataSet) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Of every row, the hashes of its prompt's and of its responses' token ids."""
-    sizes = iter(data.lengths)
-    for table in data.rows.with_format("arrow").iter(batch_size=1000):
-        values = flat_column(table, "prompt"), flat_column(table, "responses")
-        places = [0, 0]
-        for lengths in itertools.islice(sizes, len(table)):
-            parts = []
-            for number, length in enumerate(lengths):
-                kind = min(number, 1)
-                part = values[kind][places[kind] : places[kind] + length]
-                parts.append(hash(part.tobytes()))
-                places[kind] += length
-            yield parts[0], tuple(parts[1:])
 
 
 def flat_column(table, name: str) -> np.ndarray:
@@ -486,10 +472,8 @@ class Schedule(Sequence):
         if count < size:
             raise InputError(f"{count} pairs do not fill one batch: lower batch_size={size}")
         self.steps = config.max_steps or config.num_epochs * (count // size)
-        if self.steps > sys.maxsize:
-            raise InputError(f"{self.steps} steps are too many: lower num_epochs or max_steps")
-        # Micro-batches of one row, or, where the ranks do not divide the batch, of one or two: if
-        # they are small enough, every step can be spread. Otherwise all are tried.
+        # If the longest row fits (two of them, where the ranks do not divide the batch), every step
+        # can be spread. Otherwise all are tried now.
         rows = 2 if size % ranks else 1
         if rows * longest > config.micro_batch_tokens or size < ranks:
             for step in range(self.steps):
@@ -538,23 +522,20 @@ def spread_rows(
     least, most = math.ceil(needed / ranks), len(sizes) // ranks
     count = least
     while count <= most:
-        bins = [*range(count * ranks)]  # a heap of load · 2³² + number
-        chosen = []  # the number of each row's bin
-        longest = {}  # of each bin: its first row, since the longest come first
-        for size in sizes:
-            number = bins[0] & 0xFFFFFFFF
-            cost = longest.setdefault(number, size) if padded else size
-            if (bins[0] >> 32) + cost > micro_batch_tokens:
+        bins = [(0, number) for number in range(count * ranks)]  # a heap of (cost, number)
+        members = [[] for _ in bins]
+        for size, i in longest_first:
+            cost, number = bins[0]
+            # Padded, a row takes as much as the first of its bin, which is the longest.
+            cost += int(tokens[members[number][0]]) if padded and members[number] else size
+            if cost > micro_batch_tokens:
                 break
-            chosen.append(number)
-            heapq.heapreplace(bins, bins[0] + (cost << 32))
+            members[number].append(i)
+            heapq.heapreplace(bins, (cost, number))
         else:
-            members = {number: [] for number in range(count * ranks)}
-            for number, (_, i) in zip(chosen, longest_first):
-                members[number].append(i)
             # Bins of similar cost run side by side, since ranks wait for the slowest.
-            bins.sort(key=lambda b: (-(b >> 32), b))
-            shares = [sorted(members[b & 0xFFFFFFFF]) for b in bins]
+            bins.sort(key=lambda pair: (-pair[0], pair[1]))
+            shares = [sorted(members[number]) for _, number in bins]
             return [shares[m * ranks : (m + 1) * ranks] for m in range(count)]
         # One more at a time, so that a step's number is the least. A whole data set may need many.
         further = count + max(1, count // 1000, (count - least) // 8)

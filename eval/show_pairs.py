@@ -28,11 +28,9 @@ def main() -> None:
 
     folder = resolve_model(args.model)
     tokenizer = load_tokenizer(folder, args.chat_template, args.template_args)
-    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
-    limits |= {"truncation": args.truncation}
-    data = load_data(args.data, tokenizer, **limits, columns=args.columns)
-    numbered = [f"response {number}" for number in range(1, data.responses + 1)]
-    sides, whole = numbered, "together"
+    how = {"columns": args.columns, "truncation": args.truncation}
+    data = load_data(args.data, tokenizer, args.max_length, args.max_prompt_length, **how)
+    sides, whole = [f"response {n}" for n in range(1, data.responses + 1)], "together"
     if data.responses == 2:
         sides, whole = ["chosen", "rejected"], "pair"
     for row in data.rows.select(range(min(args.num_pairs, len(data.rows)))):

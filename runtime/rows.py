@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -29,15 +28,15 @@ FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 FILE_TYPES |= {".csv": "csv", ".tsv": "csv"}
 DROPPED = ("empty", "identical", "different prompts", "end of turn inside", "too long")
 DROPPED += ("refused by template",)
-# A message's other parts.
+# Keys that would be lost: a message with one of them is refused.
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, which says from and value
-# Columns that other code trains on (TRL, LLaMA-Factory, ms-swift, axolotl), and this code does not.
+# Columns that other code puts into the prompt (TRL, LLaMA-Factory, ms-swift, axolotl). Here they
+# are an error, unless the prompt or the answers have their texts.
 FOREIGN = ("images", "image", "videos", "video", "audios", "audio", "history", "documents")
 FOREIGN += ("chat_template_kwargs", "functions", "chat_history", "conversation_history")
-# These, too, unless the prompt has their texts.
 FOREIGN += ("instruction", "instructions", "input", "query", "context", "passage", "document")
-FOREIGN += ("dialogue", "initial_reason_steps")
+FOREIGN += ("dialogue", "initial_reason_steps", "prompt", "conversations")
 # A list of messages in a cell: as JSON, or as Python or numpy print it.
 WRITTEN_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]""")
 FORMATS = """Accepted rows (other columns are ignored):
@@ -133,29 +132,26 @@ def load_builder(name: str, names: list[str]) -> datasets.Dataset:
     """The rows of a data set of the hub, or of a clone of one; names: [config and] split."""
     find = find_builder if Path(name).is_dir() else hub_builder
     found = find(name, *(names or ["train"]))
-    if found["kind"] != "arrow":
-        how = (json_texts, parse_json)
-        if found["kind"] == "csv":
-            how = (functools.partial(csv_texts, separator=found["separator"]), parse_cells)
-        return datasets.concatenate_datasets([load_texts(file, *how) for file in found["files"]])
+    if not found["fingerprint"]:  # JSON or CSV
+        files = [load_texts(file, found["separator"]) for file in found["files"]]
+        return datasets.concatenate_datasets(files)
     rows = datasets.concatenate_datasets([*map(datasets.Dataset.from_file, found["files"])])
     rows._fingerprint = found["fingerprint"]
     return rows
 
 
 def find_builder(name: str, *names: str) -> dict:
-    """Where the rows of a data set of the hub are, or of a clone of one: its `files`, their `kind`
-    (json, csv or arrow), the `separator` of csv and the `fingerprint` of arrow, and the `commit` of
-    the hub, or "". names: [config and] split. Raises InputError if there is no such split."""
+    """Where the rows of a data set of the hub are, or of a clone of one: its `files`, the
+    `separator` of those of CSV, the `fingerprint` of those of Arrow, and the `commit` of the hub;
+    "" where there is none. names: [config and] split. Raises InputError for a split that is not
+    there."""
     *config, split = names
     path, revision = (name, "") if Path(name).is_dir() else name.partition("@")[::2]
     if revision and Path(path).exists():
         raise InputError(f"{path} is a folder, which has no revisions")
     builder = datasets.load_dataset_builder(path, *config, revision=revision or None)
-    sources, fingerprint, kind = builder.config.data_files, "", "arrow"
-    separator = getattr(builder.config, "sep", "")
+    sources, fingerprint = builder.config.data_files, ""
     if isinstance(builder, Json) or isinstance(builder, Csv) and not builder.config.names:
-        kind = "json" if isinstance(builder, Json) else "csv"
         if split not in sources:
             raise InputError(f"it has no split '{split}': {', '.join(map(str, sources))}")
         files = datasets.DownloadManager().download_and_extract([*sources[split]])
@@ -164,8 +160,8 @@ def find_builder(name: str, *names: str) -> dict:
         rows = builder.as_dataset(split=split)
         files, fingerprint = [file["filename"] for file in rows.cache_files], rows._fingerprint
     commit = re.search("@([0-9a-f]{40})/", str(sources))
-    found = {"kind": kind, "separator": separator, "files": files, "fingerprint": fingerprint}
-    return found | {"commit": commit[1] if commit else ""}
+    found = {"files": files, "separator": getattr(builder.config, "sep", "")}
+    return found | {"fingerprint": fingerprint, "commit": commit[1] if commit else ""}
 
 
 @functools.cache
@@ -215,10 +211,9 @@ def load_file(path: str, kind: str | None) -> datasets.Dataset:
         if file.read(24) == b"version https://git-lfs.":
             raise InputError("is Git LFS's pointer to the file: fetch it with git lfs pull")
     if kind == "json":
-        return load_texts(path, json_texts, parse_json)
+        return load_texts(path)
     if kind == "csv":
-        separator = "\t" if ".tsv" in Path(path.lower()).suffixes else ","
-        return load_texts(path, functools.partial(csv_texts, separator=separator), parse_cells)
+        return load_texts(path, "\t" if ".tsv" in Path(path.lower()).suffixes else ",")
     if parquet.read_metadata(path).num_rows == 0:
         raise InputError("has no rows")
     # datasets knows a file by path and time, which a copy can leave unchanged: each content has a
@@ -234,32 +229,26 @@ def load_file(path: str, kind: str | None) -> datasets.Dataset:
     return rows
 
 
-def load_texts(path: str, read: Callable, parse: Callable) -> datasets.Dataset:
-    """The rows of a file of JSON or CSV. In the cache, each is a JSON text: to hold them as
-    columns, datasets would make their types alike, and change what they say. read: file → texts;
-    parse: parse_json or parse_cells."""
-    digest = content_digest(path)
-    folder, schema = cache_folder("json") / digest[:32], pa.schema({"json": pa.large_binary()})
+def load_texts(path: str, separator: str = "") -> datasets.Dataset:
+    """The rows of a file of JSON or, with a separator, of CSV. In the cache, each is a JSON text:
+    to hold them as columns, datasets would make their types alike, and change what they say."""
+    # The same content may be read in two ways: once renamed from .csv to .tsv, for example.
+    folder = cache_folder("json") / (content_digest(path)[:32] + separator.encode().hex())
+    schema = pa.schema({"cells" if separator else "json": pa.large_binary()})
     with locked(folder) as intact:
         if not intact:
             folder.mkdir()
-            try:
-                with (
-                    open_unpacked(path) as file,
-                    pa.OSFile(str(folder / "rows.arrow"), "wb") as sink,
-                    pa.ipc.new_stream(sink, schema) as writer,
-                ):
-                    texts = read(file)
-                    while batch := [*itertools.islice(texts, 10_000)]:
-                        writer.write_batch(
-                            pa.record_batch([pa.array(batch, schema[0].type)], schema)
-                        )
-            except InputError:
-                shutil.rmtree(folder)
-                raise
+            with (
+                open_unpacked(path) as file,
+                pa.OSFile(str(folder / "rows.arrow"), "wb") as sink,
+                pa.ipc.new_stream(sink, schema) as writer,
+            ):
+                texts = csv_texts(file, separator) if separator else json_texts(file)
+                while batch := [*itertools.islice(texts, 10_000)]:
+                    writer.write_batch(pa.record_batch([pa.array(batch, schema[0].type)], schema))
             seal(folder)
-    rows = datasets.Dataset.from_file(str(folder / "rows.arrow")).with_transform(parse)
-    rows._fingerprint = digest
+    rows = datasets.Dataset.from_file(str(folder / "rows.arrow")).with_transform(parse_texts)
+    rows._fingerprint = folder.name
     return rows
 
 
@@ -371,23 +360,19 @@ def csv_texts(file, separator: str) -> Iterator[bytes]:
 
 def is_json(rows: datasets.Dataset) -> bool:
     """Whether the rows are those of JSON, in which a text is what it says."""
-    return rows.format["format_kwargs"].get("transform") is parse_json
+    return rows.column_names == ["json"]
 
 
 class Missing:
     """In place of the value of a key that a row of JSON does not have."""
 
 
-def parse_json(batch: dict[str, list[bytes]]) -> dict[str, list]:
+def parse_texts(batch: dict[str, list[bytes]]) -> dict[str, list]:
     """Rows of load_texts → their values by key."""
-    rows = [*map(json.loads, batch["json"])]
+    (texts,) = batch.values()
+    rows = [*map(json.loads, texts)]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name, Missing) for row in rows] for name in names}
-
-
-def parse_cells(batch: dict[str, list[bytes]]) -> dict[str, list]:
-    """parse_json, of the cells of a table."""
-    return parse_json(batch)
 
 
 def map_rows(
@@ -416,37 +401,6 @@ def map_rows(
 
 
 # ---- Rows → prompt and answers -------------------------------------------------------------------
-
-
-def parse_rows(
-    batch: dict[str, list],
-    indices: list[int],
-    source: str,
-    numbers: list[str],
-    columns: str,
-    verbatim: bool,
-) -> list[tuple]:
-    """Rows of a source → for each (its place, the `numbers` that a loss asks for by their columns'
-    names, prompt, answers), the last two by parse_row; for a row that is dropped, None and the
-    reason. columns: see rename; verbatim: see parse_row. Raises InputError, naming source and row.
-    """
-    parsed = []
-    try:
-        rows = [*zip(*batch.values())]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}, rows {indices[0]} to {indices[-1]}: {error}") from None
-    for index, values in zip(indices, rows):
-        place = f"{source}, row {index}"
-        row = {name: value for name, value in zip(batch, values) if value is not Missing}
-        try:
-            row = rename(row, columns)
-            found = [read_number(row, column) for column in numbers]
-            parsed.append((place, found, *parse_row(row, verbatim)))
-        except Dropped as reason:
-            parsed.append((place, found, None, str(reason)))
-        except InputError as error:
-            raise InputError(f"{place}: {error}") from None
-    return parsed
 
 
 def rename(row: dict, columns: str) -> dict:
@@ -506,8 +460,9 @@ def parse_row(row: dict, verbatim: bool = False) -> tuple[list | str, list[str]]
 def complete_prompt(row: dict, prompt: list | str, answers: Iterable[str] = ()) -> list | str:
     """The prompt of a row with what its other columns say of it: see parse_row. Raises InputError
     for what cannot be said, and for columns whose texts are neither in it nor in the answers."""
-    shown = "\n".join([*(m["content"] for m in as_messages(prompt)), *answers])
-    for name in FOREIGN + ("messages", "conversations") * isinstance(prompt, str):
+    texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+    shown = "\n".join([*texts, *answers])
+    for name in FOREIGN + ("messages",) * isinstance(prompt, str):
         value = row.get(name)
         value = any(value) and value if isinstance(value, list) else value
         texts = [m["content"] for m in as_conversation(value) or []] or [value]
@@ -556,25 +511,15 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
     known = all(isinstance(a, str) or c for a, c in zip(answers, conversations))
     if answers and all(conversations):
         context, answers = split_conversations(conversations)
-        if context and isinstance(prompt, str) and not blank[0]:  # redundant, if it is there
-            if not any(prompt.strip() in message["content"] for message in context):
-                problem = "its text 'prompt' is not in its conversations"
-                raise InputError(f"{problem}: --columns prompt= leaves it out")
-        if context and (not messages or messages == context):
+        if context:
             return context, answers
-        prompt, messages = (None, None) if context else (prompt, messages)
     if answers and all(isinstance(answer, str) for answer in answers):
         texts = [text for text in (prompt, *answers) if isinstance(text, str)]
         if not verbatim and any(map(WRITTEN_CONVERSATION.match, texts)):
             problem = "it has conversations that have been written as text"
             raise InputError(f"{problem}: write the file as JSON lines, or keep the last message")
         if answers[0].startswith("\n\nHuman:") and "\n\nAssistant:" in answers[0]:
-            context, answers = split_dialogues(answers)
-            given = prompt not in (None, Missing) and not blank[0]
-            if given and not (isinstance(prompt, str) and prompt.strip() in context):
-                problem = "its 'prompt' is not in its dialogues"
-                raise InputError(f"{problem}: --columns prompt= leaves it out")
-            return context, answers
+            return split_dialogues(answers)
         if isinstance(prompt, str) and not blank[0]:
             return prompt, answers
         if messages and messages[-1]["role"] != "assistant":

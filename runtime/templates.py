@@ -4,6 +4,7 @@ and what follows it as the model would write it."""
 import contextlib
 import functools
 import re
+from typing import NamedTuple
 
 from runtime.errors import InputError
 
@@ -43,15 +44,13 @@ def render(tokenizer, messages: list[dict], **options) -> str:
 def takes_parts(tokenizer, template: str) -> bool:
     """Whether a chat template shows contents that are lists of texts and images, as LLaVA's, and no
     others."""
-    shown = []
     for content in ("QUESTION", [{"type": "text", "text": "QUESTION"}]):
-        try:
+        with contextlib.suppress(Exception):  # each template has its own
             messages = [{"role": "user", "content": content}]
-            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-            shown.append("QUESTION" in text)
-        except Exception:  # each template has its own
-            shown.append(False)
-    return shown == [False, True]
+            how = {"chat_template": template, "tokenize": False}
+            if "QUESTION" in tokenizer.apply_chat_template(messages, **how):
+                return content != "QUESTION"
+    return False
 
 
 def as_messages(prompt: list | str) -> list[dict]:
@@ -95,10 +94,18 @@ def prompt_text(tokenizer, prompt: list | str, header: bool = True) -> str:
     return "".join(turns) + "\n\nAssistant:"
 
 
-def end_of_turn(tokenizer) -> tuple[int, str, str, str]:
-    """(id of the token that ends an assistant's turn; what the chat template writes between an
-    answer and this token; all that it writes after an answer; and what it writes before an answer,
-    which the prompt does not have: for render_row).
+class End(NamedTuple):
+    """How an assistant's turn ends, by end_of_turn."""
+
+    token: int  # its id
+    before: str  # what the chat template writes between an answer and this token
+    tail: str  # all that it writes after an answer
+    lead: str  # what it writes before an answer, and the prompt does not have
+    stops: list[int]  # this token, and the special ones at which the model's generation stops
+
+
+def end_of_turn(tokenizer) -> End:
+    """The end of an assistant's turn.
 
     The token is the first after the answer at which the model's generation stops, or else the
     first special one. Where the template writes none, as GLM's, it is the one with which the next
@@ -136,20 +143,14 @@ def end_of_turn(tokenizer) -> tuple[int, str, str, str]:
     if not ends and tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has neither an EOS token nor a template that ends turns")
     end = ends[0] if ends else tokenizer.eos_token_id
-    return end, tail.partition(tokenizer.convert_ids_to_tokens(end))[0], tail, lead
+    before = tail.partition(tokenizer.convert_ids_to_tokens(end))[0]
+    return End(end, before, tail, lead, sorted({end} | {*special} & {*stops}))
 
 
 def special_ids(tokenizer) -> list[int]:
     """The ids of the tokenizer's special tokens."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(added | {*tokenizer.all_special_ids})
-
-
-def end_tokens(tokenizer) -> list[int]:
-    """The special tokens that end an answer: the end of a turn, and those at which the model's
-    generation stops (see load_tokenizer)."""
-    others = {*special_ids(tokenizer)} & {*getattr(tokenizer, "stop_ids", [])}
-    return sorted({end_of_turn(tokenizer)[0], *others})
 
 
 @functools.lru_cache(maxsize=1)
@@ -161,35 +162,30 @@ def control_tokens(tokenizer) -> re.Pattern:
 
 
 def render_row(
-    tokenizer,
-    prompt: list | str,
-    answers: list[str],
-    end: tuple[int, str, str, str],
-    stops: list[int],
+    tokenizer, prompt: list | str, answers: list[str], end: End
 ) -> tuple[str, list[str]]:
     """The text of the prompt and, for each answer, what follows it, without its end. An answer
-    without any text gives "". end: see end_of_turn; stops: see end_tokens.
+    without any text gives "".
 
     The prompt is the one of inference. Where the template writes an empty thinking block before
     every answer, it is the one of inference without thinking, which has this block: it is not
     scored. An answer is what the template writes after the prompt. Some templates render a
     conversation otherwise than the prompt and what the model then writes: they leave out earlier
     thinking, or show a system message only before the last question. Then the answer itself follows
-    the prompt, as it does at inference. What the data wrote already of the template's own, ends and
-    headers, is not there twice.
+    the prompt, as it does at inference. Ends and headers that the data has already are not written
+    twice.
 
     Raises InputError if the template leaves out a part of an answer, if the prompt opens a thinking
     block that an answer does not close, or an answer one that it leaves open, and if an answer
     thinks after a prompt that ends without thinking.
     """
-    _, before_end, tail, lead = end
-    ends = tokenizer.convert_ids_to_tokens(stops) + [tail.strip()] * bool(tail.strip())
-    answers = [without_end(answer, ends, before_end) for answer in answers]
+    ends = tokenizer.convert_ids_to_tokens(end.stops) + [end.tail.strip()] * bool(end.tail.strip())
+    answers = [without_end(answer, ends, end.before) for answer in answers]
     start = prompt_text(tokenizer, prompt)
     if not tokenizer.chat_template:
         space = "" if isinstance(prompt, str) else " "
         return start, [space + answer if answer.strip() else "" for answer in answers]
-    answers = [without_header(tokenizer, answer, start, lead) for answer in answers]
+    answers = [without_header(tokenizer, answer, start, end.lead) for answer in answers]
     if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
         answers = [answer.strip() for answer in answers]  # as as_messages does with earlier turns
     messages = as_messages(prompt)
@@ -211,7 +207,7 @@ def render_row(
         opened = begins_with(answer, THINKING)
         if opened and THINKING[opened] not in answer and opened in tokenizer.chat_template:
             raise InputError(f"the answer {answer!r} begins to think, and does not end it")
-    how = (shown, before, tail, lead)
+    how = (shown, before, end.tail, end.lead)
     return shown, [answer_text(a, texts[a], *how) if a in texts else "" for a in choice]
 
 
@@ -305,14 +301,8 @@ def squeeze(text: str) -> str:
 def without_end(answer: str, ends: list[str], before_end: str = "") -> str:
     """An answer without the ends of turn that the data wrote after it already. before_end: what the
     template writes before them."""
-    ended = False
     while found := [text for text in ends if answer.rstrip().endswith(text)]:
-        answer, ended = answer.rstrip().removesuffix(found[0]), True
-    own = before_end.strip()
-    if own and answer.rstrip().endswith(own):
-        answer = answer.rstrip().removesuffix(own)
-    elif ended:
-        answer = answer.removesuffix(before_end)
+        answer = answer.rstrip().removesuffix(found[0]).removesuffix(before_end)
     return answer
 
 

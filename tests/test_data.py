@@ -250,8 +250,12 @@ def test_a_share_of_a_source_is_drawn_by_the_seed(write, tmp_path):
     assert len(half) == 20 and half == sorted({*half}) != [*range(20)]
     assert drawn(f"{source}:0.5") == half != drawn(f"{source}:0.5", seed=1)
     assert drawn(f"{source}:.05,{other}")[2:] == [0]
-    for share, rest, count in (("0.9", "-0.1", 36), ("0.66", "-0.34", 26), ("0.0125", "-1.0", 0)):
-        first = drawn(f"{source}:{share}") if count else []
+    for share, rest, count in (
+        ("0.9", "-0.1", 36),
+        ("0.0375", "-0.9625", 2),
+        ("0.66", "-0.34", 26),
+    ):
+        first = drawn(f"{source}:{share}")
         assert len(first) == count
         assert sorted(first + drawn(f"{source}:{rest}")) == [*range(40)]
     report = load_data(f"{source}:0.25", CHAT, 200, 100).report

@@ -79,7 +79,7 @@ def test_answers_are_tokenized_as_they_were_generated(template, prompt):
     ids = tokenizer("two plus" if template else " two plus", add_special_tokens=False).input_ids
     text = generate_module.decode(tokenizer, prompt, ids)
     end = templates.end_of_turn(tokenizer)
-    _, trained = data.tokenize_row(tokenizer, prompt, [text], end, [end[0]])
+    _, trained = data.tokenize_row(tokenizer, prompt, [text], end)
     assert trained == [*ids, end[0]]
 
 

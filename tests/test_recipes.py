@@ -89,7 +89,7 @@ def test_the_mistral_recipes_prompts_are_the_authors(name, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path), str(root / config.chat_template))
     *prompts, response = AUTHORS[name]
     for messages, text in zip((QUESTION, SECOND, SYSTEM), prompts):
-        ids = tokenize_row(tokenizer, messages, ["Yes.", "No."], end_of_turn(tokenizer), [])
+        ids = tokenize_row(tokenizer, messages, ["Yes.", "No."], end_of_turn(tokenizer))
         assert ids[0] == tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.decode(ids[1]) == response
 

@@ -380,7 +380,7 @@ REFUSED |= {
     "a number as system": (TEXT | {"system": 5}, "its system prompt is no text"),
     "a text that is not repeated": (
         FORMS["a text that is repeated"] | {"prompt": "3+3?"},
-        "its text 'prompt' is not in its conversations: --columns prompt= leaves it out",
+        "its column 'prompt' is not used: --columns prompt= leaves it out",
     ),
 }
 
@@ -525,7 +525,7 @@ def test_a_prompt_beside_dialogues_that_do_not_have_it_is_an_error(tmp_path):
     sides = {side: f"\n\nHuman: x\n\nAssistant: {side}" for side in ("chosen", "rejected")}
     for prompt in ("You are a pirate.", "\n\nHuman: k\n\nAssistant:", ASK):
         path = str(write(tmp_path / "rows.jsonl", [sides | {"prompt": prompt}]))
-        with pytest.raises(InputError, match="its 'prompt' is not in its dialogues"):
+        with pytest.raises(InputError, match="its column 'prompt' is not used"):
             load(path)
     for prompt in ("x", "\n\nHuman: x\n\nAssistant:", None):
         assert load(write(tmp_path / "rows.jsonl", [sides | {"prompt": prompt}]))

@@ -290,8 +290,8 @@ def tokenizer_for(template: str, stops: tuple[str, ...] = ()) -> PreTrainedToken
 
 def trained(tokenizer, prompt: list[dict], answers: list[str]) -> tuple[list[int], list[str]]:
     """What becomes of a row: the ids of its prompt, and the texts that are scored."""
-    end, stops = templates.end_of_turn(tokenizer), data.end_tokens(tokenizer)
-    prompt_ids, *responses = data.tokenize_row(tokenizer, prompt, answers, end, stops)
+    end = templates.end_of_turn(tokenizer)
+    prompt_ids, *responses = data.tokenize_row(tokenizer, prompt, answers, end)
     return prompt_ids, [tokenizer.decode(ids) for ids in responses]
 
 
@@ -547,7 +547,7 @@ SMOL_VLM = """{% for m in messages %}{{ m['role'] | capitalize }}
 def test_a_template_of_lists_of_texts_and_images_shows_a_text(template, prompt, answer, tmp_path):
     tokenizer = tokenizer_for(template, ("<end_of_utterance>",))
     end = templates.end_of_turn(tokenizer)
-    row = templates.render_row(tokenizer, [SYSTEM, USER], [answer, "No"], end, [end[0]])
+    row = templates.render_row(tokenizer, [SYSTEM, USER], [answer, "No"], end)
     assert row == (prompt, [answer, "No"])
     # The file of a processor, where the tokenizer has no template.
     tokenizer.chat_template = None
