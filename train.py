@@ -51,7 +51,9 @@ class Config:
     chat_template: str = option("", "file of a chat template in place of the tokenizer's own")
     template_args: str = option("", "variables of the chat template, as in enable_thinking=false")
     train_data: str = option(
-        "", "FILE, FOLDER, hub ID[@REVISION][[:CONFIG]:SPLIT]; with commas; of each [:SHARE]"
+        "",
+        "FILE, FOLDER or hub ID[@REVISION][[:CONFIG]:SPLIT], each with [:SHARE]; or several, "
+        "with commas",
     )
     eval_data: str = option("", "the same for the held-out pairs; empty: no evaluation")
     columns: str = option(
@@ -70,7 +72,7 @@ class Config:
     max_prompt_length: int = option(1800, "most tokens of a prompt in such a pair")
     truncation: str = option("fit", "fit: oldest turns, then both ends; paper: its rule; or drop")
     micro_batch_tokens: int = option(
-        0, "most tokens in a forward, prompts once; 0: as a GPU's memory allows, 8192 on CPUs"
+        0, "most tokens per forward, each prompt once; 0: what fits the GPU, 8192 on CPUs"
     )
     seed: int = option(42, "decides the order of the pairs")
     dtype: str = option("auto", "float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPU")
@@ -79,13 +81,16 @@ class Config:
     )
     compile: bool = option(False, "torch.compile every transformer block")
     stream_optimizer: bool = option(
-        False, "masters and AdamW's moments on the host: one GPU keeps 6 bytes a parameter of 18"
+        False,
+        "float32 weights and moments in host memory: one GPU keeps 6 bytes per parameter of 18",
     )
     replicas: int = option(1, "copies of the sharded model (HSDP); must divide the ranks")
     eval_every: int = option(100, "steps between evaluations; 0: only before and after training")
     save_every: int = option(100, "steps between checkpoints; 0: only when a signal stops the run")
     keep_checkpoints: int = option(1, "newest checkpoints to keep; 0: all")
-    log_every: int = option(1, "steps per line of metrics; fewer before a save or evaluation")
+    log_every: int = option(
+        1, "steps per line of metrics, which ends also at saves and evaluations"
+    )
     resume: str = option("auto", "auto: newest checkpoint; anyway: despite changes; or never")
     wandb: str = option(
         "auto", "online, offline, off, trackio, or auto: online if logged in, or off"
@@ -129,22 +134,20 @@ def train(config: Config) -> None:
     # ---- Training
     last, stop = len(data.schedule), 0
     due = functools.partial(evaluation_is_due, config, start, last)
-    meter, signals = Meter(), processes.watch_signals()
+    meter, signals = None, processes.watch_signals()
     batches = data.batches(start.step, rank)
-    log.begin(start.step, last)
     try:
-        for step in range(start.step, last + 1):  # so many steps have been taken
+        for step in log.steps(start.step, last):  # so many have been taken
             if stop:
                 raise Stopped(stop)
             if due(step):
-                means, errors = evaluate(model, loss_function, heldout, device, signals)
-                log.write({"step": step} | means, errors)
+                log.write(*evaluate(model, loss_function, heldout, step, device, signals))
             if step == last:
                 break
-            meter.start()
+            meter = meter or Meter()
             set_learning_rate(optimizer, share_of_peak(step, last, config.warmup_ratio))
-            for number, batch in enumerate(batches, 1):
-                model.begin_micro_batch(last=number == len(batches))
+            for batch in batches:
+                model.begin_micro_batch(last=batch is batches[-1])
                 batch = batch.to(device)
                 logps = model(batch)  # (R,) float32: the log-prob of each of R response tokens
                 logps.retain_grad()  # for the metrics
@@ -153,16 +156,17 @@ def train(config: Config) -> None:
                 (losses.sum() * ranks / config.batch_size).backward()
                 grads = logps.grad * config.batch_size / ranks  # ∂(the pair's loss) / ∂logps
                 meter.rows.append(pair_metrics(logps, losses, grads, batch))
-            norms = gradient_metrics(model)
+            metrics = gradient_metrics(model)
             weights = model.optimized().values()
-            clip_grads_with_norm_(weights, config.max_grad_norm, norms["grad_norm"])
+            clip_grads_with_norm_(weights, config.max_grad_norm, metrics["grad_norm"])
             batches = data.batches(step + 1, rank)  # before the host waits for the GPU
-            memory = processes.peak_memory(device)
-            mine = norms["grad_norm"], signals(), *memory.values()
+            metrics |= {"stop": signals()} | processes.peak_memory(device)
             sums = sums_over_ranks(meter.rows)
             # The step's one wait for the GPU.
-            (norm, stop, *peaks), sums = processes.max_over_ranks(device, *mine, beside=sums)
-            check_finite(norm, step, data)
+            most, sums = processes.max_over_ranks(device, *metrics.values(), beside=sums)
+            metrics = dict(zip(metrics, most))
+            stop = metrics.pop("stop")
+            check_finite(metrics["grad_norm"], step, data)
             optimizer.step()
             optimizer.zero_grad()
             model.refresh()
@@ -170,21 +174,18 @@ def train(config: Config) -> None:
                 state.entries()  # whatever could not be saved is refused now
             done = step + 1
             saves = config.save_every and (done == last or done % config.save_every == 0)
-            # Also before a checkpoint or an evaluation: a resumed run begins a new line there.
+            # A line also ends before a checkpoint or an evaluation: a run resumed there begins one.
             ends = stop or saves or done == last or due(done)
-            if ends:  # what follows does not count as this step's time, the optimizer does
+            if ends:  # the optimizer's work counts as this step's time, what follows does not
                 processes.wait_for(device)
-            meter.stop(config.batch_size, data.tokens[data.indices(step)].sum())
+            meter.tokens += int(data.tokens[data.indices(step)].sum())
             if ends or done % config.log_every == 0:
                 line = {"step": done, "epoch": done / (len(data.rows) // config.batch_size)}
-                norms["grad_norm"] = norm  # on the host already
-                line |= means_of(meter.rows[0], sums) | {n: float(v) for n, v in norms.items()}
                 line["learning_rate"] = optimizer.param_groups[0]["lr"]
-                log.write(line | meter.speed() | dict(zip(memory, peaks)))
-                meter = Meter()
+                log.write(line | means_of(meter.rows[0], sums) | metrics | meter.speed(sums[-1]))
+                meter = None
             if saves:
                 state.save(done)
-            log.progress.update()
         card = model_card(Path(config.output_dir), source, bool(tokenizer.chat_template), last)
         export(model, source, tokenizer, Path(config.output_dir) / "final", card)
     except Stopped as reason:
@@ -223,12 +224,7 @@ def load_data_sets(
 
 
 def prepare(
-    config: Config,
-    start: Start,
-    log: Logger,
-    model: PackedModel,
-    data: DataSet,
-    heldout: DataSet | None,
+    config: Config, start: Start, log: Logger, model: PackedModel, data: DataSet, heldout
 ) -> Config:
     """Choose how rows are computed, spread them over micro-batches, compile, and rehearse: whatever
     does not fit or does not work is found before the first step. Collective.
@@ -260,8 +256,9 @@ def prepare(
 
 
 def make_schedules(config: Config, data: DataSet, heldout: DataSet | None, ranks: int) -> None:
-    """Spread the rows of every step of training, and all held-out ones; without micro_batch_tokens
-    as if they did not matter. Raises InputError if they cannot be spread over the ranks."""
+    """Spread the rows of every step of training, and all held-out ones; while micro_batch_tokens is
+    still to be chosen, by a provisional size. Raises InputError if they cannot be spread over the
+    ranks."""
     longest = max(rows.costs.max() for rows in (data, heldout) if rows)
     tokens = config.micro_batch_tokens or max(8192, int(longest))
     config = replace(config, micro_batch_tokens=tokens)
@@ -380,35 +377,27 @@ def means_of(names: Iterable[str], sums: list[float]) -> dict[str, float]:
 
 @dataclass
 class Meter:
-    """What has been measured since the last line of metrics."""
+    """What has been measured since the last line of metrics. (Neither an evaluation nor a
+    checkpoint lies between: a line ends before each.)"""
 
     rows: list[dict[str, torch.Tensor]] = field(default_factory=list)  # of pair_metrics
-    pairs: int = 0
     tokens: int = 0
-    seconds: float = 0.0
+    began: float = field(default_factory=lambda: time.perf_counter())
 
-    def start(self) -> None:
-        self.began = time.perf_counter()
-
-    def stop(self, pairs: int, tokens: int) -> None:
-        """What was done since start()."""
-        self.pairs += pairs
-        self.tokens += int(tokens)
-        self.seconds += time.perf_counter() - self.began
-
-    def speed(self) -> dict[str, float]:
-        amounts = {"pairs_per_second": self.pairs, "tokens_per_second": self.tokens}
-        return {name: amount / self.seconds for name, amount in amounts.items()}
+    def speed(self, pairs: float) -> dict[str, float]:
+        seconds = time.perf_counter() - self.began
+        return {"pairs_per_second": pairs / seconds, "tokens_per_second": self.tokens / seconds}
 
 
 @torch.no_grad()
 def evaluate(
-    model, loss_function: Callable, heldout: DataSet, device: torch.device, signals
+    model, loss_function: Callable, heldout: DataSet, step: int, device: torch.device, signals
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """{"eval/NAME": mean over the held-out pairs of all ranks}, with their number; and the standard
-    errors of FEW pairs or more, without those that are 0: {NAME: of the mean, change/NAME: of its
-    change, pair by pair, since this process evaluated first}. signals: see watch_signals. Raises
-    Stopped on all ranks as soon as one has received a signal. Collective."""
+    """The line after `step` steps: {"eval/NAME": mean over the held-out pairs of all ranks}, their
+    number, and of FEW pairs or more {"standard_error/NAME": that of the mean}; and {NAME: that of
+    the change, pair by pair, since this process evaluated first}; without those that are 0.
+    signals: see watch_signals. Raises Stopped on all ranks as soon as one has received a signal.
+    Collective."""
     rows = []
     try:
         for batch in heldout.batches(0, dist.get_rank()):
@@ -430,10 +419,12 @@ def evaluate(
     squares = {f"square/{name}": value**2 for name, value in values.items()}
     *sums, pairs = sums_over_ranks([values | squares]).tolist()
     means = means_of([*values, *squares], [*sums, pairs])
-    line = {f"eval/{name}": means[name] for name in found} | {"eval/pairs": int(pairs)}
     variances = {n: means[f"square/{n}"] - means[n] ** 2 for n in values}
     errors = {n: math.sqrt(v / (pairs - 1)) for n, v in variances.items() if v > 0 and pairs >= FEW}
-    return line, errors
+    line = {"step": step, "eval/pairs": int(pairs)}
+    line |= {f"eval/{name}": means[name] for name in found}
+    line |= {f"standard_error/{name}": errors[name] for name in found if name in errors}
+    return line, {name: errors[f"change/{name}"] for name in found if f"change/{name}" in errors}
 
 
 def parse_args(args: list[str]) -> Config:

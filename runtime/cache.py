@@ -131,19 +131,11 @@ def kept_digest(path: Path) -> bytes:
     """SHA-256 of a large file, which the cache keeps until the file's size or time changes: the
     ranks of a node, and later runs, do not read it again."""
     path, status = path.resolve(), path.stat()
-    record = cache_folder("digests") / hashlib.sha256(bytes(path)).hexdigest()
-    state = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} "
-    with hold(record):
-        text = record.read_bytes() if record.is_file() else b""
-        digest = text[len(state) :].partition(b" ")[0].decode(errors="replace")
-        if text != with_check(state + digest):  # of another file, or damaged
-            digest = file_digest(path, hashlib.sha256)
-            scratch = record.with_suffix(".part")
-            scratch.write_bytes(with_check(state + digest))
-            os.replace(scratch, record)
-        return bytes.fromhex(digest)
-
-
-def with_check(text: str) -> bytes:
-    """A line of a record, with a digest of itself."""
-    return f"{text} {xxhash.xxh3_64_hexdigest(text.encode())}".encode()
+    state = repr((str(path), status.st_size, status.st_mtime_ns, status.st_ino))
+    folder = cache_folder("digests") / hashlib.sha256(state.encode()).hexdigest()
+    with locked(folder) as intact:
+        if not intact:
+            folder.mkdir()
+            (folder / "sha256").write_text(file_digest(path, hashlib.sha256))
+            seal(folder)
+        return bytes.fromhex((folder / "sha256").read_text())

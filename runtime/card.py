@@ -33,7 +33,7 @@ With vLLM: `vllm serve {title}`.
 
 ## How it was made
 
-By `{command}`, where RECIPE is
+By `train.py RECIPE`, where RECIPE is
 
 ```yaml
 {recipe}```
@@ -66,10 +66,6 @@ def model_card(run: Path, source: str, chats: bool, step: int) -> str:
     the run began with; chats: whether the tokenizer has a chat template."""
     text, snapshot = (run / "config.yaml").read_text(), hub_snapshot(source)
     config, made_of = yaml.safe_load(text), re.findall("^# (.+?): (.*)$", text, re.M)
-    ranks = int(dict(made_of).get("ranks", 1))
-    command = "python train.py RECIPE"
-    if ranks > 1:
-        command = f"torchrun train.py RECIPE, {ranks} processes"
     names = {
         key: ",".join(map(public, split_sources(config[key]))) if config[key] else ""
         for key in ("train_data", "eval_data")
@@ -89,7 +85,6 @@ def model_card(run: Path, source: str, chats: bool, step: int) -> str:
         held_out=held_out(run, step),
         task=front["pipeline_tag"],
         prompt=PARTS if "image" in front["pipeline_tag"] else CHAT if chats else '"Hello"',
-        command=command,
         recipe=yaml.safe_dump(recipe, sort_keys=False),
         made_of="\n".join(f"{name}: {value}" for name, value in made_of),
     )

@@ -8,12 +8,11 @@ import copy
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
 import uuid
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -40,9 +39,6 @@ FREE_TO_CHANGE |= {"keep_checkpoints", "log_every", "chat_template", "template_a
 FREE_TO_CHANGE |= {"stream_optimizer"}
 FORMAT = 2  # of trainer.json
 FILE_BYTES = 2**30  # tensors that begin in the same GiB share a file
-# What a run writes to its output_dir.
-RUN_FILES = r"config\.yaml|code\.diff|metrics.*\.jsonl|checkpoints|final|reference\.safetensors"
-RUN_FILES += r"|final\.json|wandb|wandb_run_id|.*\.part|\..*"
 SCHEDULED = ("params", "param_names", "lr", "initial_lr")  # of a group of parameters
 
 
@@ -52,7 +48,8 @@ SCHEDULED = ("params", "param_names", "lr", "initial_lr")  # of a group of param
 @dataclass
 class Start:
     """checkpoint: the one to resume from, or None; step: the steps that it has; changed: whether
-    it, or metrics.jsonl, is of another run, which --resume anyway accepts; evaluated: whether
+    it, or metrics.jsonl, comes from a run with other settings, data or code, which --resume anyway
+    accepts; evaluated: whether
     metrics.jsonl has the evaluation after that step; finished: whether nothing is left to do; lock:
     see lock_folder, on rank 0."""
 
@@ -100,14 +97,14 @@ def check_agreement(mine: dict) -> None:
 def check_shared(output: Path) -> None:
     """Raise InputError if ranks see different folders as output_dir: each would write its part of a
     checkpoint to its own. Collective."""
-    probe, waited = [output / f".{uuid.uuid4().hex}"], 0
+    probe = [output / f".{uuid.uuid4().hex}"]
     dist.broadcast_object_list(probe, src=0)
     if dist.get_rank() == 0:
         probe[0].touch()
     dist.barrier()
-    while not probe[0].exists() and waited < 60:  # NFS may remember so long what was not there
-        time.sleep(1)
-        waited += 1
+    for _ in range(60):  # NFS may remember so many seconds what was not there
+        if not probe[0].exists():
+            time.sleep(1)
     seen = gather(probe[0].exists())
     if dist.get_rank() == 0:
         probe[0].unlink()
@@ -122,7 +119,9 @@ def choose_start(config, made_of: dict[str, str]) -> Start:
     if config.resume == "never" and output.exists():
         set_aside(output)
     output.resolve().mkdir(parents=True, exist_ok=True)  # where a link points to
-    lock = lock_folder(output)
+    lock, before = lock_folder(output), read_config(output)
+    # Of another run are the lines of metrics.jsonl, too: they are those of the last start.
+    start = Start(changed=bool(before and differences(config, made_of, before)), lock=lock)
     try:
         if any((output / "final").glob("*")):
             check_finished(output, config, made_of)
@@ -130,41 +129,34 @@ def choose_start(config, made_of: dict[str, str]) -> Start:
             return Start(finished=True)
         for folder in checkpoints(output):
             if is_whole(folder):
-                return replace(start_from(folder, config, made_of), lock=lock)
+                resume(start, folder, config, made_of)
+                break
             say(f"{folder} is damaged: it is passed over")
-        # Lines of another run, of which nothing else is left, are kept.
-        before = read_config(output)
-        return Start(lock=lock, changed=bool(before and differences(config, made_of, before)))
+        return start
     except InputError:
         os.close(lock)
         raise
 
 
 def set_aside(output: Path) -> None:
-    """Rename the folder of a run, so that nothing of it is lost. Raises InputError for a folder
-    that is none, or that holds other things, too."""
-    folder, names = output.resolve(), {path.name for path in output.iterdir()} - {".lock"}
-    if not names:
+    """Rename the folder of a run, with all that it holds. Raises InputError for a folder that is
+    not a run's, and for the working directory."""
+    folder = output.resolve()
+    if not {path.name for path in folder.iterdir()} - {".lock"}:
         return
-    strange = {name for name in names if not re.fullmatch(RUN_FILES, name)}
-    here = Path.cwd().resolve().is_relative_to(folder)
-    if strange or here or "config.yaml" not in names:
-        holds = "it is the working directory" if here else "it has no config.yaml"
-        holds = f"it holds {sorted(strange)[0]}" if strange else holds
-        raise InputError(f"--resume never sets aside the folder of a run; not {output}: {holds}")
+    here = Path.cwd().is_relative_to(folder)
+    if here or "output_dir" not in read_config(output):
+        reason = "it is the working directory" if here else "it has no config.yaml of a run"
+        raise InputError(f"--resume never sets aside the folder of a run; not {output}: {reason}")
     os.close(lock_folder(output))  # no run writes to it
-    target = f"{folder}.{datetime.now():%Y%m%d-%H%M%S}"
-    while Path(target).exists():
-        target += "-"
-    os.rename(folder, target)  # a link stays where it is
+    os.rename(folder, f"{folder}.{datetime.now():%Y%m%d-%H%M%S-%f}")  # a link stays where it is
 
 
 def check_finished(output: Path, config, made_of: dict[str, str]) -> None:
     """Raise InputError if the finished run in output_dir is not the one that is asked for, or if
     its final/ is not as it was exported."""
-    final, digests = output / "final", output / FINAL_DIGESTS
-    whole = is_intact(final, digests) if digests.exists() else any(final.glob("*.safetensors"))
-    if not whole:
+    final = output / "final"
+    if not is_intact(final, output / FINAL_DIGESTS):
         raise InputError(f"{final} is damaged: move it away, and it is exported anew")
     if changed := differences(config, made_of, read_config(output)):
         advice = "Use another --output_dir, or --resume never, which sets it aside"
@@ -181,9 +173,9 @@ def differences(config, made_of: dict[str, str], before: dict) -> list[str]:
     ]
 
 
-def start_from(checkpoint: Path, config, made_of: dict[str, str]) -> Start:
-    """choose_start, with a checkpoint."""
-    state, step = read_state(checkpoint), int(checkpoint.name.removeprefix("step_"))
+def resume(start: Start, checkpoint: Path, config, made_of: dict[str, str]) -> None:
+    """Have a run begin with a checkpoint."""
+    state = read_state(checkpoint)
     if state.get("format") != FORMAT:
         advice = "finish the run with that version, or use --resume never"
         raise InputError(f"{checkpoint} is of another version of this code: {advice}")
@@ -192,16 +184,14 @@ def start_from(checkpoint: Path, config, made_of: dict[str, str]) -> Start:
         if config.resume != "anyway":
             raise InputError(f"{text}. Use --resume never or anyway, or another --output_dir")
         say(f"going on, but {text}", file=sys.stderr)
+        start.changed = True
     if others := {k: old for k, old in state["versions"].items() if old != VERSIONS.get(k)}:
         was = ", ".join(f"{k} was {old}, is {VERSIONS.get(k)}" for k, old in others.items())
         say(f"going on with other versions: {was}", file=sys.stderr)
-    # The lines of metrics.jsonl are those of the last start, which another run may have made.
-    output = checkpoint.parents[1]
-    if before := read_config(output):
-        changed = changed or differences(config, made_of, before)
-    lines = read_lines(output / "metrics.jsonl")
-    evaluated = any(line["step"] == step and "eval/loss" in line for line in lines)
-    return Start(checkpoint, step, bool(changed), evaluated and not changed)
+    start.checkpoint, start.step = checkpoint, state["step"]
+    lines = read_lines(checkpoint.parents[1] / "metrics.jsonl")
+    found = any(line["step"] == start.step and "eval/loss" in line for line in lines)
+    start.evaluated = found and not start.changed
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -216,8 +206,8 @@ def is_whole(folder: Path) -> bool:
     compares their digests when it reads them.)"""
     try:
         state = read_state(folder)
-        if "format" not in state:
-            return True  # of an earlier version, as start_from says
+        if state.get("format") != FORMAT:
+            return True  # resume refuses it
         sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
         return sizes == {name: size for name, (size, _) in state["files"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
@@ -227,8 +217,6 @@ def is_whole(folder: Path) -> bool:
 def read_state(folder: Path) -> dict:
     """The content of trainer.json. Raises ValueError if it is not as it was written."""
     state = json.loads((folder / "trainer.json").read_text())
-    if not isinstance(state["config"], dict):
-        raise ValueError("damaged")
     if "format" in state and state.pop("digest") != digest_of(state):
         raise ValueError("damaged")
     if state.get("format") == FORMAT and folder.name != f"step_{state['step']}":
@@ -238,9 +226,8 @@ def read_state(folder: Path) -> dict:
 
 def write_state(folder: Path, state: dict) -> None:
     """Write trainer.json, with a digest of itself."""
-    state = json.loads(json.dumps(state))  # as it will be read
-    state |= {"digest": digest_of(state)}
-    write_whole(folder / "trainer.json", json.dumps(state, indent=1))
+    text = json.dumps(state | {"digest": digest_of(state)}, indent=1)
+    write_whole(folder / "trainer.json", text)
 
 
 def digest_of(state: dict) -> str:
@@ -337,8 +324,8 @@ class TrainerState:
         saved = read_state(folder)
         weights, tensors = self.model.optimized(), dict(self.model.optimized())
         if others := [name for name in {*weights} ^ {*saved["optimizer"]}]:
-            problem = f"of {sorted(others)[0]}, either {folder} or the model has none to optimize"
-            raise InputError(f"{problem}: another surgery? Use --resume never")
+            problem = f"{sorted(others)[0]} is trained in {folder} or in this model, not in both"
+            raise InputError(f"{problem}: has surgery() changed? Use --resume never")
         if len(saved["groups"]) != len(self.optimizer.param_groups):
             raise InputError(f"{folder} has {len(saved['groups'])} groups of parameters")
         states = {name: {} for name in weights}

@@ -25,8 +25,8 @@ class Logger:
     """Writes config.yaml, metrics.jsonl and, if wanted, to wandb, and shows the progress; on ranks
     above 0, nothing. Never waits for other ranks.
 
-    start: see checkpoints.Start; made_of: see checks.digests. Lines of steps that are made
-    again go. If the run goes on despite changes, the lines until then
+    start: see checkpoints.Start; made_of: see checks.digests. Lines of steps that will be
+    repeated are dropped. If the run goes on despite changes, the lines until then
     move to metrics-until-step_N.jsonl.
     """
 
@@ -46,11 +46,6 @@ class Logger:
         if difference:
             write_whole(output / "code.diff", difference)
         self.path, kept = output / "metrics.jsonl", []
-        if start.checkpoint:  # without one, the lines are another run's
-            lines = read_lines(self.path)
-            kept = [line for line in lines if line["step"] <= start.step]
-            if lost := self.path.exists() and len(self.path.read_bytes().splitlines()) - len(lines):
-                tqdm.write(f"{self.path}: {lost} damaged lines are left out", file=sys.stderr)
         if start.changed and self.path.exists():
             before, number = output / f"metrics-until-step_{start.step}.jsonl", 1
             while before.exists():
@@ -58,7 +53,11 @@ class Logger:
                 before = before.with_name(f"metrics-until-step_{start.step}_{number}.jsonl")
             os.replace(self.path, before)
             tqdm.write(f"the lines of metrics.jsonl until now are in {before}", file=sys.stderr)
-            kept = []
+        elif start.checkpoint:  # without one, no line is of a step that is kept
+            lines = read_lines(self.path)
+            kept = [line for line in lines if line["step"] <= start.step]
+            if lost := self.path.exists() and len(self.path.read_bytes().splitlines()) - len(lines):
+                tqdm.write(f"{self.path}: {lost} damaged lines are left out", file=sys.stderr)
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.evaluations = [line for line in kept if "eval/loss" in line]
         self.whole = not self.evaluations  # whether the first one will be of this process
@@ -72,20 +71,18 @@ class Logger:
             print(f"{name}: {value}", flush=True)
             write_whole(self.config, f"# {name}: {value}\n{self.config.read_text()}")
 
-    def begin(self, step: int, last: int) -> None:
-        """Show the progress, from `step` steps to the last."""
-        off = not self.on
-        self.progress = tqdm(desc="SimPER", total=last, initial=step, unit="step", disable=off)
+    def steps(self, first: int, last: int) -> tqdm:
+        """The numbers from `first` to `last`; shows the progress while they are taken."""
+        options = {"initial": first, "unit": "step", "disable": not self.on}
+        self.progress = tqdm(range(first, last + 1), "SimPER", last, **options)
+        return self.progress
 
     def write(self, metrics: dict, errors: dict[str, float] | None = None) -> None:
-        """Log one line; `metrics` has the key "step". errors: of evaluate; those of means are
-        written, too."""
+        """Log one line; `metrics` has the key "step". errors: of the changes, see evaluate."""
         if not self.on:
             return
-        errors = errors or {}
-        own = {f"standard_error/{n}": e for n, e in errors.items() if not n.startswith("change/")}
         with open(self.path, "a") as file:
-            print(json.dumps(metrics | own), file=file)
+            print(json.dumps(metrics), file=file)
         # wandb drops a step that it has: what a resumed run repeats. A step's evaluation is a step
         # of its own there, since the run may have been stopped between the two.
         self.to_wandb("log", metrics, step=2 * metrics["step"] + ("eval/loss" in metrics))
@@ -127,8 +124,8 @@ class Logger:
         for name in (name for name in SHOWN if f"eval/{name}" in last):
             old, new = first[f"eval/{name}"], last[f"eval/{name}"]
             table += f"{name:<30}{old:>9.4f}  → {new:>8.4f}"
-            if f"change/{name}" in paired:
-                half = t_quantile(last["eval/pairs"] - 1) * paired[f"change/{name}"]
+            if name in paired:
+                half = t_quantile(last["eval/pairs"] - 1) * paired[name]
                 low, high = new - old - half, new - old + half
                 table += f"   {new - old:+.4f} [{low:+.4f}, {high:+.4f}]"
             table += "\n"

@@ -48,8 +48,8 @@ def start_process() -> tuple[int, int, torch.device]:
     if torch.cuda.is_available() or NVIDIA_DRIVER.exists() and not hidden:
         return rank, ranks, start_gpu()
     say(f"no GPU: {ranks} process(es) on the CPU")
-    # Numbers below 1e-38 are 0, as on GPUs: CPUs are up to a hundred times slower with them. Here,
-    # since threads take this over from the one that starts them.
+    # Numbers below 1e-38 are treated as 0, as on GPUs: they make CPUs up to a hundred times slower.
+    # Set before any thread starts, since threads inherit it.
     torch.set_flush_denormal(True)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if local_ranks > 1:  # torchrun gives each of them one thread; they can share all cores

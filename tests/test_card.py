@@ -36,7 +36,7 @@ def test_the_card_of_a_run(base, tmp_path):
     first, *_, last = (x for x in read_metrics(tmp_path / "mine") if "eval/loss" in x)
     assert "| held-out pairs | step 0 | step 2 |" in text
     assert f"| loss | {first['eval/loss']:.4f} | {last['eval/loss']:.4f} |" in text
-    assert "`simpo`" in text and "python train.py" in text
+    assert "`simpo`" in text and "By `train.py RECIPE`" in text
     code = re.search("```python\n(.*?)```", text, re.S)[1]
     code = code.replace('"mine"', repr(str(tmp_path / "mine" / "final"))).replace("256", "3")
     exec(code, {"print": lambda answer: None})
@@ -59,7 +59,7 @@ def test_the_card_of_a_model_of_the_hub(base, model_folder, tmp_path):
     assert front["datasets"] == ["someone/more", "someone/pairs"]
     assert front["license"] == "other" and front["license_name"] == "theirs"
     assert recipe["model"] == "someone/tiny@v1" and recipe["train_data"] == config["train_data"]
-    assert "`torchrun train.py RECIPE, 16 processes`" in text
+    assert "\nranks: 16\n" in text
     assert "held-out" not in text and 'model("Hello"' in text
 
 

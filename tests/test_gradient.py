@@ -223,7 +223,7 @@ def test_a_line_of_training(base, tmp_path, monkeypatch):
             weight = line[f"inverse_perplexity/{side}"]
             assert line[f"gradient_weight/{side}"] == pytest.approx(weight, rel=1e-5)
         indices = [i for step in steps for i in step_indices(26, 8, 42, step)]
-        seconds = 20 * len(steps) + 20 * (6 in steps)
+        seconds = 20 + 20 * (6 in steps)
         assert line["pairs_per_second"] == pytest.approx(8 * len(steps) / seconds)
         tokens = sum(sum(lengths[i]) for i in indices)
         assert line["tokens_per_second"] == pytest.approx(tokens / seconds)

@@ -404,7 +404,7 @@ def test_two_runs_in_one_folder(base, tmp_path):
     """The second is refused before it changes a file."""
     values, output = base | {"max_steps": 1}, tmp_path / "run"
     output.mkdir()
-    (output / "config.yaml").write_text("of the first")
+    (output / "config.yaml").write_text("output_dir: of the first")
     lock = log.lock_folder(output)
     try:
         for resume in ("auto", "never"):
@@ -412,7 +412,7 @@ def test_two_runs_in_one_folder(base, tmp_path):
                 run(values | {"resume": resume}, output)
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
         assert {path.name for path in output.iterdir()} == {".lock", "config.yaml"}
-        assert (output / "config.yaml").read_text() == "of the first"
+        assert (output / "config.yaml").read_text() == "output_dir: of the first"
     finally:
         os.close(lock)
     assert len(run(values, output)) == 3
