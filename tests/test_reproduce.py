@@ -88,14 +88,7 @@ def setting(tmp_path, monkeypatch, model_folder):
     vllm.write_text(SERVER.format(python=sys.executable, port=reproduce.PORT))
     vllm.chmod(0o755)
 
-    def stage(command, cwd, env, stdout, stderr):
-        assert command[0] == sys.executable
-        own = {name: env[name] for name in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES") if name in env}
-        done = run_python(*command[1:], cwd=cwd, **own)
-        print(done.stdout, done.stderr, file=stdout, flush=True)
-        return done
-
-    monkeypatch.setattr(reproduce, "subprocess", Subprocess(stage))
+    monkeypatch.setattr(reproduce, "subprocess", Subprocess())
     flags = ["llama-3-8b-base", "--models", f"{model_folder},{rival}", "--rates", "1e-3"]
     flags += ["--gpus", 0, "--engine", "transformers", "--vllm_python", vllm.with_name("python")]
     flags += ["--reference", tmp_path / "reference.json", "--limit", 10, "--max_new_tokens", 8]
@@ -116,13 +109,31 @@ def setting(tmp_path, monkeypatch, model_folder):
 
 
 class Subprocess:
-    """The module, but that a stage is a fork of a process that has imported the libraries."""
+    """The module, whose Popen makes a fork of a stage's python."""
 
-    def __init__(self, run):
-        self.run = run
-
-    def __getattr__(self, name):
+    def __getattr__(self, name: str):
         return getattr(subprocess, name)
+
+    def Popen(self, command, **options):
+        return (Fork if command[0] == sys.executable else subprocess.Popen)(command, **options)
+
+
+class Fork:
+    """A process of run_python, which has ended when it is made."""
+
+    def __init__(self, command, cwd, env, stdout, stderr):
+        own = {name: env[name] for name in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES") if name in env}
+        self.done = run_python(*command[1:], cwd=cwd, **own)
+        print(self.done.stdout, self.done.stderr, file=stdout, flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def wait(self) -> int:
+        return self.done.returncode
 
 
 def test_a_reproduction_from_the_first_stage_to_the_last(setting, capsys):

@@ -783,7 +783,7 @@ def test_run_directory(three_steps):
     names |= {"pairs_per_second", "tokens_per_second", "peak_memory_gb"}
     groups = ("inverse_perplexity", "logps", "length", "gradient_weight")
     names |= {f"{group}/{side}" for group in groups for side in ("chosen", "rejected")}
-    assert set(lines[1]) == names | {"inverse_perplexity/margin"}
+    assert set(lines[1]) == names | {"inverse_perplexity/margin", "logps/margin"}
     final = transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
     trained = read_checkpoint(folder / "checkpoints" / "step_2")
     # Step 3 has moved it.

@@ -347,7 +347,7 @@ print(json.dumps(said))
 # What cannot be written: the most bytes that a file may have, settings, the lines that were logged.
 FULL = {
     "tokenized rows": (9_000, {}, None),
-    "metrics.jsonl": (2_500, {}, 4),
+    "metrics.jsonl": (4_500, {}, 4),
     "checkpoint": (40_000, {"save_every": 1}, 2),
     "export": (40_000, {"save_every": 0}, 5),
 }
