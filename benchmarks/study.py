@@ -301,7 +301,7 @@ def figures(results: list[dict], folder: Path) -> None:
         of_five = "change of the model (KL, nats per answer)"
         frontier(axis, groups, FIVE, [], start, of_five, dots=False)
         axis.set_ylabel("reward of new answers (−1 to 1)")
-        axis.annotate("before training", (0.2, start), color="0.4", fontsize=7, va="bottom")
+        axis.annotate("before training", (0.8, start), color="0.4", fontsize=7, va="bottom")
     by_rate, by_step = {}, {}
     for arm in SHOWN:
         name = display_name(arm)

@@ -176,6 +176,5 @@ def test_a_digest_is_kept_until_the_file_changes(tmp_path, monkeypatch):
             os.utime(file, ns=(0, len(read)))  # clocks are coarse
         expected = hashlib.sha256(hashlib.sha256(content).digest()).hexdigest()
         assert cache.files_digest([Path(file)]) == expected
-    assert (
-        sum(args[1:] == (hashlib.sha256,) for args in read) == 2
-    )  # the rest are of the cache itself
+    # (The rest are of the cache itself.)
+    assert sum(args[1:] == (hashlib.sha256,) for args in read) == 2
