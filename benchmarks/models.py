@@ -1,7 +1,7 @@
 """Every kind of language model in transformers, tiny, with random weights: whether this code
 computes what transformers computes, and exports what it has read.
 
-    python -m benchmarks.models                         # all, and the table of docs/models.md
+    python -m benchmarks.models                         # all, and the table of its page
     python -m benchmarks.models gemma2 qwen3_5          # some; no table
     python -m benchmarks.models gemma2 qwen3_5 --train  # and two steps of train.py, 1 and 2 ranks
 
@@ -43,7 +43,7 @@ from runtime.checks import choose_forward
 from runtime.errors import InputError
 from runtime.weights import model_class, other_parts
 
-PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+PAGE = Path(__file__).parent.parent / "docs" / "notes" / "every-kind.md"
 SECONDS = 120  # for one kind
 VOCABULARY, WIDTH, LAYERS = 320, 64, 4
 # (prompt, chosen, rejected) tokens; sliding windows are 6 wide.

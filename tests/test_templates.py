@@ -2,7 +2,7 @@
 
     python tests/test_templates.py FOLDER
 
-prints what becomes of a pair by every template of a folder (NAME.jinja); docs/data.md has the
+prints what becomes of a pair by every template of a folder (NAME.jinja); docs/notes/rows.md has the
 table. The templates of most models are long, for their tools. What is written here renders a plain
 conversation as they do; the command above says so if a file of the same name does otherwise.
 """
