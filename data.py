@@ -26,6 +26,7 @@ from runtime.rows import (
     DROPPED,
     Dropped,
     Missing,
+    draw,
     is_json,
     load_rows,
     map_rows,
@@ -251,7 +252,7 @@ class DataSet:
 
     def __setattr__(self, name: str, value) -> None:
         if name == "rows":  # what has been derived from others is theirs
-            vars(self).pop("first", None)
+            vars(self).update(schedule=(), reference=None, first=None)
             for member, kind in vars(type(self)).items():
                 if isinstance(kind, functools.cached_property):
                     vars(self).pop(member, None)
@@ -347,10 +348,9 @@ def load_data(
     numbers: Iterable[str] = (),
     columns: str = "",
     truncation: str = "fit",
-    seed: int = 42,
 ) -> DataSet:
     """The tokenized rows of the comma-separated sources, in order; of `source:0.5`, the half that
-    the seed draws. numbers: the columns of numbers that a loss asks for; columns: see rename;
+    `draw` takes. numbers: the columns of numbers that a loss asks for; columns: see rename;
     truncation: what becomes of rows that exceed max_length, "paper" (see truncate), "fit" (see fit)
     or "drop".
 
@@ -380,11 +380,7 @@ def load_data(
         key = hashlib.sha256(repr((given._fingerprint, source, *what)).encode()).hexdigest()[:32]
         part = map_rows(given, prepare_rows, how | more, datasets.Features(features), key)
         if share < 1:
-            order = np.random.default_rng(seed).permutation(len(part))
-            # (Rounded: 1 - 0.9 is not 0.1, and a row would be in both parts.)
-            first = round(round(share if share > 0 else 1 + share, 9) * len(part))
-            drawn = order[:first] if share > 0 else order[first:]
-            part = part.select(np.sort(drawn))
+            part = part.select(draw(len(part), share))
         parts.append(part)
     rows = datasets.concatenate_datasets(parts)
     status = np.array(rows["status"])

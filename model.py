@@ -142,7 +142,11 @@ class PackedModel(torch.nn.Module):
         with their gradients on the GPU (see streaming.py)."""
         inside = {*(self if part is None else part).parameters()}
         own = {n: p for n, p in self.named_parameters() if p.requires_grad and p in inside}
-        return own if self.masters is None else {name: self.masters[name] for name in own}
+        if self.masters is None:
+            return own
+        if late := own.keys() - self.masters.keys():
+            raise InputError(f"{min(late)} was unfrozen after load_model: do it in surgery()")
+        return {name: self.masters[name] for name in own}
 
     def refresh(self) -> None:
         """Called whenever the optimized parameters have changed: what is computed with is renewed,

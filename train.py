@@ -207,7 +207,7 @@ def load_data_sets(
     the ranks."""
     numbers = [name for name in asked if name != "reference"]
     how = (tokenizer, config.max_length, config.max_prompt_length, numbers, config.columns)
-    how += (config.truncation, config.seed)
+    how += (config.truncation,)
     data, heldout = load_data(config.train_data, *how), None
     say(f"training: {data.report}")
     if config.eval_data:

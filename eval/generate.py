@@ -44,10 +44,12 @@ from runtime.rows import (
     Dropped,
     as_conversation,
     complete_prompt,
+    draw,
     is_json,
     load_rows,
     parse_row,
     rename,
+    split_share,
 )
 from runtime.templates import as_messages, end_of_turn, prompt_text
 from runtime.weights import (
@@ -373,12 +375,14 @@ def load_prompts(source: str, count: int = 0, columns: str = "") -> list:
     with different prompts are left out. Raises InputError, naming the source and the row, for any
     other, and for an empty prompt.
     """
+    source, share = split_share(source)
     rows = load_rows(source)
+    drawn = draw(len(rows), share).tolist()
     verbatim = is_json(rows)
-    count = min(count or len(rows), len(rows))
+    count = min(count or len(drawn), len(drawn))
     prompts = []
     # Spread over the data, which is often sorted by topic.
-    for index in (i * len(rows) // count for i in range(count)):
+    for index in (drawn[i * len(drawn) // count] for i in range(count)):
         row = rows[index]
         try:
             row = rename(row, columns)

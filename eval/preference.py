@@ -31,7 +31,7 @@ from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.processes import choose_dtype
 from runtime.reference import response_logps
-from runtime.rows import load_rows, split_sources
+from runtime.rows import load_rows, split_share, split_sources
 from runtime.weights import load_tokenizer, resolve_model
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--micro_batch_tokens", type=int, default=8192, help="as for train.py")
     args = parser.parse_args()
 
-    sources = split_sources(args.data)
+    sources = [split_share(source)[0] for source in split_sources(args.data)]
     rows = {source: load_rows(source) for source in sources}
     hashes = {source: file_sha256(source) for source in sources if Path(source).is_file()}
     names = [short_name(model) for model in args.models]

@@ -38,7 +38,7 @@ from eval.results import (
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.intervals import FEW, t_quantile
-from runtime.rows import Dropped, is_json, load_rows, parse_row, rename
+from runtime.rows import Dropped, draw, is_json, load_rows, parse_row, rename, split_share
 from runtime.templates import as_messages
 
 JUDGE_TOKENS = 512
@@ -65,8 +65,9 @@ more helpful.
 def load_chosen(source: str, count: int, columns: str = "") -> list[tuple[list | str, str]]:
     """(prompt, chosen response) of `count` pairs spread over a source of preference data, or of all
     with 0. Raises InputError, naming the source and the row, for a row that is no pair."""
+    source, share = split_share(source)
     rows, pairs = load_rows(source), []
-    for index in range(len(rows)):
+    for index in draw(len(rows), share).tolist():
         try:
             prompt, (chosen, *_) = parse_row(rename(rows[index], columns), is_json(rows))
         except Dropped:

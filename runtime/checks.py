@@ -102,22 +102,26 @@ def check_loss(
 def check_trainable(model: PackedModel, optimizer, name: str) -> None:
     """Raise InputError, naming a parameter, if training the model would not be what it seems: if
     its export would not have the names and shapes of the model that it was loaded from, which
-    `name` is; if a parameter is none that load_model made: ranks would diverge; if it has
-    dropout; or if the optimizer has other parameters than those that require a gradient."""
+    `name` is; if a tensor has been added or taken out since load_model, where ranks would diverge;
+    if it has dropout; or if the optimizer has other parameters than those that require a gradient.
+    """
     with torch.device("meta"):
         config = load_config(name)
         rebuilt = build_model(config).model
         expected = {key: value.shape for key, value in stored_tensors(rebuilt).items()}
         surgery(rebuilt)
+        made = stored_tensors(rebuilt).keys()
         merge(rebuilt)
         exported = {key: value.shape for key, value in stored_tensors(rebuilt).items()}
     for key in {**expected, **exported}:
         if expected.get(key) != exported.get(key):
             problem = f"final/ would have {key} as {exported.get(key)}, not {expected.get(key)}"
             raise InputError(f"{problem}: merge() in model.py must undo what surgery() changes")
-    for key, parameter in model.named_parameters():
-        if parameter not in model.loaded:
-            raise InputError(f"{key} was added after load_model: do it in surgery(), in model.py")
+    changed = made ^ stored_tensors(model.model).keys()
+    changed |= {key for key, parameter in model.named_parameters() if parameter not in model.loaded}
+    if changed:
+        problem = f"{min(changed)} was added or taken out after load_model"
+        raise InputError(f"{problem}: do it in surgery(), in model.py")
     for key, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             problem = (

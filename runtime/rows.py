@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 from datasets import packaged_modules
@@ -61,7 +62,7 @@ def split_sources(sources: str) -> list[str]:
     for source in map(str.strip, sources.strip(" ,").split(",")):
         source = os.path.expanduser(source)
         pattern = split_share(source)[0]
-        if not glob.has_magic(pattern) or Path(pattern).exists():
+        if not glob.has_magic(pattern) or os.path.exists(pattern):
             found.append(source)
         elif files := sorted(glob.glob(pattern, recursive=True)):
             found += [file + source.removeprefix(pattern) for file in files]
@@ -76,12 +77,21 @@ def split_share(source: str) -> tuple[str, float]:
     name, _, share = source.rpartition(":")
     number = re.fullmatch(r"(-?\d*\.\d+|-?\d+)(%?)", share)
     # A data set of the hub may have a split of such a name.
-    if not number or Path(source).exists() or not ("." in share or file_type(name)):
+    if not number or os.path.exists(source) or not ("." in share or file_type(name)):
         return source, 1.0
     if number[2] or not 0 < abs(float(share)) <= 1:
         problem = f"{source}: a share is above 0 and at most 1, or -0.1 for the rest of 0.9"
         raise InputError(f"{problem}, not {share}")
     return name, float(share)
+
+
+def draw(count: int, share: float) -> np.ndarray:
+    """The numbers of the rows that a share of `count` rows takes, in order. They are always the
+    same: runs with other seeds hold out the same rows, and the commands of eval/ find them."""
+    order = np.random.default_rng(42).permutation(count)
+    # (Rounded: 1 - 0.9 is not 0.1, and a row would be in both parts.)
+    first = round(round(share if share > 0 else 1 + share, 9) * count)
+    return np.sort(order[:first] if share > 0 else order[first:])
 
 
 def load_rows(source: str) -> datasets.Dataset:
@@ -93,9 +103,10 @@ def load_rows(source: str) -> datasets.Dataset:
 
     Raises InputError, naming the source and, for JSON lines, the line, when it cannot be read.
     """
-    if source.startswith("demo/") and not Path(source).exists():
+    if source.startswith("demo/") and not os.path.exists(source):
         source = str(ROOT / source)  # the demo works in any directory
-    path, *names = [source] if Path(source).exists() else source.split(":")
+    # (os.path.exists, since Path's raises for a name that is too long.)
+    path, *names = [source] if os.path.exists(source) else source.split(":")
     kind = file_type(path)
     try:
         if not source:
@@ -183,7 +194,7 @@ def hub_commits(sources: str) -> dict[str, str]:
 def on_hub(source: str) -> bool:
     """Whether a source without share is a data set of the hub, and no file or folder."""
     name = source.partition(":")[0]
-    return not (file_type(name) or Path(source).exists() or Path(name).exists())
+    return not (file_type(name) or os.path.exists(source) or os.path.exists(name))
 
 
 def load_folder(path: str, split: str) -> datasets.Dataset:
@@ -408,12 +419,12 @@ def rename(row: dict, columns: str) -> dict:
     names and those that the row has; a column without a new name is left out. Raises InputError for
     one that is not there."""
     renamed, given = dict(row), {}
-    for part in filter(None, columns.replace(" ", "").split(",")):
-        name, equals, own = part.partition("=")
+    for part in filter(None, columns.split(",")):
+        name, equals, own = map(str.strip, part.partition("="))
         if not equals:
             raise InputError(f"--columns: '{part}' is not of the form NAME=COLUMN")
         if own and own not in row:
-            raise InputError(f"there is no column '{own}', but {', '.join(row)}")
+            raise InputError(f"there is no column '{own}'; the columns are {', '.join(row)}")
         if name in given:
             raise InputError(f"--columns: '{name}' is there twice")
         renamed.pop(own, None)
@@ -458,15 +469,12 @@ def parse_row(row: dict, verbatim: bool = False) -> tuple[list | str, list[str]]
 
 
 def complete_prompt(row: dict, prompt: list | str, answers: Iterable[str] = ()) -> list | str:
-    """The prompt of a row with what its other columns say of it: see parse_row. Raises InputError
-    for what cannot be said, and for columns whose texts are neither in it nor in the answers."""
-    texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
-    shown = "\n".join([*texts, *answers])
+    """The prompt with the system prompt and the tools of the row's other columns. Raises InputError
+    if they cannot be added, and for FOREIGN columns whose texts are not there already."""
     for name in FOREIGN + ("messages",) * isinstance(prompt, str):
         value = row.get(name)
         value = any(value) and value if isinstance(value, list) else value
-        texts = [m["content"] for m in as_conversation(value) or []] or [value]
-        if value and not all(isinstance(t, str) and t.strip() in shown for t in texts):
+        if value and not is_there(value, prompt, answers):
             raise InputError(f"its column '{name}' is not used: --columns {name}= leaves it out")
     systems = [row[name] for name in ("system", "system_prompt", "system_message") if row.get(name)]
     system, tools = systems[0] if systems else None, row.get("tools")
@@ -494,10 +502,25 @@ def complete_prompt(row: dict, prompt: list | str, answers: Iterable[str] = ()) 
     return [prompt[0] | {"tools": tools}, *prompt[1:]] if tools else prompt
 
 
+def is_there(value, prompt: list | str, answers: Iterable[str]) -> bool:
+    """Whether prompt and answers have each message of a conversation, or the prompt has a text, as
+    words."""
+    try:
+        messages = as_conversation(value)
+    except Dropped:  # one without content
+        return False
+    if messages:
+        whole = {text.strip() for text in (*(m["content"] for m in as_messages(prompt)), *answers)}
+        return all(message["content"].strip() in whole for message in messages)
+    shown = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+    words = rf"(?<!\w){re.escape(value.strip())}(?!\w)" if isinstance(value, str) else "(?!)"
+    return re.search(words, shown) is not None
+
+
 def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
     """parse_row, of the prompt and the answers alone."""
     prompt = row.get("prompt", Missing)
-    if prompt in (None, Missing):
+    if prompt in (None, Missing, "", []):
         prompt = row.get("conversations", prompt)  # ShareGPT's name
     answers = [row.get("chosen", Missing), row.get("rejected", Missing)]
     if all(answer in (None, Missing) for answer in answers) and isinstance(

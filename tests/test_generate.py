@@ -14,7 +14,15 @@ from transformers import GenerationConfig
 
 import data
 from eval import generate as generate_module
-from eval.generate import answer, generate, generate_tokens, own_sampling, short_name
+from eval import win_rate
+from eval.generate import (
+    answer,
+    generate,
+    generate_tokens,
+    load_prompts,
+    own_sampling,
+    short_name,
+)
 from eval.results import parse_engine_args
 from runtime import templates
 from runtime.errors import InputError
@@ -123,6 +131,17 @@ def test_own_sampling_is_that_of_a_bare_call(model_folder, tmp_path):
         )
         assert found == [bare[0, ids.shape[1] :].tolist()]
         assert found != generate_tokens(model, tokenizer, ["hi"], seed=5, **options)
+
+
+def test_shares_of_prompts_are_those_of_training(tmp_path):
+    rows = [{"prompt": f"p {n}", "chosen": f"c {n}", "rejected": "r"} for n in range(15)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for share, rest in (("0.9", "-0.1"), ("0.1", "-0.9")):
+        trained = data.load_data(f"{tmp_path}/rows.jsonl:{share}", make_tokenizer(), 200, 100)
+        others = [n for n in range(15) if n not in {*trained.rows["row"]}]
+        source = f"{tmp_path}/rows.jsonl:{rest}"
+        assert load_prompts(source) == [f"p {n}" for n in others] != []
+        assert win_rate.load_chosen(source, 0) == [(f"p {n}", f"c {n}") for n in others]
 
 
 def test_command_prints_side_by_side(model_folder, tmp_path):

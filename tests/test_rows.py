@@ -311,10 +311,15 @@ def test_nulls_are_dropped_and_counted(tmp_path):
         {"functions": [{"name": "f"}]},
         {"chat_history": [{"role": "user", "content": "Before that?"}]},
         {"messages": [*ASK, {"role": "assistant", "content": "Hi"}, *ASK]},
+        # Quoted in an answer, or a part of a word of the prompt, it is not in the prompt.
+        {"input": "4"},
+        {"context": "2"} | {"prompt": "What is 22?"},
+        {"messages": [{"role": "user", "content": "2"}]},
+        {"messages": [*ASK, {"role": "assistant", "content": None}]},
     ],
 )
 def test_what_other_code_would_put_into_the_prompt_is_an_error(tmp_path, more):
-    (name,) = more
+    name = next(iter(more))
     path = str(write(tmp_path / "rows.jsonl", [TEXT | more]))
     with pytest.raises(InputError, match=f"column '{name}' is not used: --columns {name}= leaves"):
         load(path)
@@ -343,6 +348,27 @@ SYSTEMS = {
     | {"prompt": [{"role": "system", "content": "Answer in French."}, *ASK]}
     | {"system": " Answer in French.\n"},
 }
+
+
+def test_what_is_in_the_prompt_already_is_no_error(tmp_path):
+    rows = [
+        TEXT | {"input": "2+2"},
+        TEXT | {"messages": [*ASK, {"role": "assistant", "content": "4"}]},
+        TEXT | {"prompt": "", "conversations": [{"from": "human", "value": "2+2?"}]},
+    ]
+    assert load(write(tmp_path / "rows.jsonl", rows)) == [[chatml("2+2?"), "4", "5"]] * 3
+
+
+def test_names_of_columns_may_have_spaces(tmp_path):
+    row = {"The Prompt": "2+2?", "Good Answer": "4", "bad": "5"}
+    columns = "prompt = The Prompt, chosen=Good Answer,rejected=bad"
+    path = str(write(tmp_path / "rows.jsonl", [row]))
+    assert len(load_data(path, CHAT, 200, 100, columns=columns).rows) == 1
+
+
+def test_a_source_that_is_no_name_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        load("x" * 300)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -422,7 +448,9 @@ def test_columns_of_other_names(tmp_path):
     path = write(tmp_path / "rows.jsonl", [row])
     names = "prompt=question, chosen=good, rejected=bad, history="
     assert load(path, columns=names) == [[chatml("2+2?"), "4", "5"]]
-    with pytest.raises(InputError, match="row 0: there is no column 'better', but question, good"):
+    with pytest.raises(
+        InputError, match="row 0: there is no column 'better'; the columns are question, good"
+    ):
         load(path, columns=names.replace("good", "better"))
     with pytest.raises(InputError, match="--columns: 'chosen' is not of the form NAME=COLUMN"):
         load(path, columns="chosen")

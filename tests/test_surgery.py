@@ -279,6 +279,56 @@ def test_an_adapter_that_is_added_too_late_is_refused_by_name(
     refuses(short, tmp_path / "run", f"{Q.format(1)}.lora_a", "do it in surgery(), in model.py")
 
 
+def without_last_block(model) -> None:
+    model.model.layers = model.model.layers[:1]
+
+
+def with_tied_head(model) -> None:
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def with_buffer(model) -> None:
+    model.register_buffer("scale", torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (without_last_block, "model.layers.1."),
+        (with_tied_head, "lm_head.weight"),
+        (with_buffer, "scale"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_changed_after_the_loading_is_refused_by_name(
+    short, tmp_path, monkeypatch, no_step, change, name, dtype
+):
+    """The export would add what is missing as it was, or leave it out."""
+    load_model = train.load_model
+
+    def and_change(*args):
+        loaded = load_model(*args)
+        change(loaded.model)
+        return loaded
+
+    monkeypatch.setattr(train, "load_model", and_change)
+    refuses(short | {"dtype": dtype}, tmp_path / "run", name, "do it in surgery(), in model.py")
+
+
+def test_what_is_unfrozen_too_late_is_refused_by_name(short, tmp_path, monkeypatch, operate):
+    operate(lambda model: model.lm_head.requires_grad_(False))
+    load_model = train.load_model
+
+    def and_unfreeze(*args):
+        loaded = load_model(*args)
+        loaded.model.lm_head.requires_grad_(True)
+        return loaded
+
+    monkeypatch.setattr(train, "load_model", and_unfreeze)
+    said = ("lm_head.weight was unfrozen after load_model", "do it in surgery()")
+    refuses(short | {"dtype": "bfloat16"}, tmp_path / "run", *said)
+
+
 def optimizer_of(monkeypatch, change) -> None:
     """Another choice of parameters in train.py: change(list of them)."""
     original = torch.optim.AdamW
