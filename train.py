@@ -111,7 +111,7 @@ def train(config: Config) -> None:
 
     # ---- Model and optimizer
     processes.start_group(device)
-    start = find_start(config, made_of)
+    start = find_start(config, made_of, len(data.schedule))
     if start.finished:
         dist.destroy_process_group()
         say(f"{config.output_dir} holds this run, finished. To train again: --resume never")

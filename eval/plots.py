@@ -266,17 +266,20 @@ def main() -> None:
     if Path(args.output).suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--output {args.output}: its name must end with .png, .svg or .pdf")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        groups = {run: [run] for run in args.runs} | matching(args.label)
-        curves = {n: [read_run(run, args.heldout) for run in g] for n, g in groups.items()}
-        if not curves:
-            raise InputError("give the folders of runs, or --label NAME=PATTERN")
-        window = 1 if args.heldout else max(len(runs[0]) for runs in curves.values()) // 10
-        plot(curves, args.output, window=args.smooth or window or 1)
-    except KeyError as error:
-        raise InputError(
-            f"a run has no metric {error}: it was logged by an older version"
-        ) from None
+    groups = {run: [run] for run in args.runs} | matching(args.label)
+    curves = {n: [read_run(run, args.heldout) for run in g] for n, g in groups.items()}
+    if not curves:
+        raise InputError("give the folders of runs, or --label NAME=PATTERN")
+    window = 1 if args.heldout else max(len(runs[0]) for runs in curves.values()) // 10
+    lines = [line for runs in curves.values() for run in runs for line in run]
+    # Of rows with one response, there are no metrics of the rejected.
+    lacking = [name for name in METRICS.values() if any(name not in line for line in lines)]
+    panels = {title: f for title, f in PANELS.items() if METRICS[title] not in lacking}
+    if lacking:
+        print(f"not in all runs, and left out: {', '.join(lacking)}")
+    if not panels:
+        raise InputError("the runs have none of the figure's metrics")
+    plot(curves, args.output, panels, window=args.smooth or window or 1)
     print(f"wrote {args.output}")
 
 

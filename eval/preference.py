@@ -183,7 +183,8 @@ def main() -> None:
             for values, more in zip((scores, errors), found):
                 for kind in {"accuracy", "accuracy_implicit"} & more.keys():
                     values[f"{kind}/{category}"] = more[kind]
-        folder = Path(args.output_dir) / name
+        folder, values = Path(args.output_dir) / name, pair_values(sums, lengths, reference)
+        implicit = {key: values.pop(key) for key in [*values] if "implicit" in key}
         write_result(
             folder,
             "preference",
@@ -193,7 +194,7 @@ def main() -> None:
             settings=settings | {"pairs": pairs.report},
             inputs=hashes,
             wandb_mode=args.wandb,
-            items=by_item(pair_values(sums, lengths, reference), [args.reference, *places]),
+            items=by_item(values, places) | by_item(implicit, [args.reference, *places]),
         )
         with open(folder / "preference_pairs.jsonl", "w") as file:
             for (source, row), logps, length in zip(places, sums.tolist(), lengths.tolist()):

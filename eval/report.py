@@ -36,6 +36,7 @@ from eval.results import (
 )
 from runtime.command_line import run_command
 from runtime.errors import InputError
+from runtime.intervals import FEW
 
 LEADERBOARD = [*BENCHMARKS]
 HEAD_TO_HEAD = "Win rate against another model's answers"
@@ -97,6 +98,11 @@ class Score:
             return None, math.nan
         return statistics.stdev(self.runs) / math.sqrt(count), count - 1
 
+    def error_alone(self) -> float | None:
+        """The error, if the items are enough to tell one. (0 is that of too few, not certainty.)"""
+        few = self.items is not None and np.sum(~np.isnan(self.items)) < FEW
+        return None if few else self.error or None
+
     def paired(self, other: "Score") -> bool:
         """Whether both have the same items."""
         return self.items is not None and other.items is not None and self.of == other.of
@@ -107,8 +113,7 @@ class Score:
             items = paired_difference(self.items, other.items)
             errors = ((items.error, items.freedom), self.over_runs(), other.over_runs())
             return Difference(items.mean, *together(*errors))
-        # An error of 0 is that of too few items, not certainty.
-        errors = ((score.error or None, score.freedom) for score in (self, other))
+        errors = ((score.error_alone(), score.freedom) for score in (self, other))
         return Difference(self.value - other.value, *together(*errors))
 
 

@@ -122,7 +122,7 @@ class Stage:
             print(f"$ {self}", file=file, flush=True)
             environment = os.environ | {"PYTHONPATH": str(ROOT)} | self.environment
             options = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": file}
-            with subprocess.Popen(self.command, **options) as process:  # waits for it in any case
+            with subprocess.Popen(self.command, **options) as process:  # waits, see end_stages
                 RUNNING.append(process)
                 status = process.wait()
                 RUNNING.remove(process)
@@ -136,11 +136,12 @@ class Stage:
         print(f"{self.name}: done, {(time.monotonic() - began) / 60:.0f} min", flush=True)
 
 
-def end_stages(*_) -> None:
-    """Hand SIGTERM on to what runs (a training saves a checkpoint), and end when it has ended."""
-    for process in RUNNING:
+def end_stages(number: int, _) -> None:
+    """On a signal: hand SIGTERM on to what runs (a training saves a checkpoint), and end when it
+    has ended."""
+    for process in [*RUNNING]:
         process.terminate()
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(128 + number)
 
 
 def run_name(rate: float) -> str:
@@ -312,11 +313,11 @@ def serve(args) -> Iterator[str]:
     finally:
         server.terminate()
         try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            pass
-        with suppress(ProcessLookupError):  # its workers, which may outlive it
-            os.killpg(server.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(60)
+        finally:  # also after a second signal
+            with suppress(ProcessLookupError):  # its workers, which may outlive it
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def pack(output: Path, ours: Iterable[str]) -> Path:
@@ -414,7 +415,9 @@ def main() -> None:
             print(f"{stage.name}: {stage}")
         return
 
-    signal.signal(signal.SIGTERM, end_stages)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, end_stages)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(args.output_dir).free
     if free < space and not (args.output_dir / "runs").exists():

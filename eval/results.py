@@ -203,9 +203,11 @@ class Difference:
     def text(self, comparisons: int, digits: int = 4) -> str:
         """With the 95 % interval, and a star if it is resolved; without if the error is not known;
         "" if there is no difference."""
+        if math.isnan(self.mean):  # no item that both have
+            return ""
         if self.error is None:
             return f"{self.mean:+.{digits}f}"
-        if not self.error:
+        if self.error < 1e-9 * abs(self.mean) or not self.error:  # but for rounding
             return f"{self.mean:+.{digits}f} in each" if self.mean else ""
         half = t_quantile(self.freedom) * self.error
         low, high = (f"{self.mean + side * half:+.{digits}f}" for side in (-1, 1))

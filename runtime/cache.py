@@ -104,19 +104,26 @@ def is_intact(folder: Path, file: Path | None = None) -> bool:
     """Whether a folder has been sealed, and its files are as they were then."""
     try:
         found = json.loads((file or folder / SEAL).read_text())
-        return all(file_digest(folder / name) == digest for name, digest in found.items())
+        intact = all(file_digest(folder / name) == digest for name, digest in found.items())
+        return intact and len(found) > 0
     except (OSError, ValueError, AttributeError):  # not there, or damaged
         return False
 
 
 def file_digest(path: Path, algorithm: Callable = xxhash.xxh3_128) -> str:
     """The digest of a file: by default XXH3, which is fast and finds damage, but no forgery."""
+    return digest_once(path, state_of(path), algorithm)
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """What changes whenever a file does. (`cp -p` may keep its size and the time of its content, but
+    not that of its last change of any kind.)"""
     status = path.stat()
-    return digest_once(path, status.st_size, status.st_mtime_ns, algorithm)
+    return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 @functools.cache
-def digest_once(path: Path, size: int, time: int, algorithm: Callable) -> str:
+def digest_once(path: Path, state: tuple[int, ...], algorithm: Callable) -> str:
     """file_digest, made again only if the file's size or its time in ns changes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
@@ -128,10 +135,10 @@ def files_digest(paths: list[Path]) -> str:
 
 
 def kept_digest(path: Path) -> bytes:
-    """SHA-256 of a large file, which the cache keeps until the file's size or time changes: the
+    """SHA-256 of a large file, which the cache keeps until the file changes (see state_of): the
     ranks of a node, and later runs, do not read it again."""
-    path, status = path.resolve(), path.stat()
-    state = repr((str(path), status.st_size, status.st_mtime_ns, status.st_ino))
+    path = path.resolve()
+    state = repr((str(path), *state_of(path)))
     folder = cache_folder("digests") / hashlib.sha256(state.encode()).hexdigest()
     with locked(folder) as intact:
         if not intact:

@@ -61,13 +61,13 @@ class Start:
     lock: int | None = field(default=None, compare=False)
 
 
-def find_start(config, made_of: dict[str, str]) -> Start:
+def find_start(config, made_of: dict[str, str], last: float = math.inf) -> Start:
     """Where to begin, the same on every rank. With resume=never, an existing output_dir is set
     aside. Collective.
 
     made_of: see checks.digests; and the dtype in use. Raises InputError if the newest checkpoint is
-    of a run that is made of something else or has other settings (unless resume=anyway), and if
-    ranks differ in them or in what they see of output_dir."""
+    of a run that is made of something else or has other settings (unless resume=anyway), if it is
+    beyond the `last` step, and if ranks differ in them or in what they see of output_dir."""
     output, found = Path(config.output_dir), [None]
     if dist.get_world_size() > 1:
         check_agreement(asdict(config) | made_of | VERSIONS)
@@ -82,6 +82,9 @@ def find_start(config, made_of: dict[str, str]) -> Start:
         raise found[0]
     if dist.get_world_size() > 1:
         check_shared(output)
+    if found[0].step > last:
+        problem = f"{found[0].checkpoint} has more steps than the {last} that are asked for"
+        raise InputError(f"{problem}. python -m eval.export writes its model")
     return found[0]
 
 
@@ -158,7 +161,9 @@ def check_finished(output: Path, config, made_of: dict[str, str]) -> None:
     final = output / "final"
     if not is_intact(final, output / FINAL_DIGESTS):
         raise InputError(f"{final} is damaged: move it away, and it is exported anew")
-    if changed := differences(config, made_of, read_config(output)):
+    if not (before := read_config(output)):
+        raise InputError(f"{output} holds a finished run, and its config.yaml is damaged")
+    if changed := differences(config, made_of, before):
         advice = "Use another --output_dir, or --resume never, which sets it aside"
         problem = f"{output} holds a finished run, which is another one: {'; '.join(changed)}"
         raise InputError(f"{problem}. {advice}")
@@ -197,7 +202,7 @@ def resume(start: Start, checkpoint: Path, config, made_of: dict[str, str]) -> N
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, whole or not, the one with the most steps first."""
     numbers = [path.name.removeprefix("step_") for path in output.glob("checkpoints/step_*")]
-    steps = sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+    steps = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
     return [output / "checkpoints" / f"step_{step}" for step in steps]
 
 

@@ -168,7 +168,7 @@ def read_config(output: Path) -> dict:
         text = (output / "config.yaml").read_text()
         head = [line[2:].partition(": ")[::2] for line in text.splitlines() if line[:2] == "# "]
         return dict(head) | yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, yaml.YAMLError):  # not there, or damaged
         return {}
 
 

@@ -202,6 +202,11 @@ def test_only_what_is_resolved_is_bold():
     column = [score(0.0, 99.0, values, "a"), score(9.0, 99.0, values + [*[10.0] * 9, 0.0], "a")]
     assert report.resolved(column, 1) == 1
     assert report.resolved([column[0], score(9.0, 99.0, column[1].items, "b")], 1) is None
+    # Of independent scores of three items, no difference is told.
+    three = [
+        score(x, 0.05, np.array([x - 0.1, x, x + 0.1]), of) for x, of in ((0.2, "a"), (0.7, "b"))
+    ]
+    assert report.resolved(three, 1) is None
     # Nine items tell no interval.
     few = [score(s.value, s.error, s.items[:9], "a") for s in column]
     assert report.resolved(few, 1) is None

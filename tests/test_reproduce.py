@@ -256,35 +256,41 @@ def test_a_disk_that_is_too_small_is_refused(setting, monkeypatch):
     assert not (folder / "out" / "runs").exists()
 
 
-def test_sigterm_ends_what_runs(tmp_path):
-    """Both of two stages that run side by side, each of which writes what a checkpoint would be."""
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_ends_what_runs(tmp_path, name, count):
+    """Stages, side by side or alone, each of which writes what a checkpoint would be."""
+    number = signal.Signals[name]
     code = """
 import pathlib, signal, sys, time
 def end(*_):
-    time.sleep(0.5)
+    time.sleep(0.2)
     pathlib.Path(sys.argv[1]).write_text("saved")
     sys.exit(1)
 signal.signal(signal.SIGTERM, end)
 pathlib.Path(sys.argv[1]).write_text("started")
 time.sleep(60)
 """
-    files = [tmp_path / name for name in "ab"]
+    files = [tmp_path / name for name in "ab"[:count]]
     stages = [Stage(f.name, [sys.executable, "-c", code, str(f)]) for f in files]
 
-    def when_both_run() -> None:
+    def when_all_run() -> None:
         while not all(f.exists() and f.read_text() == "started" for f in files):
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, reproduce.end_stages)
+    before = signal.signal(number, reproduce.end_stages)
+    Thread(target=when_all_run, daemon=True).start()
     try:
-        with pytest.raises(SystemExit) as ended, ThreadPoolExecutor(2) as pool:
-            Thread(target=when_both_run, daemon=True).start()
-            list(pool.map(lambda stage: stage.run(tmp_path), stages))
+        with pytest.raises(SystemExit) as ended:
+            if count == 1:
+                stages[0].run(tmp_path)
+            with ThreadPoolExecutor(count) as pool:
+                list(pool.map(lambda stage: stage.run(tmp_path), stages))
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert [f.read_text() for f in files] == ["saved", "saved"]
+        signal.signal(number, before)
+    assert ended.value.code == 128 + number
+    assert {f.read_text() for f in files} == {"saved"}
     assert not any(stage.is_done(tmp_path) for stage in stages)
 
 

@@ -71,6 +71,28 @@ def without_end(three_steps, folder: Path, *steps: int) -> Path:
 # ---- Bit for bit ---------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_beyond_the_last_step_is_not_trained_on(base, three_steps, tmp_path):
+    """Its model would be called one of fewer steps. Nothing is moved before that is said."""
+    output = tmp_path / "run"
+    without_end(three_steps, output)
+    before = (output / "metrics.jsonl").read_bytes()
+    changes = {"max_steps": 2, "save_every": 1, "keep_checkpoints": 0, "resume": "anyway"}
+    with pytest.raises(InputError, match="step_3 has more steps than the 2 .* eval.export writes"):
+        run(base | changes, output)
+    assert (output / "metrics.jsonl").read_bytes() == before and not (output / "final").exists()
+
+
+def test_a_damaged_config_of_a_finished_run_is_said(base, three_steps, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(three_steps["one"][0], output)
+    for damage in (": : [", "a: 2024-13-45", ""):
+        (output / "config.yaml").write_text(damage)
+        with pytest.raises(
+            InputError, match="holds a finished run, and its config.yaml is damaged"
+        ):
+            run(base | {"max_steps": 3, "save_every": 1, "keep_checkpoints": 0}, output)
+
+
 def test_resume_is_bitwise(base, three_steps, tmp_path):
     whole, lines = three_steps["one"]
     output = without_end(three_steps, tmp_path / "run", 3)

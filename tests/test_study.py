@@ -524,6 +524,7 @@ def test_runs_of_one_label_are_one_line(tmp_path, monkeypatch):
     for seed in (0, 1):
         line = {"step": 1, "epoch": 1.0, "logps/chosen": -1.0, "logps/rejected": -2.0}
         line |= {"gradient_weight/chosen": 1, "gradient_weight/rejected": 1, "accuracy": seed}
+        line["logps/margin"] = 1.0
         (tmp_path / f"simper-{seed}").mkdir()
         text = "".join(json.dumps(line | {"step": step}) + "\n" for step in (1, 2))
         (tmp_path / f"simper-{seed}" / "metrics.jsonl").write_text(text)
@@ -539,6 +540,18 @@ def test_runs_of_one_label_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plots", "--output", str(tmp_path / "x.png")])
     with pytest.raises(InputError, match="give the folders of runs"):
         plots.main()
+
+
+def test_runs_of_one_response_have_the_panels_that_they_can(tmp_path, monkeypatch, capsys):
+    line = {"epoch": 1.0, "logps/chosen": -1.0, "gradient_weight/chosen": 1.0}
+    text = "".join(json.dumps(line | {"step": step}) + "\n" for step in (1, 2))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    drawn = []
+    monkeypatch.setattr(plots, "plot", lambda curves, path, panels, **_: drawn.append([*panels]))
+    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path), "--output", str(tmp_path / "x.png")])
+    plots.main()
+    assert drawn == [["mean log-prob, chosen", "gradient weight, chosen"]]
+    assert "left out: logps/rejected, logps/margin" in capsys.readouterr().out
 
 
 def test_plots_of_nothing(tmp_path):
