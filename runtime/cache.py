@@ -116,8 +116,8 @@ def file_digest(path: Path, algorithm: Callable = xxhash.xxh3_128) -> str:
 
 
 def state_of(path: Path) -> tuple[int, ...]:
-    """What changes whenever a file does. (`cp -p` may keep its size and the time of its content, but
-    not that of its last change of any kind.)"""
+    """What changes whenever a file does. (`cp -p` may keep its size and the time of its content,
+    but not that of its last change of any kind.)"""
     status = path.stat()
     return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
