@@ -260,7 +260,7 @@ def main() -> None:
         "--heldout", action="store_true", help="the evaluations instead of the training steps"
     )
     parser.add_argument(
-        "--smooth", type=at_least(1), help="steps; by default a tenth. 1: not at all"
+        "--smooth", type=at_least(1), help="lines of metrics; by default a tenth. 1: not at all"
     )
     args = parser.parse_args()
     if Path(args.output).suffix not in (".png", ".svg", ".pdf"):
