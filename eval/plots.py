@@ -59,9 +59,9 @@ STYLE = {
 }
 DIRECT, BESIDE = 8, 24  # labels, and their characters, that find room beside a panel, not below
 METRICS = {
-    "mean log-prob, chosen": "logps/chosen",
-    "mean log-prob, rejected": "logps/rejected",
-    "margin of mean log-probs": "logps/margin",
+    "mean log-prob (nats), chosen": "logps/chosen",
+    "mean log-prob (nats), rejected": "logps/rejected",
+    "margin of mean log-probs (nats)": "logps/margin",
     "gradient weight, chosen": "gradient_weight/chosen",
     "gradient weight, rejected": "gradient_weight/rejected",
     "accuracy": "accuracy",

@@ -550,7 +550,7 @@ def test_runs_of_one_response_have_the_panels_that_they_can(tmp_path, monkeypatc
     monkeypatch.setattr(plots, "plot", lambda curves, path, panels, **_: drawn.append([*panels]))
     monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path), "--output", str(tmp_path / "x.png")])
     plots.main()
-    assert drawn == [["mean log-prob, chosen", "gradient weight, chosen"]]
+    assert drawn == [["mean log-prob (nats), chosen", "gradient weight, chosen"]]
     assert "left out: logps/rejected, logps/margin" in capsys.readouterr().out
 
 
