@@ -6,7 +6,7 @@
     python train.py recipes/demo.yaml --learning_rate 1e-5 --output_dir runs/demo-1e-5
 
 Every field of Config is a flag. A value that is not on the command line comes from the recipe, then
-from Config's defaults. Without a recipe, and without --model and --train_data, it is the demo's.
+from Config's defaults. If no recipe, --model or --train_data is given, the recipe is the demo's.
 """
 
 import functools
@@ -82,15 +82,13 @@ class Config:
     compile: bool = option(False, "torch.compile every transformer block")
     stream_optimizer: bool = option(
         False,
-        "float32 weights and moments in host memory: one GPU keeps 6 bytes per parameter of 18",
+        "float32 weights and moments in host memory: one GPU keeps 6 of 18 bytes per parameter",
     )
     replicas: int = option(1, "copies of the sharded model (HSDP); must divide the ranks")
     eval_every: int = option(100, "steps between evaluations; 0: only before and after training")
     save_every: int = option(100, "steps between checkpoints; 0: only when a signal stops the run")
     keep_checkpoints: int = option(1, "newest checkpoints to keep; 0: all")
-    log_every: int = option(
-        1, "steps per line of metrics, which ends also at saves and evaluations"
-    )
+    log_every: int = option(1, "steps per line of metrics; saves and evaluations also end a line")
     resume: str = option("auto", "auto: newest checkpoint; anyway: despite changes; or never")
     wandb: str = option(
         "auto", "online, offline, off, trackio, or auto: online if logged in, or off"
@@ -229,8 +227,8 @@ def prepare(
     """Choose how rows are computed, spread them over micro-batches, compile, and rehearse: whatever
     does not fit or does not work is found before the first step. Collective.
 
-    Returns the config with the micro_batch_tokens in use, if it has none: those of the run that
-    goes on, so that it stays the same to the last bit, or as many as fit.
+    Returns the config with the micro_batch_tokens in use, if it has none: those of the resumed
+    run, so that it stays bitwise identical, or as many as fit.
     """
     device = next(model.parameters()).device
     choose_forward(model, data, heldout)

@@ -8,7 +8,7 @@
 The paper's view of training: mean log-prob per token of the chosen and of the rejected responses,
 the margin between them, and how hard the loss pulls at each side (gradient weights, see
 pair_metrics in train.py). The metrics of training batches are noisy: a line is their moving average
-over --smooth steps, and they themselves are pale behind it. Several runs of one label are their
+over --smooth lines, and they themselves are pale behind it. Several runs of one label are their
 mean and, as a band, the range between the smallest and the largest. Held-out points of a single run
 have 95 % intervals over the pairs. A .png is written with a .pdf beside it. Needs matplotlib
 (eval/requirements.txt).

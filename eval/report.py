@@ -99,7 +99,7 @@ class Score:
         return statistics.stdev(self.runs) / math.sqrt(count), count - 1
 
     def error_alone(self) -> float | None:
-        """The error, if the items are enough to tell one. (0 is that of too few, not certainty.)"""
+        """The error; None if there are too few items. (0 also means too few, not certainty.)"""
         few = self.items is not None and np.sum(~np.isnan(self.items)) < FEW
         return None if few else self.error or None
 
@@ -198,8 +198,8 @@ def check_result(path: Path, content: dict) -> None:
 
 
 def resolved(column: list[Score | None], comparisons: int) -> int | None:
-    """The index of a column's best score, if its difference from every other is resolved; None if
-    it is not, or if there is nothing to compare.
+    """The index of a column's best score, if it differs significantly from every other; None if
+    it does not, or if there is nothing to compare.
 
     >>> column = [Score(60.0, 1.0, (60.0,)), Score(50.0, 1.0, (50.0,)), None]
     >>> resolved(column, 1), resolved([column[0], Score(58.0, 1.0, (58.0,))], 1)

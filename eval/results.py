@@ -201,7 +201,7 @@ class Difference:
         return abs(self.mean) > t_quantile(self.freedom, comparisons) * self.error
 
     def text(self, comparisons: int, digits: int = 4) -> str:
-        """With the 95 % interval, and a star if it is resolved; without if the error is not known;
+        """With the 95 % interval, and a star if significant; no interval if the error is not known;
         "" if there is no difference."""
         if math.isnan(self.mean):  # no item that both have
             return ""
@@ -237,7 +237,7 @@ def print_scores(
     """Print [(model, scores, standard errors)] side by side, with a row for each score; "–" for one
     that a model does not have, or that is None. items: of each model, {score: a value for each
     item}, if all have the same items: then a column after each model but the first has its
-    difference to the first with the 95 % interval, and a star where that is resolved."""
+    difference to the first with the 95 % interval, and a star if significant."""
     names = list(dict.fromkeys(name for _, scores, _ in columns for name in scores))
     width = max(map(len, names)) + 2
     header, differences = " " * width, []

@@ -205,7 +205,7 @@ def odds_interval(rate: float, error: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a rate that was estimated as log odds, such as length_controlled's, in
     per cent, from `count` prompts: symmetric in the log odds, with count − 2 degrees of freedom.
 
-    (Simulated with 12 to 100 prompts, it holds the rate in 90 to 96 of 100 cases; an interval that
+    (Simulated with 12 to 100 prompts, it covers the rate in 90 to 96 of 100 cases; an interval that
     is symmetric in per cent in 75 to 95.)
     """
     log_odds = math.log(rate / (100 - rate))

@@ -124,7 +124,7 @@ def state_of(path: Path) -> tuple[int, ...]:
 
 @functools.cache
 def digest_once(path: Path, state: tuple[int, ...], algorithm: Callable) -> str:
-    """file_digest, made again only if the file's size or its time in ns changes."""
+    """file_digest, made again only if the file changes (see state_of)."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 

@@ -17,7 +17,7 @@ CARD = """\
 
 # {title}
 
-{base}, trained with the loss `{loss}` of the reference implementation of
+{base}, trained with the loss `{loss}` of a reimplementation of
 [SimPER](https://arxiv.org/abs/2502.00883): {steps} steps of {pairs} preference pairs.
 {held_out}
 ## How to run it

@@ -123,7 +123,7 @@ def choose_start(config, made_of: dict[str, str]) -> Start:
         set_aside(output)
     output.resolve().mkdir(parents=True, exist_ok=True)  # where a link points to
     lock, before = lock_folder(output), read_config(output)
-    # Of another run are the lines of metrics.jsonl, too: they are those of the last start.
+    # The lines of metrics.jsonl are from the last start, so of another run, too.
     start = Start(changed=bool(before and differences(config, made_of, before)), lock=lock)
     try:
         if any((output / "final").glob("*")):

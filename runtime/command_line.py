@@ -101,7 +101,7 @@ def disk_fault(error: BaseException | None) -> str | None:
                 return (
                     f"{text}. A run writes to its output_dir and to SIMPER_CACHE, "
                     f"{cache_path()}. Checkpoints are as they were: once this is fixed, "
-                    "--resume auto goes on from the newest, if there is one."
+                    "--resume auto resumes from the newest, if any."
                 )
         error = error.__cause__ or error.__context__
     return None
@@ -116,7 +116,7 @@ def true_or_false(text: str) -> bool:
 def parse_args(config_class: type, args: list[str], description: str = ""):
     """A command line, [RECIPE.yaml] [--name value ...], → config_class, a dataclass whose fields
     have a help text in their metadata: defaults, then the recipe, then the flags. Without a recipe
-    it is the demo's, whose values fit its own model and pairs, unless the flags have others. Raises
+    it is the demo's, unless a flag names another model or data, which it may not fit. Raises
     InputError for an unknown name, with the nearest one, and for a wrong value."""
     parser = argparse.ArgumentParser(
         description=description,
@@ -128,7 +128,7 @@ def parse_args(config_class: type, args: list[str], description: str = ""):
     parser.add_argument(
         "recipe",
         nargs="?",
-        help="a file of `name: value` lines; without --model and --train_data: the demo's",
+        help="a file of `name: value` lines; without --model or --train_data: the demo's",
     )
     for option in fields(config_class):
         default = "" if option.default == "" else f" (default: {option.default})"

@@ -2,7 +2,7 @@
 
 import statistics
 
-FEW = 10  # values, of fewer of which no interval is told: they may be far from normal
+FEW = 10  # values; fewer get no interval: their mean may be far from normal
 
 
 def t_quantile(freedom: float, comparisons: int = 1) -> float:

@@ -26,7 +26,7 @@ class Logger:
     above 0, nothing. Never waits for other ranks.
 
     start: see checkpoints.Start; made_of: see checks.digests. Lines of steps that will be
-    repeated are dropped. If the run goes on despite changes, the lines until then
+    repeated are dropped. If it resumes despite changes, the lines until then
     move to metrics-until-step_N.jsonl.
     """
 
