@@ -239,7 +239,7 @@ def prepare(
         if gathered_fits(model, device):
             model.keep_gathered()
             log.note("weights", "gathered once a step")
-        if start.checkpoint and not start.changed:
+        if start.checkpoint and not start.other:
             tokens = read_state(start.checkpoint)["config"]["micro_batch_tokens"]
         else:
             tokens = tokens_that_fit(model, data, device, config.batch_size)

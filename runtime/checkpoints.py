@@ -49,13 +49,14 @@ SCHEDULED = ("params", "param_names", "lr", "initial_lr")  # of a group of param
 class Start:
     """checkpoint: the one to resume from, or None; step: the steps that it has; changed: whether
     it, or metrics.jsonl, comes from a run with other settings, data or code, which --resume anyway
-    accepts; evaluated: whether
-    metrics.jsonl has the evaluation after that step; finished: whether nothing is left to do; lock:
-    see lock_folder, on rank 0."""
+    accepts; other: whether the checkpoint itself does; evaluated: whether metrics.jsonl has the
+    evaluation after that step; finished: whether nothing is left to do; lock: see lock_folder, on
+    rank 0."""
 
     checkpoint: Path | None = None
     step: int = 0
     changed: bool = False
+    other: bool = False
     evaluated: bool = False
     finished: bool = False
     lock: int | None = field(default=None, compare=False)
@@ -189,7 +190,7 @@ def resume(start: Start, checkpoint: Path, config, made_of: dict[str, str]) -> N
         if config.resume != "anyway":
             raise InputError(f"{text}. Use --resume never or anyway, or another --output_dir")
         say(f"going on, but {text}", file=sys.stderr)
-        start.changed = True
+        start.changed = start.other = True
     if others := {k: old for k, old in state["versions"].items() if old != VERSIONS.get(k)}:
         was = ", ".join(f"{k} was {old}, is {VERSIONS.get(k)}" for k, old in others.items())
         say(f"going on with other versions: {was}", file=sys.stderr)

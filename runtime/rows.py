@@ -38,8 +38,8 @@ FOREIGN = ("images", "image", "videos", "video", "audios", "audio", "history", "
 FOREIGN += ("chat_template_kwargs", "functions", "chat_history", "conversation_history")
 FOREIGN += ("instruction", "instructions", "input", "query", "context", "passage", "document")
 FOREIGN += ("dialogue", "initial_reason_steps", "prompt", "conversations")
-# A list of messages in a cell: as JSON, or as Python or numpy print it.
-WRITTEN_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]""")
+# Messages in a cell: as JSON, or as Python or numpy print them.
+WRITTEN_CONVERSATION = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]""")
 FORMATS = """Accepted rows (other columns are ignored):
   {"prompt": text, "chosen": text, "rejected": text}
   {"prompt": [messages], "chosen": text or [one assistant message], "rejected": likewise}

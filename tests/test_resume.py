@@ -571,7 +571,13 @@ def test_what_a_resumed_run_is_made_of(name, tmp_path, capsys):
         checkpoints.choose_start(config, other)
     anyway = dataclasses.replace(config, resume="anyway")
     start = checkpoints.choose_start(anyway, other)
-    assert start == checkpoints.Start(checkpoint, 1, changed=True, evaluated=False)
+    assert start == checkpoints.Start(checkpoint, 1, changed=True, other=True, evaluated=False)
+    # Without it again, the checkpoint is this run's; the lines of metrics.jsonl are the other's.
+    lines = [*yaml.safe_dump(dataclasses.asdict(config)).splitlines(), f"# {name}: b"]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    os.close(start.lock)
+    start = checkpoints.choose_start(config, made_of)
+    assert start == checkpoints.Start(checkpoint, 1, changed=True, other=False, evaluated=False)
     assert f"going on, but {checkpoint} is of another run: other {name}" in capsys.readouterr().err
 
 

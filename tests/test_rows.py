@@ -207,9 +207,11 @@ def test_a_share_that_is_none_is_an_error(tmp_path, share):
     assert len(load_data(f"{path}:1.0", CHAT, 200, 100).rows) == 4
 
 
-@pytest.mark.parametrize("text", [json.dumps(TALK["chosen"]), repr(TALK["chosen"])])
+@pytest.mark.parametrize("write_it", [json.dumps, repr])
+@pytest.mark.parametrize("messages", [TALK["chosen"], TALK["chosen"][0]])
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_conversation_in_a_cell_is_an_error(tmp_path, suffix, text):
+def test_a_conversation_in_a_cell_is_an_error(tmp_path, suffix, messages, write_it):
+    text = write_it(messages)
     for column in ("chosen", "prompt"):
         rows = datasets.Dataset.from_list([TEXT, TEXT | {column: text}])
         path = str(tmp_path / f"{column}{suffix}")
