@@ -112,15 +112,13 @@ def train(config: Config) -> None:
     start = find_start(config, made_of, len(data.schedule))
     if start.finished:
         dist.destroy_process_group()
-        say(f"{config.output_dir} holds this run, finished. To train again: --resume never")
         return
     log = Logger(config, start, made_of | commits(config, source))
     torch.manual_seed(config.seed % 2**63)  # for the first values of what surgery() adds
     how = (config.replicas, config.activation_checkpointing, config.stream_optimizer)
     model = load_model(source, device, dtype, *how)
-    optimizer = torch.optim.AdamW(
-        model.optimized().values(), lr=config.learning_rate, weight_decay=0.0, fused=True
-    )
+    weights = model.optimized().values()
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0, fused=True)
     if config.stream_optimizer:
         stream(optimizer)
     check_trainable(model, optimizer, source)
@@ -155,7 +153,6 @@ def train(config: Config) -> None:
                 grads = logps.grad * config.batch_size / ranks  # ∂(the pair's loss) / ∂logps
                 meter.rows.append(pair_metrics(logps, losses, grads, batch))
             metrics = gradient_metrics(model)
-            weights = model.optimized().values()
             clip_grads_with_norm_(weights, config.max_grad_norm, metrics["grad_norm"])
             batches = data.batches(step + 1, rank)  # before the host waits for the GPU
             metrics |= {"stop": signals()} | processes.peak_memory(device)

@@ -129,6 +129,7 @@ def choose_start(config, made_of: dict[str, str]) -> Start:
     try:
         if any((output / "final").glob("*")):
             check_finished(output, config, made_of)
+            say(f"{output} holds this run, finished. To train again: --resume never")
             os.close(lock)
             return Start(finished=True)
         for folder in checkpoints(output):
