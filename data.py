@@ -48,7 +48,7 @@ from runtime.templates import (
 )
 from runtime.weights import tokenizer_digests
 
-# ---- Prompt and answers → token ids --------------------------------------------------------------
+# ---- Prompt and answers → token ids ------------------------------------------------------------
 
 
 def tokenize_text(tokenizer, text: str) -> list[int]:
@@ -155,9 +155,9 @@ def without_oldest_turn(prompt: list | str) -> list | str | None:
 
 
 def prepare_rows(batch: dict[str, list], indices: list[int], source: str, **how) -> dict[str, list]:
-    """Rows of a source → the columns of a DataSet, and `status`: whole, truncated, or why a row is
-    dropped. indices: of the rows; how: see prepare_row. Raises InputError, naming source and row.
-    """
+    """Rows of a source → the columns of a DataSet, and `status`: whole, truncated, or why a row
+    is dropped. indices: of the rows; how: see prepare_row. Raises InputError, naming source and
+    row."""
     prepared, place = [], f"{source}, rows {indices[0]} to {indices[-1]}"
     try:
         for index, values in zip(indices, zip(*batch.values())):

@@ -70,8 +70,8 @@ def rrhf_loss(token_logps, lengths, lambda_=1.0):
 
 
 def slic_hf_loss(token_logps, lengths, delta=1.0, lambda_=0.1):
-    """max(0, δ − s_w + s_l) − λ s_w (Zhao et al. 2023, arXiv 2305.10425; their second term is of
-    the SFT data's response). TRL's "hinge" is another: it has a reference and no second term."""
+    """max(0, δ − s_w + s_l) − λ s_w (Zhao et al. 2023, arXiv 2305.10425; their second term is
+    of the SFT data's response). TRL's "hinge" is another: it has a reference and no second term."""
     chosen, rejected = sum_logps(token_logps, lengths).unbind(dim=1)
     return F.relu(delta - chosen + rejected) - lambda_ * chosen
 
@@ -83,27 +83,27 @@ def dpo_loss(token_logps, lengths, reference, beta=0.1):
 
 
 def ipo_loss(token_logps, lengths, reference, tau=0.1):
-    """(r_w − r_l − 1/(2τ))² (Azar et al. 2023, arXiv 2310.12036, eq. 17). TRL and HALOs use means
-    in place of the sums."""
+    """(r_w − r_l − 1/(2τ))² (Azar et al. 2023, arXiv 2310.12036, eq. 17). TRL and HALOs use
+    means in place of the sums."""
     chosen, rejected = (sum_logps(token_logps, lengths) - reference).unbind(dim=1)
     return (chosen - rejected - 1 / (2 * tau)).square()
 
 
 def cpo_loss(token_logps, lengths, beta=0.1, lambda_=1.0):
-    """−log σ(β (s_w − s_l)) − λ s_w (Xu et al. 2024, arXiv 2401.08417). In their code and TRL the
-    second term is a mean over the batch's tokens."""
+    """−log σ(β (s_w − s_l)) − λ s_w (Xu et al. 2024, arXiv 2401.08417). In their code and
+    TRL the second term is a mean over the batch's tokens."""
     chosen, rejected = sum_logps(token_logps, lengths).unbind(dim=1)
     return -F.logsigmoid(beta * (chosen - rejected)) - lambda_ * chosen
 
 
 def kto_loss(token_logps, lengths, reference, beta=0.1, lambda_w=1.0, lambda_l=1.0):
-    """λ_w (1 − σ(β (r_w − z_l))) + λ_l (1 − σ(β (z_w − r_l))), z = max(0, r) without gradient: the
-    form for pairs of KTO (Ethayarajh et al. 2024, arXiv 2402.01306).
+    """λ_w (1 − σ(β (r_w − z_l))) + λ_l (1 − σ(β (z_w − r_l))), z = max(0, r) without
+    gradient: the form for pairs of KTO (Ethayarajh et al. 2024, arXiv 2402.01306).
 
     KTO's z is the batch mean of r over mismatched prompts and responses; the form for pairs that
     TRL had (kto_pair) takes the mean of the other side's r over a device's batch. Here it is the
-    pair's own, so that no split of a batch changes the loss. Tables after SimPO's print λ_l σ(z − β
-    r_l) with a plus, which would raise the rejected response.
+    pair's own, so that no split of a batch changes the loss. Tables after SimPO's print
+    λ_l σ(z − β r_l) with a plus, which would raise the rejected response.
     """
     chosen, rejected = (sum_logps(token_logps, lengths) - reference).unbind(dim=1)
     z_chosen, z_rejected = chosen.detach().clamp(min=0), rejected.detach().clamp(min=0)
@@ -112,33 +112,34 @@ def kto_loss(token_logps, lengths, reference, beta=0.1, lambda_w=1.0, lambda_l=1
 
 
 def orpo_loss(token_logps, lengths, lambda_=0.1):
-    """−m_w − λ log σ(logit(e^{m_w}) − logit(e^{m_l})) (Hong et al. 2024, arXiv 2403.07691). In
-    their code and TRL the first term includes the prompt's tokens."""
+    """−m_w − λ log σ(logit(e^{m_w}) − logit(e^{m_l})) (Hong et al. 2024, arXiv 2403.07691).
+    In their code and TRL the first term includes the prompt's tokens."""
     means = sum_logps(token_logps, lengths) / lengths
     below = means.clamp(max=-1e-6)  # the odds of a certain response are infinite, its gradient NaN
-    chosen, rejected = (below - torch.log(-torch.expm1(below))).unbind(dim=1)  # m − log(1 − e^m)
+    log_odds = below - torch.log(-torch.expm1(below))  # m − log(1 − e^m)
+    chosen, rejected = log_odds.unbind(dim=1)
     return -means[:, 0] - lambda_ * F.logsigmoid(chosen - rejected)
 
 
 def r_dpo_loss(token_logps, lengths, reference, beta=0.1, alpha=0.01):
-    """−log σ(β (r_w − r_l) + α (|w| − |l|)) (Park et al. 2024, arXiv 2403.19159): DPO for the
-    reward minus α per token."""
+    """−log σ(β (r_w − r_l) + α (|w| − |l|)) (Park et al. 2024, arXiv 2403.19159): DPO for
+    the reward minus α per token."""
     chosen, rejected = (sum_logps(token_logps, lengths) - reference).unbind(dim=1)
     longer = (lengths[:, 0] - lengths[:, 1]).to(chosen.dtype)
     return -F.logsigmoid(beta * (chosen - rejected) + alpha * longer)
 
 
 def simpo_loss(token_logps, lengths, beta=2.0, gamma=1.0):
-    """−log σ(β (m_w − m_l) − γ) (Meng et al. 2024, arXiv 2405.14734, eq. 6). Their code's option is
-    γ/β."""
+    """−log σ(β (m_w − m_l) − γ) (Meng et al. 2024, arXiv 2405.14734, eq. 6). Their code's
+    option is γ/β."""
     chosen, rejected = (sum_logps(token_logps, lengths) / lengths).unbind(dim=1)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 def alphapo_loss(token_logps, lengths, alpha=0.25, beta=2.0, gamma=1.0):
-    """−log σ(β (a_w − a_l) − γ), a = (1 − e^{−αm}) / α (Gupta et al. 2025, arXiv 2501.03884). SimPO
-    is α → 0. With α = −1 and γ = 0, a is e^m − 1, and for β → 0 the gradient is SimPER's, times
-    β / 2."""
+    """−log σ(β (a_w − a_l) − γ), a = (1 − e^{−αm}) / α (Gupta et al. 2025, arXiv
+    2501.03884). SimPO is α → 0. With α = −1 and γ = 0, a is e^m − 1, and for β → 0 the gradient
+    is SimPER's, times β / 2."""
     means = sum_logps(token_logps, lengths) / lengths
     chosen, rejected = (-torch.expm1(-alpha * means) / alpha).unbind(dim=1)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
@@ -155,7 +156,7 @@ def simper_sum_loss(token_logps, lengths):
 
 
 def simper_log_loss(token_logps, lengths):
-    """m_l − m_w: without the exponential; a difference of mean log-likelihoods, unbounded below."""
+    """m_l − m_w: without the exponential; a difference of mean log-probs, unbounded below."""
     chosen, rejected = (sum_logps(token_logps, lengths) / lengths).unbind(dim=1)
     return rejected - chosen
 

@@ -1,7 +1,7 @@
 """A Hugging Face causal language model that is sharded with FSDP2 and reads packed rows.
 
-`load_model` is build → surgery → shard → weights; the result is a PackedModel, whose forward takes
-a MicroBatch to the log-prob of every response token.
+`load_model` is build → surgery → shard → weights; the result is a PackedModel, whose forward
+takes a MicroBatch to the log-prob of every response token.
 """
 
 import copy
@@ -409,7 +409,7 @@ class TokenLogps(torch.autograd.Function):
                 if cap:  # the derivative of tanh is 1 − tanh²
                     slope = (softmax / cap).square_().neg_().add_(1).mul_(scale)
                 softmax.sub_(normalizers[rows, None]).exp_()
-            # The gradient of log p(target) with respect to the logits is onehot(target) − softmax.
+            # The gradient of log p(target) with respect to logits is onehot(target) − softmax.
             g = grad[rows, None]
             grad_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g)
             grad_logits = grad_logits.mul_(slope).to(weight.dtype)

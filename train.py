@@ -306,8 +306,8 @@ def set_learning_rate(optimizer, share: float) -> None:
 def pair_metrics(logps, losses, grads, batch: MicroBatch) -> dict[str, torch.Tensor]:
     """What is logged of each pair of a MicroBatch: {name: (pairs,)}. A new metric is one line here.
 
-    logps: (R,) log-probs of the response tokens; losses: (pairs,); grads: (R,) ∂loss/∂logps. Of K
-    responses, chosen is the first, and rejected the mean of the others.
+    logps: (R,) log-probs of the response tokens; losses: (pairs,); grads: (R,) ∂loss/∂logps. Of
+    K responses, chosen is the first, and rejected the mean of the others.
     """
     sums = sum_logps(logps.double(), batch.lengths)  # (pairs, K)
     mean_logps = sums / batch.lengths

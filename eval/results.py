@@ -207,7 +207,7 @@ class Difference:
             return ""
         if self.error is None:
             return f"{self.mean:+.{digits}f}"
-        if self.error < 1e-9 * abs(self.mean) or not self.error:  # but for rounding
+        if self.error <= 1e-9 * abs(self.mean):  # equal but for rounding
             return f"{self.mean:+.{digits}f} in each" if self.mean else ""
         half = t_quantile(self.freedom) * self.error
         low, high = (f"{self.mean + side * half:+.{digits}f}" for side in (-1, 1))

@@ -120,7 +120,8 @@ class Logger:
         before = f"step {first['step']}" if first["step"] else "before"
         title = f"{last.get('eval/pairs', '')} held-out pairs".strip()
         paired = self.errors if self.whole else {}
-        table = f"\n{title:<30}{before:>9}  → {'after':>8}{'   change [95 %]' if paired else ''}\n"
+        change = "   change [95 %]" if paired else ""
+        table = f"\n{title:<30}{before:>9}  → {'after':>8}{change}\n"
         for name in (name for name in SHOWN if f"eval/{name}" in last):
             old, new = first[f"eval/{name}"], last[f"eval/{name}"]
             table += f"{name:<30}{old:>9.4f}  → {new:>8.4f}"

@@ -52,7 +52,7 @@ A message is {"role": "system" or "user" or "assistant", "content": text}, or Sh
 read. Columns of other names: --columns prompt=question,chosen=good,rejected=bad"""
 
 
-# ---- Sources → rows ------------------------------------------------------------------------------
+# ---- Sources → rows ----------------------------------------------------------------------------
 
 
 def split_sources(sources: str) -> list[str]:
@@ -411,7 +411,7 @@ def map_rows(
         return mapped
 
 
-# ---- Rows → prompt and answers -------------------------------------------------------------------
+# ---- Rows → prompt and answers -----------------------------------------------------------------
 
 
 def rename(row: dict, columns: str) -> dict:
@@ -592,7 +592,7 @@ def as_conversation(value) -> list[dict] | None:
 
 def as_message(value) -> dict | None:
     """A message with a known role and text, or parts that are text, and nothing in keys that are
-    UNREAD → its role and content; None for anything else. Raises Dropped if its content is null."""
+    UNREAD → its role and content; else None. Raises Dropped if its content is null."""
     if not isinstance(value, dict) or any(value.get(key) for key in UNREAD):
         return None
     role, content = value.get("role"), value.get("content")

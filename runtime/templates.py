@@ -1,5 +1,5 @@
-"""A prompt and its answers → texts, by the model's chat template: the prompt as inference shows it,
-and what follows it as the model would write it."""
+"""A prompt and its answers → texts, by the model's chat template: the prompt as inference shows
+it, and what follows it as the model would write it."""
 
 import contextlib
 import functools

@@ -251,7 +251,7 @@ def converted_folder(name: str) -> str:
     return str(converted)
 
 
-# ---- Files → shards ------------------------------------------------------------------------------
+# ---- Files → shards ----------------------------------------------------------------------------
 
 
 def stored_tensors(model) -> dict[str, torch.Tensor]:
@@ -351,7 +351,7 @@ def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
             raise InputError(f"{folder}: the config ties {name}, the file holds another one")
 
 
-# ---- Shards → files ------------------------------------------------------------------------------
+# ---- Shards → files ----------------------------------------------------------------------------
 
 
 def write_model(
