@@ -252,7 +252,7 @@ class DataSet:
 
     def __setattr__(self, name: str, value) -> None:
         if name == "rows":  # what has been derived from others is theirs
-            vars(self).update(schedule=(), reference=None, first=None)
+            vars(self).update(reference=None, first=None)
             for member, kind in vars(type(self)).items():
                 if isinstance(kind, functools.cached_property):
                     vars(self).pop(member, None)

@@ -138,8 +138,8 @@ def simpo_loss(token_logps, lengths, beta=2.0, gamma=1.0):
 
 def alphapo_loss(token_logps, lengths, alpha=0.25, beta=2.0, gamma=1.0):
     """−log σ(β (a_w − a_l) − γ), a = (1 − e^{−αm}) / α (Gupta et al. 2025, arXiv
-    2501.03884). SimPO is α → 0. With α = −1 and γ = 0, a is e^m − 1, and for β → 0 the gradient
-    is SimPER's, times β / 2."""
+    2501.03884). SimPO is α → 0. With α = −1 and γ = 0, a is e^m − 1, and for β → 0 the
+    gradient is SimPER's, times β / 2."""
     means = sum_logps(token_logps, lengths) / lengths
     chosen, rejected = (-torch.expm1(-alpha * means) / alpha).unbind(dim=1)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)

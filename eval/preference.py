@@ -183,8 +183,8 @@ def main() -> None:
             for values, more in zip((scores, errors), found):
                 for kind in {"accuracy", "accuracy_implicit"} & more.keys():
                     values[f"{kind}/{category}"] = more[kind]
-        folder, values = Path(args.output_dir) / name, pair_values(sums, lengths, reference)
-        implicit = {key: values.pop(key) for key in [*values] if "implicit" in key}
+        folder, of_pairs = Path(args.output_dir) / name, pair_values(sums, lengths, reference)
+        implicit = {key: of_pairs.pop(key) for key in [*of_pairs] if "implicit" in key}
         write_result(
             folder,
             "preference",
@@ -194,14 +194,14 @@ def main() -> None:
             settings=settings | {"pairs": pairs.report},
             inputs=hashes,
             wandb_mode=args.wandb,
-            items=by_item(values, places) | by_item(implicit, [args.reference, *places]),
+            items=by_item(of_pairs, places) | by_item(implicit, [args.reference, *places]),
         )
         with open(folder / "preference_pairs.jsonl", "w") as file:
             for (source, row), logps, length in zip(places, sums.tolist(), lengths.tolist()):
                 line = {"source": source, "row": row, "logps": logps, "lengths": length}
                 print(json.dumps(line), file=file)
         columns[name], inverse[name] = (scores, errors), np.exp(sums / lengths)
-        items.append(pair_values(sums, lengths, reference))
+        items.append(of_pairs | implicit)
         seen.append(places)
     dist.destroy_process_group()
     same = all(places == seen[0] for places in seen)  # a tokenizer may have led to drop some

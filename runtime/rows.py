@@ -33,7 +33,7 @@ DROPPED += ("refused by template",)
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, which says from and value
 # Columns that other code puts into the prompt (TRL, LLaMA-Factory, ms-swift, axolotl). Here they
-# are an error, unless the prompt or the answers have their texts.
+# are an error, unless the prompt has their text, or prompt and answers have their messages.
 FOREIGN = ("images", "image", "videos", "video", "audios", "audio", "history", "documents")
 FOREIGN += ("chat_template_kwargs", "functions", "chat_history", "conversation_history")
 FOREIGN += ("instruction", "instructions", "input", "query", "context", "passage", "document")
