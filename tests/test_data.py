@@ -239,6 +239,18 @@ def test_a_hub_id_has_a_revision_a_config_and_a_split(
     assert len(asked) == 4
 
 
+def test_rows_that_are_replaced_lose_what_was_the_old_ones():
+    """A loss that asks for the reference would otherwise read another row's."""
+    found = DataSet(make_rows(*PAIRS))
+    found.reference, found.first = torch.zeros(len(found.rows), 2), {}
+    before, longest = found.fingerprint, found.longest
+    found.rows = found.rows.select([0])
+    assert found.reference is None and found.first is None
+    assert "reference" not in found.pack([0]).columns
+    assert found.fingerprint != before and found.longest <= longest
+    assert found.costs.shape == (1,)
+
+
 def test_a_share_of_a_source_is_always_the_same_one(write, tmp_path):
     numbered = [TEXT | {"prompt": str(n)} for n in range(40)]
     source, other = write(numbered), write([TEXT], "other.jsonl")
