@@ -380,7 +380,7 @@ def load_data(
         key = hashlib.sha256(repr((given._fingerprint, source, *what)).encode()).hexdigest()[:32]
         part = map_rows(given, prepare_rows, how | more, datasets.Features(features), key)
         if share < 1:
-            part = part.select(draw(len(part), share))
+            part = part.select(draw(source, len(part), share))
         parts.append(part)
     rows = datasets.concatenate_datasets(parts)
     status = np.array(rows["status"])

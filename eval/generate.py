@@ -377,7 +377,7 @@ def load_prompts(source: str, count: int = 0, columns: str = "") -> list:
     """
     source, share = split_share(source)
     rows = load_rows(source)
-    drawn = draw(len(rows), share).tolist()
+    drawn = draw(source, len(rows), share).tolist()
     verbatim = is_json(rows)
     count = min(count or len(drawn), len(drawn))
     prompts = []

@@ -67,7 +67,7 @@ def load_chosen(source: str, count: int, columns: str = "") -> list[tuple[list |
     with 0. Raises InputError, naming the source and the row, for a row that is no pair."""
     source, share = split_share(source)
     rows, pairs = load_rows(source), []
-    for index in draw(len(rows), share).tolist():
+    for index in draw(source, len(rows), share).tolist():
         try:
             prompt, (chosen, *_) = parse_row(rename(rows[index], columns), is_json(rows))
         except Dropped:

@@ -85,13 +85,17 @@ def split_share(source: str) -> tuple[str, float]:
     return name, float(share)
 
 
-def draw(count: int, share: float) -> np.ndarray:
-    """The numbers of the rows that a share of `count` rows takes, in order. They are always the
-    same: runs with other seeds hold out the same rows, and the commands of eval/ find them."""
+def draw(source: str, count: int, share: float) -> np.ndarray:
+    """The numbers of the rows that a share of the source's `count` rows takes, in order. They are
+    always the same: runs with other seeds hold out the same rows, and the commands of eval/ find
+    them. Raises InputError if there are none."""
     order = np.random.default_rng(42).permutation(count)
     # (Rounded: 1 - 0.9 is not 0.1, and a row would be in both parts.)
     first = round(round(share if share > 0 else 1 + share, 9) * count)
-    return np.sort(order[:first] if share > 0 else order[first:])
+    drawn = np.sort(order[:first] if share > 0 else order[first:])
+    if len(drawn) == 0:
+        raise InputError(f"{source}:{share:g} takes no row: the source has {count}")
+    return drawn
 
 
 def load_rows(source: str) -> datasets.Dataset:

@@ -272,9 +272,9 @@ def test_a_share_of_a_source_is_always_the_same_one(write, tmp_path):
         assert sorted(first + drawn(f"{source}:{rest}")) == [*range(40)]
     report = load_data(f"{source}:0.25", CHAT, 200, 100).report
     assert "10 pairs from" in report and "0 of 10 rows dropped" in report
-    assert len(drawn(f"{tmp_path}/*.jsonl:0.5")) == 20  # of the other, a half is none
-    with pytest.raises(InputError, match="no pairs are left"):
-        drawn(f"{source}:0.001")
+    for nothing in (f"{source}:0.001", f"{source}:0.5,{other}:0.5", f"{tmp_path}/*.jsonl:0.5"):
+        with pytest.raises(InputError, match=r"jsonl:0\.\d+ takes no row: the source has"):
+            drawn(nothing)
 
 
 def test_a_file_type_in_capitals(write):
