@@ -6,6 +6,7 @@ K = 2: chosen and rejected. `python -m eval.show_pairs SOURCE --model MODEL` pri
 trained on, token by token.
 """
 
+import bisect
 import functools
 import hashlib
 import heapq
@@ -35,6 +36,7 @@ from runtime.rows import (
     rename,
     split_share,
     split_sources,
+    unread_columns,
 )
 from runtime.templates import (
     THINKING,
@@ -122,12 +124,15 @@ def fit(tokenize, prompt: list | str, max_length: int, max_prompt_length: int) -
     and the model would learn to stop from where we cut. tokenize: (prompt, whether responses have
     their end) → the prompt's and the responses' token ids. Raises Dropped if the last question
     alone has more than max_prompt_length tokens."""
-    while shorter := without_oldest_turn(prompt):
-        prompt = shorter
-        ids = tokenize(prompt, True)
-        if row_length(ids) <= max_length:
-            return ids
-    start, *responses = tokenize(prompt, False)
+    prompts = [prompt]
+    while shorter := without_oldest_turn(prompts[-1]):
+        prompts.append(shorter)
+    kept = bisect.bisect_left(
+        prompts, True, key=lambda prompt: row_length(tokenize(prompt, True)) <= max_length
+    )
+    if kept < len(prompts):
+        return tokenize(prompts[kept], True)
+    start, *responses = tokenize(prompts[-1], False)
     if len(start) > max_prompt_length:
         raise Dropped("too long")
     return [start, *(response[: max_length - len(start)] for response in responses)]
@@ -373,12 +378,13 @@ def load_data(
     how |= {"limits": (truncation, max_length, max_prompt_length)}
     # With the code: a fork that edits it never meets a stale cache.
     what = (tokenizer_digests(tokenizer), how, code_digest(sys.modules[__name__]))
-    parts = []
+    parts, unread = [], {}
     for source, share in map(split_share, split_sources(sources)):
         given = load_rows(source)
         more = {"tokenizer": tokenizer, "source": source, "verbatim": is_json(given)}
         key = hashlib.sha256(repr((given._fingerprint, source, *what)).encode()).hexdigest()[:32]
         part = map_rows(given, prepare_rows, how | more, datasets.Features(features), key)
+        unread |= dict.fromkeys(unread_columns(rename(given[0], columns), how["names"]))
         if share < 1:
             part = part.select(draw(source, len(part), share))
         parts.append(part)
@@ -405,6 +411,8 @@ def load_data(
     if truncated:
         data.report += f": {cut} prompts lost their beginning ({bos} of them BOS), and "
         data.report += f"{', '.join(map(str, ends))} responses their end (best response first)"
+    if unread:
+        data.report += f"; columns of the first rows that are not read: {', '.join(unread)}"
     if control:
         data.report += f"; the texts of {control} contain control tokens, such as <s>"
     if thought:

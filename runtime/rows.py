@@ -30,17 +30,29 @@ FILE_TYPES |= {".csv": "csv", ".tsv": "csv"}
 DROPPED = ("empty", "identical", "different prompts", "end of turn inside", "too long")
 DROPPED += ("refused by template",)
 # Keys that would be lost: a message with one of them is refused.
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+UNREAD = ("tool_calls", "function_call", "function_calls", "functions", "tool_plan")
+UNREAD += ("reasoning_content", "reasoning", "thinking")
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, which says from and value
 # Columns that other code puts into the prompt (TRL, LLaMA-Factory, ms-swift, axolotl). Here they
 # are an error, unless the prompt has their text, or prompt and answers have their messages.
 FOREIGN = ("images", "image", "videos", "video", "audios", "audio", "history", "documents")
 FOREIGN += ("chat_template_kwargs", "functions", "chat_history", "conversation_history")
 FOREIGN += ("instruction", "instructions", "input", "query", "context", "passage", "document")
-FOREIGN += ("dialogue", "initial_reason_steps", "prompt", "conversations")
-# Messages in a cell: as JSON, or as Python or numpy print them.
-WRITTEN_CONVERSATION = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]""")
-FORMATS = """Accepted rows (other columns are ignored):
+FOREIGN += ("dialogue", "initial_reason_steps", "prompt", "conversations", "schema", "question")
+FOREIGN += ("passages", "contexts", "retrieved_context", "background", "knowledge", "article")
+FOREIGN += ("post", "dialog", "system_instruction", "custom_system_prompt", "sys_prompt")
+# Columns that say which of two answers is better.
+LABELS = ("label", "labels", "winner", "winner_model_a", "better_response_id", "choice")
+LABELS += ("preference", "preference_strength", "overall_preference", "orig_preference")
+SCORES = ("scores", "rewards", "ratings")  # one for each of K responses
+SYSTEM = ("system", "system_prompt", "system_message")
+READ = ("prompt", "conversations", "chosen", "rejected", "responses", "tools", *SYSTEM)
+# In a cell: messages, as JSON, or as Python or numpy print them; and a list of texts.
+WRITTEN_CONVERSATION = re.compile(
+    r"""\s*\[?\s*\{\s*(['"](content|value)['"]|[^{}]{0,200}['"](role|from)['"]\s*:)"""
+)
+WRITTEN_LIST = re.compile(r"""\s*\[\s*['"].*\]\s*""", re.DOTALL)
+FORMATS = """Accepted rows (their other columns are not read):
   {"prompt": text, "chosen": text, "rejected": text}
   {"prompt": [messages], "chosen": text or [one assistant message], "rejected": likewise}
   {"chosen": [messages], "rejected": [messages]}  equal up to the last message, an assistant's
@@ -164,16 +176,30 @@ def find_builder(name: str, *names: str) -> dict:
     path, revision = (name, "") if Path(name).is_dir() else name.partition("@")[::2]
     if revision and Path(path).exists():
         raise InputError(f"{path} is a folder, which has no revisions")
-    builder = datasets.load_dataset_builder(path, *config, revision=revision or None)
+    try:
+        builder = datasets.load_dataset_builder(path, *config, revision=revision or None)
+    except ValueError as error:
+        reason, *example = str(error).split("\nExample of usage")
+        raise InputError(reason + f": write {path}:CONFIG:SPLIT" * len(example)) from error
     sources, fingerprint = builder.config.data_files, ""
     if isinstance(builder, Json) or isinstance(builder, Csv) and not builder.config.names:
         if split not in sources:
             raise InputError(f"it has no split '{split}': {', '.join(map(str, sources))}")
-        files = datasets.DownloadManager().download_and_extract([*sources[split]])
+        # What datasets unpacks, it keeps by its path, whatever the file holds now.
+        options = datasets.DownloadConfig(force_extract=True)
+        manager = datasets.DownloadManager(download_config=options)
+        files = manager.download([*sources[split]])
+        files = [file if is_gzip(file) else manager.extract(file) for file in files]
     else:
+        if Path(path).is_dir():  # as in load_file
+            parts = sorted(file for part in sources.values() for file in part)
+            digest = files_digest([*map(Path, parts)])[:32]
+            folder = str(cache_folder("rows") / digest)
+            builder = datasets.load_dataset_builder(path, *config, cache_dir=folder)
         builder.download_and_prepare()
         rows = builder.as_dataset(split=split)
         files, fingerprint = [file["filename"] for file in rows.cache_files], rows._fingerprint
+        fingerprint = digest + str(names) if Path(path).is_dir() else fingerprint
     commit = re.search("@([0-9a-f]{40})/", str(sources))
     found = {"files": files, "separator": getattr(builder.config, "sep", "")}
     return found | {"fingerprint": fingerprint, "commit": commit[1] if commit else ""}
@@ -273,11 +299,15 @@ def content_digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_unpacked(path: str):
-    """A file that may be compressed by gzip, of whatever name, open for bytes."""
+def is_gzip(path: str) -> bool:
+    """Whether a file is compressed by gzip, whatever its name is."""
     with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed else open(path, "rb")
+        return file.read(2) == b"\x1f\x8b"
+
+
+def open_unpacked(path: str):
+    """A file that may be compressed by gzip, open for bytes."""
+    return gzip.open(path, "rb") if is_gzip(path) else open(path, "rb")
 
 
 def decode(line: bytes, number: int) -> str:
@@ -316,16 +346,18 @@ def json_texts(file) -> Iterator[bytes]:
         except InputError:
             raise
         except (ValueError, RecursionError) as reason:  # of json, unique and encode
-            raise InputError(f"line {number} is not valid JSON ({reason})") from None
+            problem = f"line {number} is not valid JSON ({reason})"
+            raise InputError(f"{problem}: write one object a line, or one list of them") from None
 
-    number, space = 0, " \t\r\n"
+    number, space, begun = 0, " \t\r\n", False
     for line in file:
         number += 1
         text = decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, number)
         start = len(text) - len(text.lstrip(space))
-        if text[start : start + 1] == "[" and number == 1:
+        if text[start : start + 1] == "[" and not begun:
             break
         if start < len(text):
+            begun = True
             end = read(text, start, number)
             if text[end:].strip(space):
                 raise InputError(f"line {number} is not valid JSON (it goes on after the object)")
@@ -360,13 +392,14 @@ def csv_texts(file, separator: str) -> Iterator[bytes]:
             if header is None and not "".join(cells).strip():
                 pass
             elif header is None:
-                header = cells
-                if twice := [name for name in header if name.strip() and header.count(name) > 1]:
+                header = [*map(str.strip, cells)]
+                if twice := [name for name in header if name and header.count(name) > 1]:
                     raise InputError(f"line 1: the column '{twice[0]}' is there twice")
             elif len(cells) > 1 or "".join(cells).strip():
                 if len(cells) != len(header):
                     problem = f"line {begin}: {len(cells)} cells, but {len(header)} columns"
-                    raise InputError(f"{problem}; quote cells that contain {separator!r}")
+                    how = f"separate cells by {separator!r}, and quote those that contain it"
+                    raise InputError(f"{problem}; {how}")
                 yield json.dumps(dict(zip(header, cells)), ensure_ascii=False).encode()
             begin = reader.line_num + 1
     except csv.Error as error:
@@ -421,7 +454,7 @@ def map_rows(
 def rename(row: dict, columns: str) -> dict:
     """The row with other names of its columns: `columns` is "prompt=question,history=", the wanted
     names and those that the row has; a column without a new name is left out. Raises InputError for
-    one that is not there."""
+    one that is not there, and for answers that one of the LABELS may put into another order."""
     renamed, given = dict(row), {}
     for part in filter(None, columns.split(",")):
         name, equals, own = map(str.strip, part.partition("="))
@@ -434,9 +467,19 @@ def rename(row: dict, columns: str) -> dict:
         renamed.pop(own, None)
         renamed.pop(name, None)
         given[name] = row[own] if own else Missing
+    labels = [name for name in LABELS if name in renamed]
+    if labels and {"chosen", "rejected", "responses"} & {*given}:
+        problem = f"its column '{labels[0]}' may say which answer is better: order them by it"
+        raise InputError(f"{problem}, or leave it out with --columns {labels[0]}=")
     if "responses" in given:  # instead of what the row has
         renamed = {name: v for name, v in renamed.items() if name not in ("chosen", "rejected")}
     return renamed | {name: value for name, value in given.items() if value is not Missing}
+
+
+def unread_columns(row: dict, numbers: Iterable[str]) -> list[str]:
+    """The columns of a row of which no format, check or loss, which asks for `numbers`, knows."""
+    known = {*READ, *FOREIGN, *SCORES, *numbers}
+    return [name for name in row if name not in known]
 
 
 def read_number(row: dict, column: str) -> float:
@@ -475,12 +518,13 @@ def parse_row(row: dict, verbatim: bool = False) -> tuple[list | str, list[str]]
 def complete_prompt(row: dict, prompt: list | str, answers: Iterable[str] = ()) -> list | str:
     """The prompt with the system prompt and the tools of the row's other columns. Raises InputError
     if they cannot be added, and for FOREIGN columns whose texts are not there already."""
-    for name in FOREIGN + ("messages",) * isinstance(prompt, str):
+    for name in FOREIGN + ("messages", "conversation") * isinstance(prompt, str):
         value = row.get(name)
         value = any(value) and value if isinstance(value, list) else value
         if value and not is_there(value, prompt, answers):
-            raise InputError(f"its column '{name}' is not used: --columns {name}= leaves it out")
-    systems = [row[name] for name in ("system", "system_prompt", "system_message") if row.get(name)]
+            problem = f"its column '{name}' is not used: if it belongs to the prompt or the answers"
+            raise InputError(f"{problem}, write it into them; --columns {name}= leaves it out")
+    systems = [value for value in map(row.get, SYSTEM) if not is_blank(value)]
     system, tools = systems[0] if systems else None, row.get("tools")
     if any(other != system for other in systems):
         raise InputError("two of its columns have different system prompts")
@@ -531,9 +575,10 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
         row.get("responses"), list
     ):
         answers = row["responses"]
-    blank = [
-        v is None or v == [] or isinstance(v, str) and not v.strip() for v in (prompt, *answers)
-    ]
+        scores = [value for value in map(row.get, SCORES) if isinstance(value, list)]
+        if any(value != sorted(value, reverse=True) for value in scores):
+            raise InputError("its responses, best first, are not in the order of their scores")
+    blank = [*map(is_blank, (prompt, *answers))]
     conversations, messages = [*map(as_conversation, answers)], as_conversation(prompt)
     known = all(isinstance(a, str) or c for a, c in zip(answers, conversations))
     if answers and all(conversations):
@@ -541,13 +586,21 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
         if context:
             return context, answers
     if answers and all(isinstance(answer, str) for answer in answers):
-        texts = [text for text in (prompt, *answers) if isinstance(text, str)]
-        if not verbatim and any(map(WRITTEN_CONVERSATION.match, texts)):
+        texts = [v for v in (prompt, *map(row.get, SYSTEM), *answers) if isinstance(v, str)]
+        written = any(map(WRITTEN_CONVERSATION.match, texts))
+        if not verbatim and (written or isinstance(prompt, str) and WRITTEN_LIST.fullmatch(prompt)):
             problem = "it has conversations that have been written as text"
             raise InputError(f"{problem}: write the file as JSON lines, or keep the last message")
-        if answers[0].startswith("\n\nHuman:") and "\n\nAssistant:" in answers[0]:
+        if any(a.startswith("\n\nHuman:") and "\n\nAssistant:" in a for a in answers):
             return split_dialogues(answers)
         if isinstance(prompt, str) and not blank[0]:
+            turns, answer, begun = prompt.rpartition("\n\nAssistant:")
+            begun = begun.strip() and "\n\nHuman:" not in begun
+            if answer and (
+                re.match(r"\n?Human:", prompt) or begun and turns.startswith("\n\nHuman:")
+            ):
+                problem = "a prompt in HH's form begins with two line breaks and 'Human:'"
+                raise InputError(f"{problem}, and nothing follows its last 'Assistant:'")
             return prompt, answers
         if messages and messages[-1]["role"] != "assistant":
             return messages, answers
@@ -555,11 +608,19 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
         raise Dropped("empty")
     kinds = {column: type(value).__name__ for column, value in row.items()}
     problem = f"in none of the accepted formats; its columns are {kinds}"
-    for name, value in row.items():
+    if messages and messages[-1]["role"] == "assistant":
+        problem += ", and its prompt ends with the assistant's message"
+    for name in READ:
+        value = row.get(name)
         for place, message in enumerate(value if isinstance(value, list) else []):
             if isinstance(message, dict) and not as_message(message):
                 raise InputError(f"{problem}, and {name}[{place}] is {message!r:.200}.\n{FORMATS}")
     raise InputError(f"{problem}.\n{FORMATS}")
+
+
+def is_blank(value) -> bool:
+    """Whether a value says nothing."""
+    return value is None or value == [] or isinstance(value, str) and not value.strip()
 
 
 def split_conversations(answers: list[list[dict]]) -> tuple[list[dict], list]:

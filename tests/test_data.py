@@ -27,7 +27,18 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 import runtime.rows
-from data import DataSet, Schedule, load_data, pack, spread_rows, step_indices, truncate
+from data import (
+    DataSet,
+    Schedule,
+    fit,
+    load_data,
+    pack,
+    row_length,
+    spread_rows,
+    step_indices,
+    truncate,
+    without_oldest_turn,
+)
 from runtime.errors import InputError
 from runtime.rows import load_rows
 from runtime.weights import load_tokenizer, tokenizer_digests
@@ -566,6 +577,26 @@ def test_fit_takes_no_more_than_it_must(write, row, lengths, expected):
     else:
         assert expected in load_data(source, CHAT, *lengths).report
         assert len(load(source, CHAT, *lengths)) == 1
+
+
+def test_fit_keeps_the_most_turns_that_fit():
+    """As many as a search from the oldest on keeps, in fewer tokenizations."""
+    turns = [m for n in range(40) for m in message("user", f"q{n}") + message("assistant", "a" * n)]
+    prompt, calls = message("system", "s") + turns + message("user", "last"), []
+
+    def tokenize(prompt, ended):
+        calls.append(len(prompt))
+        return [[*"".join(m["content"] for m in prompt)], [*"answer"]]
+
+    for length in (15, 16, 100, 500, 900):
+        calls.clear()
+        ids = fit(tokenize, prompt, length, 10)
+        assert len(calls) <= 8
+        shorter = prompt
+        while row_length(tokenize(shorter, True)) > length and without_oldest_turn(shorter):
+            shorter = without_oldest_turn(shorter)
+        start, answer = tokenize(shorter, True)
+        assert ids == [start, answer[: length - len(start)]]
 
 
 def test_fit_keeps_bos_and_tools(write):

@@ -3,6 +3,7 @@ out of a prompt is an error."""
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 
 from data import load_data, overlaps
 from runtime.errors import InputError
-from runtime.rows import load_rows
+from runtime.rows import hub_builder, load_rows
 from runtime.weights import load_tokenizer, resolve_model
 
 CHAT = make_tokenizer()
@@ -151,7 +152,7 @@ def test_cells_are_text(tmp_path, suffix, separator):
 @pytest.mark.parametrize(
     "lines, said",
     [
-        (["q,a, and c,b"], "line 2: 4 cells, but 3 columns; quote cells that contain ','"),
+        (["q,a, and c,b"], "line 2: 4 cells, but 3 columns; separate cells by ',', and quote"),
         (["q,a,b", "q,a,b,"], "line 3: 4 cells, but 3 columns"),
         (["q,a,b", "", '"q\n?",a,b', "q,a"], "line 6: 2 cells, but 3 columns"),
         (["q,a,b", 'q,"a \\"b\\", c",d'], "line 3: ',' expected after '\"'"),
@@ -179,6 +180,20 @@ def test_a_table_may_have_quotes_blank_lines_and_long_cells(tmp_path):
     path.write_text("prompt,chosen,rejected,chosen\nq,a,b,c\n")
     with pytest.raises(InputError, match="line 1: the column 'chosen' is there twice"):
         load_rows(str(path))
+
+
+def test_blanks_around_the_names_of_columns_are_none(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt, chosen ,rejected\n2+2?,4,5\n")
+    assert load(tmp_path / "rows.csv") == [[chatml("2+2?"), "4", "5"]]
+
+
+def test_an_array_may_begin_on_a_later_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("\n \n" + json.dumps([TEXT, TEXT], indent=1))
+    assert len(load(path)) == 2
+    path.write_text(json.dumps({"data": [TEXT]}, indent=1))
+    with pytest.raises(InputError, match="line 1 is not .*: write one object a line, or one list"):
+        load(path)
 
 
 @pytest.mark.parametrize("after", ['[{"prompt": "q"}]', '{"prompt": "q"}', "}", "x"])
@@ -217,6 +232,26 @@ def test_a_conversation_in_a_cell_is_an_error(tmp_path, suffix, messages, write_
         path = str(tmp_path / f"{column}{suffix}")
         rows.to_csv(path) if suffix == ".csv" else rows.to_parquet(path)
         is_refused(path)
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        {"prompt": '["Is it?", "And then?"]'},
+        {"prompt": "['Is it?' 'And then?']"},
+        {"prompt": '["Is it?", null]'},
+        {"chosen": '[{"index": 0, "role": "assistant", "content": "a"}]'},
+        {"system": '[{"role": "system", "content": "a"}]'},
+    ],
+)
+def test_a_list_in_a_cell_is_an_error(tmp_path, cells):
+    (column,) = cells
+    rows = [TEXT | {column: TEXT.get(column, "")}, TEXT | cells]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+    is_refused(str(tmp_path / "rows.csv"))
+    harmless = [TEXT | {"prompt": '["a", "b"] How many?', "chosen": '["4"]'}, TEXT]
+    datasets.Dataset.from_list(harmless).to_csv(tmp_path / "texts.csv")
+    assert len(load(str(tmp_path / "texts.csv"))) == 2
 
 
 def is_refused(path: str) -> None:
@@ -317,18 +352,59 @@ def test_nulls_are_dropped_and_counted(tmp_path):
         {"input": "4"},
         {"context": "2"} | {"prompt": "What is 22?"},
         {"messages": [{"role": "user", "content": "2"}]},
+        {"schema": "CREATE TABLE t"},
+        {"conversation": [{"role": "user", "content": "Before that?"}]},
         {"messages": [*ASK, {"role": "assistant", "content": None}]},
     ],
 )
 def test_what_other_code_would_put_into_the_prompt_is_an_error(tmp_path, more):
     name = next(iter(more))
     path = str(write(tmp_path / "rows.jsonl", [TEXT | more]))
-    with pytest.raises(InputError, match=f"column '{name}' is not used: --columns {name}= leaves"):
+    with pytest.raises(
+        InputError, match=f"column '{name}' is not used: .*; --columns {name}= leaves"
+    ):
         load(path)
     for harmless in ({name: None}, {name: ""}, {name: TEXT["prompt"]} if name == "input" else {}):
         assert load(write(tmp_path / "rows.jsonl", [TEXT | harmless])) == load(
             write(tmp_path / "text.jsonl", [TEXT])
         )
+
+
+LABELED = {"prompt": "2+2?", "a": "4", "b": "5", "label": 0}  # as in SHP, PKU, the arenas
+
+
+def test_a_label_beside_answers_that_are_named_is_an_error(tmp_path):
+    """Or half of the pairs would be the wrong way round."""
+    path = str(write(tmp_path / "rows.jsonl", [LABELED]))
+    with pytest.raises(
+        InputError, match="row 0: its column 'label' may say which answer is better"
+    ):
+        load(path, columns="chosen=a,rejected=b")
+    assert load(path, columns="chosen=a,rejected=b,label=") == [[chatml("2+2?"), "4", "5"]]
+    named = str(write(tmp_path / "named.jsonl", [TEXT | {"label": 0}]))
+    assert load(named, columns="prompt=prompt") == [[chatml("2+2?"), "4", "5"]]
+
+
+def test_responses_that_are_not_in_the_order_of_their_scores_are_an_error(tmp_path):
+    row = {"prompt": "2+2?", "responses": ["4", "5"]}
+    for scores in ([3.0, -1.0], [1, 1], None):
+        path = write(tmp_path / "rows.jsonl", [row | {"rewards": scores}])
+        assert load(path) == [[chatml("2+2?"), "4", "5"]]
+    write(path, [row | {"rewards": [-1.0, 3.0]}])
+    with pytest.raises(InputError, match="best first, are not in the order of their scores"):
+        load(path)
+
+
+def test_columns_that_are_not_read_are_named(tmp_path):
+    first = str(write(tmp_path / "a.jsonl", [TEXT | {"score": 1, "margin": 2, "sql": "x"}]))
+    second = str(write(tmp_path / "b.jsonl", [TEXT | {"score": 1, "code": ""}]))
+    report = load_data(f"{first},{second}", CHAT, 200, 100, columns="sql=").report
+    assert report.endswith("; columns of the first rows that are not read: score, margin, code")
+    report = load_data(first, CHAT, 200, 100, numbers=["margin"]).report
+    assert report.endswith(" not read: score, sql")
+    assert (
+        "not read" not in load_data(str(write(tmp_path / "c.jsonl", [TEXT])), CHAT, 200, 100).report
+    )
 
 
 def test_columns_can_be_exchanged(tmp_path):
@@ -380,7 +456,7 @@ def test_a_system_prompt_is_a_message(tmp_path, name):
 
 
 def test_an_empty_system_prompt_is_none(tmp_path):
-    for system in ("", None, []):
+    for system in ("", None, [], " \n"):
         assert load(write(tmp_path / "rows.jsonl", [TEXT | {"system": system}])) == [
             [chatml("2+2?"), "4", "5"]
         ]
@@ -390,7 +466,7 @@ HH = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAss
 REFUSED = {
     name: (
         TEXT | {name: ["a"]},
-        f"its column '{name}' is not used: --columns {name}= leaves it out",
+        f"its column '{name}' is not used: .*; --columns {name}= leaves it out",
     )
     for name in ("images", "history", "documents", "videos", "chat_template_kwargs")
 }
@@ -406,9 +482,25 @@ REFUSED |= {
     ),
     "two messages as system": (TEXT | {"system": [*ASK, *ASK]}, "its system prompt is no text"),
     "a number as system": (TEXT | {"system": 5}, "its system prompt is no text"),
+    "calls of tools in a message": (
+        TALK | {"prompt": [{**ASK[0], "function_calls": "f()"}]},
+        "in none of the accepted formats.* and prompt\\[0\\] is ",
+    ),
+    "an answer that is begun, in HH": (
+        TEXT | {"prompt": "\n\nHuman: a\n\nAssistant: Sure,"},
+        "a prompt in HH's form .* nothing follows its last 'Assistant:'",
+    ),
+    "HH without its line breaks": (
+        TEXT | {"prompt": "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"},
+        "a prompt in HH's form begins with two line breaks",
+    ),
+    "an answer that is begun": (
+        TEXT | {"prompt": [*ASK, {"role": "assistant", "content": "Sure,"}]},
+        "in none of the accepted formats.* its prompt ends with the assistant's message",
+    ),
     "a text that is not repeated": (
         FORMS["a text that is repeated"] | {"prompt": "3+3?"},
-        "its column 'prompt' is not used: --columns prompt= leaves it out",
+        "its column 'prompt' is not used: .*; --columns prompt= leaves it out",
     ),
 }
 
@@ -420,8 +512,8 @@ def test_nothing_of_a_prompt_is_left_out(tmp_path, name):
     path = write(tmp_path / "rows.jsonl", [TEXT, row])
     with pytest.raises(InputError, match=f"rows.jsonl, row 1: {message}"):
         load(path)
-    column = "prompt" if "text that" in name else "system" if "system" in name else name
-    if column != "prompt":  # the first row needs it
+    column = "system" if "system" in name else name
+    if column in row:
         assert len(load(path, columns=f"{column}=")) == 2
 
 
@@ -514,6 +606,37 @@ def test_a_clone_of_a_data_set_of_the_hub(tmp_path, form):
         load(f"{tmp_path}:dev")
 
 
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".csv.gz", ".jsonl", ".parquet"])
+def test_a_folder_whose_file_changes_is_read_anew(tmp_path, suffix):
+    """Of the same size and time; datasets keeps what it unpacks by the path alone."""
+    path = tmp_path / "pairs" / f"train{suffix}"
+    path.parent.mkdir()
+    for answer in "46":
+        row = TEXT | {"chosen": answer}
+        text = json.dumps(row) + "\n"
+        if "csv" in suffix:
+            text = ",".join(row) + "\n" + ",".join(row.values()) + "\n"
+        if suffix == ".parquet":
+            path.unlink(missing_ok=True)
+            datasets.Dataset.from_list([row]).to_parquet(str(path))
+        else:
+            path.write_bytes(gzip.compress(text.encode()) if "gz" in suffix else text.encode())
+        os.utime(path, (10**9, 10**9))
+        for source in (path.parent, f"{path.parent}:train"):
+            hub_builder.cache_clear()
+            assert load(source) == [[chatml("2+2?"), answer, "5"]]
+
+
+def test_a_folder_of_several_configs_says_how_to_choose(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.jsonl", [TEXT])
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}.jsonl\n" for n in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(InputError, match=f"'two'.*: write {tmp_path}:CONFIG:SPLIT"):
+        load(tmp_path)
+    assert len(load(f"{tmp_path}:two:train")) == 1
+
+
 def test_what_is_no_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "ok.jsonl", [TEXT])
@@ -549,6 +672,14 @@ def test_overlaps_by_hand(tmp_path):
 
 
 # ---- What a second reader found ------------------------------------------------------------------
+
+
+def test_a_dialogue_beside_a_plain_answer_is_dropped(tmp_path):
+    """Whichever of the two it is."""
+    for row in (HH | {"rejected": "c"}, HH | {"chosen": "c"}):
+        path = str(write(tmp_path / "rows.jsonl", [TEXT, {"prompt": "a"} | row]))
+        report = load_data(path, CHAT, 200, 100, columns="").report
+        assert "1 of 2 rows dropped" in report and "1 different prompts" in report
 
 
 def test_a_prompt_beside_dialogues_that_do_not_have_it_is_an_error(tmp_path):
