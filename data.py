@@ -430,8 +430,11 @@ def overlaps(data: DataSet, heldout: DataSet | None) -> str:
     text = f"{twice} rows are repeated, {exchanged} pairs are also there the other way round"
     if heldout:
         prompts = {prompt for prompt, *_ in rows}
-        shared = sum(prompt in prompts for prompt, *_ in heldout.rows["hashes"][:])
-        text += f"; {shared} of {len(heldout.rows)} held-out prompts are also in training"
+        own = [prompt for prompt, *_ in heldout.rows["hashes"][:]]
+        shared = sum(prompt in prompts for prompt in own)
+        text += f"; {shared} of {len(own)} held-out prompts are also in training"
+        if again := len(own) - len({*own}):
+            text += f", {again} repeat another one: intervals, which count all, are too small"
     return text
 
 

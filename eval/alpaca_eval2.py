@@ -148,9 +148,10 @@ def run_judge(
         config["completions_kwargs"] |= {"max_tokens": None, "max_completion_tokens": 1}
     (folder / name).mkdir(exist_ok=True)
     (folder / name / "configs.yaml").write_text(yaml.safe_dump({name: config}))
-    # After an interruption, what this endpoint has judged is not paid for again; judgments that are
+    # After an interruption, what this judge has judged is not paid for again; judgments that are
     # missing (null or −1) are requested again.
-    cache = folder / f"judgments-{hashlib.sha256(base_url.encode()).hexdigest()[:8]}.json"
+    place = hashlib.sha256(f"{base_url} {judge.model}".encode()).hexdigest()[:8]
+    cache = folder / f"judgments-{place}.json"
     if cache.exists():
         text = cache.read_text()
         try:

@@ -35,6 +35,7 @@ from eval.results import (
     parse_engine_args,
     print_scores,
     read_records,
+    say_repeated,
 )
 from eval.score import item_values, load_scorer, score_answers, summary
 from runtime.command_line import printable, run_command
@@ -497,6 +498,7 @@ def main() -> None:
     print_side_by_side(args.models, prompts[: args.show], columns)
     if scorer:
         print(f"\n{len(prompts)} prompts, scored by {args.score}")
+        say_repeated([*map(json.dumps, prompts)])
         load_engine.cache_clear()  # makes room for a reward model
         scored = [(answers, score_answers(scorer, prompts, answers)) for answers in columns]
         columns = [(n, *summary(*s, args.threshold)) for n, s in zip(args.models, scored)]

@@ -31,6 +31,7 @@ URL = "http://localhost:8000/v1"
 TIMEOUT = 120  # seconds
 RETRIES = 8  # of a call that fails, after longer and longer waits
 REFUSALS = 5  # after so many in a row, the judge is at fault and not what it is asked
+UNREADABLE = 20  # likewise, after so many judgments of which none holds a score
 REFUSED = (400, 403, 413, 422)  # the HTTP status of what would be refused again
 ADVICE = "see the top of eval/judge.py for a judge of your own, or choose --generate_only"
 
@@ -153,8 +154,9 @@ def ask_all(
     workers: calls at a time. A task that the judge refuses (as too long, or by a filter) or answers
     with no text gets the record of an empty text and, as "refused", the reason: asked again, it
     would be refused again. Raises InputError if a call fails, if it and its repetitions take three
-    times the judge's timeout, or if REFUSALS are refused in a row; the calls that are running then,
-    or when the user interrupts, are still recorded.
+    times the judge's timeout, if REFUSALS are refused in a row, or if none of the first UNREADABLE
+    records has a score; the calls that are running then, or when the user interrupts, are still
+    recorded.
     """
     from openai import APIStatusError, OpenAIError
 
@@ -164,6 +166,9 @@ def ask_all(
     def keep(key: Hashable, text: str, **more) -> None:
         records[key] = record(key, text) | {"judge_version": judge.version} | more
         print(json.dumps(records[key]), file=file, flush=True)
+        if len(records) == UNREADABLE and not any(map(has_score, records.values())):
+            stop.set()
+            raise InputError(f"none of its first {UNREADABLE} judgments holds a verdict")
 
     def ask(key: Hashable) -> None:
         create = judge.client.chat.completions.create
@@ -240,6 +245,11 @@ def ask_all(
             while not all(overdue()):
                 time.sleep(0.05)
     return records
+
+
+def has_score(record: dict) -> bool:
+    """Whether the score of a judgment counts: FastChat's −1 and None stand for none."""
+    return record["score"] not in (None, -1)
 
 
 def judge_versions(records: list[dict]) -> str:

@@ -19,6 +19,8 @@ import importlib.util
 import json
 import math
 import random
+import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -120,12 +122,19 @@ def collect(results: dict, benchmark: str) -> tuple[dict[str, float], dict[str, 
     return scores, {name: 100 * e for name, (_, e) in found.items() if e is not None}
 
 
-def question_scores(samples: dict[str, list[dict]], results: dict, benchmark: str) -> dict:
+def question_scores(
+    samples: dict[str, list[dict]], results: dict, benchmark: str
+) -> tuple[dict, float | None]:
     """by_item's entry for a benchmark: each question's score in per cent, of which the raw score is
-    the mean. {} for IFEval, whose second metric counts instructions and not questions."""
+    the mean; and the standard error of this mean, None where the harness's holds. {} for IFEval,
+    whose second metric counts instructions and not questions.
+
+    GPQA's three parts hold one another: a question that is asked n times has n times its mean
+    score's share, and the error is that of a ratio, over questions.
+    """
     name, _, metrics = BENCHMARKS[benchmark]
     if len(metrics) > 1:
-        return {}
+        return {}, None
     metric, chosen = metrics[0].split(",")
     tasks = results.get("group_subtasks", {}).get(name) or [name]
     questions = [
@@ -135,7 +144,16 @@ def question_scores(samples: dict[str, list[dict]], results: dict, benchmark: st
         if sample["filter"] == chosen
     ]
     values = [100 * float(sample[metric]) for _, sample in questions]
-    return by_item({benchmark: values}, [(task, s["doc_hash"]) for task, s in questions])
+    if benchmark != "GPQA":
+        return by_item({benchmark: values}, [(task, s["doc_hash"]) for task, s in questions]), None
+    by_question = defaultdict(list)
+    for value, (_, sample) in zip(values, questions):
+        by_question[sample["doc"]["Question"]].append(value)
+    share, mean = len(by_question) / len(values), statistics.mean(values)
+    shares = [share * sum(same) for same in by_question.values()]
+    residuals = [share * sum(value - mean for value in same) for same in by_question.values()]
+    root = math.sqrt(len(residuals) * (len(residuals) - 1) or math.inf)
+    return by_item({benchmark: shares}, [*by_question]), math.hypot(*residuals) / root
 
 
 def read_finished(path: Path, model: str, settings: dict[str, dict]) -> dict:
@@ -275,6 +293,9 @@ def main() -> None:
             tracker.save_results_samples(task_name=task, samples=samples[task])
         print(make_table(results))
         scores, errors = collect(results, benchmark)
+        of_questions, error = question_scores(samples, results, benchmark)
+        if error is not None and errors.get(benchmark):
+            errors = {name: own * error / errors[benchmark] for name, own in errors.items()}
         applied = "applied, few-shot examples as turns" if chat[benchmark] else "not applied"
         print(f"{benchmark}: chat template {applied} (--apply_chat_template)")
         for name, value in scores.items():
@@ -296,7 +317,7 @@ def main() -> None:
                 inputs=result["inputs_sha256"] | results["task_hashes"],
                 packages=("lm_eval",),
                 wandb_mode=args.wandb if benchmark == missing[-1] else "off",
-                items=items | question_scores(samples, results, benchmark),
+                items=items | of_questions,
             )
         for file in cache.glob(f"{benchmark}_*"):
             file.unlink()

@@ -63,6 +63,9 @@ PROMPTS = {  # (with reference, turn): name of the judge's prompt
 }
 
 
+ASKED = ("user_prompt", "system_prompt")  # of a record: what the judge was asked
+
+
 def read_lines(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
@@ -182,7 +185,7 @@ def judge_all(
     """
     kept = read_records(path, "question_id", "turn", "judgment")
     records = {(r["question_id"], r["turn"]): r for r in kept}
-    tasks, names, texts = {}, {}, {}
+    tasks, names, texts, systems = {}, {}, {}, {}
     for question, given in zip(questions, answers):
         number = question["question_id"]
         for turn in (1, 2):
@@ -194,14 +197,16 @@ def judge_all(
                 references.get(number, []),
             )
             names[number, turn], texts[number, turn] = template["name"], text
+            systems[number, turn] = system = template["system_prompt"]
             if (number, turn) not in records:
                 tasks[number, turn] = [
-                    {"role": "system", "content": template["system_prompt"]},
+                    {"role": "system", "content": system},
                     {"role": "user", "content": text},
                 ]
-            elif records[number, turn]["user_prompt"] != text:
+            elif (text, system) != tuple(map(records[number, turn].get, ASKED)):
                 raise InputError(
-                    f"{path} judges different answers: remove it, or choose another --output_dir"
+                    f"{path} judges different answers, or with other prompts: remove it, or choose "
+                    "another --output_dir"
                 )
 
     def record(key: tuple[int, int], judgment: str) -> dict:
@@ -209,6 +214,7 @@ def judge_all(
             "question_id": key[0],
             "model": answers[0]["model_id"],
             "judge": [judge.model, names[key]],
+            "system_prompt": systems[key],
             "user_prompt": texts[key],
             "judgment": judgment,
             "score": parse_score(judgment),

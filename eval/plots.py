@@ -266,7 +266,10 @@ def main() -> None:
     if Path(args.output).suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--output {args.output}: its name must end with .png, .svg or .pdf")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    groups = {run: [run] for run in args.runs} | matching(args.label)
+    groups, labels = {run: [run] for run in args.runs}, matching(args.label)
+    if both := groups.keys() & labels.keys():
+        raise InputError(f"--label {min(both)}: a run has that name, too")
+    groups |= labels
     curves = {n: [read_run(run, args.heldout) for run in g] for n, g in groups.items()}
     if not curves:
         raise InputError("give the folders of runs, or --label NAME=PATTERN")

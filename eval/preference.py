@@ -24,7 +24,14 @@ import torch.distributed as dist
 from data import DataSet, load_data
 from eval.generate import short_name
 from eval.plots import line_styles, new_figure
-from eval.results import by_item, file_sha256, make_parser, print_scores, write_result
+from eval.results import (
+    by_item,
+    file_sha256,
+    make_parser,
+    print_scores,
+    say_repeated,
+    write_result,
+)
 from model import load_model
 from runtime.checks import choose_forward
 from runtime.command_line import run_command
@@ -35,10 +42,11 @@ from runtime.rows import load_rows, split_share, split_sources
 from runtime.weights import load_tokenizer, resolve_model
 
 
-def load_pairs(source: str, model: str, **options) -> DataSet:
+def load_pairs(source: str, model: str, template_args: str = "", **options) -> DataSet:
     """The pairs of the sources, tokenized for the model. options: of load_data. Raises InputError
     if the rows do not have two responses each."""
-    data = load_data(source, load_tokenizer(resolve_model(model)), **options)
+    tokenizer = load_tokenizer(resolve_model(model), "", template_args)
+    data = load_data(source, tokenizer, **options)
     if data.responses != 2:
         raise InputError(f"{source}: {data.responses} responses to a prompt; pairs have two")
     return data
@@ -125,7 +133,7 @@ def distribution_figure(inverse: dict[str, np.ndarray], path: Path) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "--columns", "--output_dir", "--wandb")
+    parser = make_parser(__doc__, "--columns", "--template_args", "--output_dir", "--wandb")
     parser.add_argument(
         "models",
         nargs="+",
@@ -146,7 +154,11 @@ def main() -> None:
 
     sources = [split_share(source)[0] for source in split_sources(args.data)]
     rows = {source: load_rows(source) for source in sources}
-    hashes = {source: file_sha256(source) for source in sources if Path(source).is_file()}
+    # Of other sources than files, what names their content in the cache.
+    hashes = {
+        source: file_sha256(source) if Path(source).is_file() else rows[source]._fingerprint
+        for source in sources
+    }
     names = [short_name(model) for model in args.models]
     if len(set(names)) < len(names):
         raise InputError(
@@ -156,15 +168,18 @@ def main() -> None:
     limits |= {"truncation": args.truncation}
     # The pairs of all models are tokenized before the first model runs, so that errors come early.
     how = limits | {"columns": args.columns}
-    inputs = [load_pairs(args.data, model, **how) for model in args.models]
+    more = {"template_args": args.template_args}
+    inputs = [load_pairs(args.data, model, **how, **more) for model in args.models]
     if args.reference:
-        reference_pairs = load_pairs(args.data, args.reference, **how)
+        reference_pairs = load_pairs(args.data, args.reference, **how, **more)
         for model, pairs in zip(args.models, inputs):
             if pairs.fingerprint != reference_pairs.fingerprint:
                 raise InputError(f"{model} and the reference {args.reference} read other tokens")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    settings = {"data": args.data, **limits, "reference": args.reference}
+    settings = {"data": args.data, **how, **more, "reference": args.reference}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings["dtype"] = str(choose_dtype("auto", device)).removeprefix("torch.")
     columns, inverse, items, seen, reference = {}, {}, [], [], None
     if args.reference:
         reference = pair_logps(args.reference, reference_pairs, args.micro_batch_tokens)
@@ -191,19 +206,25 @@ def main() -> None:
             model,
             scores,
             errors=errors,
-            settings=settings | {"pairs": pairs.report},
+            settings=settings | {"pairs": pairs.report, "tokens_sha256": pairs.fingerprint},
             inputs=hashes,
             wandb_mode=args.wandb,
-            items=by_item(of_pairs, places) | by_item(implicit, [args.reference, *places]),
+            items=by_item(of_pairs, [*hashes.values(), args.columns, *places])
+            | by_item(implicit, [*hashes.values(), args.columns, args.reference, *places]),
         )
         with open(folder / "preference_pairs.jsonl", "w") as file:
             for (source, row), logps, length in zip(places, sums.tolist(), lengths.tolist()):
                 line = {"source": source, "row": row, "logps": logps, "lengths": length}
                 print(json.dumps(line), file=file)
         columns[name], inverse[name] = (scores, errors), np.exp(sums / lengths)
-        items.append(of_pairs | implicit)
+        values = of_pairs | implicit
+        if pairs.fingerprint != inputs[0].fingerprint:
+            print(f"{name} reads other tokens than {names[0]}: only accuracies are compared")
+            values = {key: value for key, value in values.items() if "accuracy" in key}
+        items.append(values)
         seen.append(places)
     dist.destroy_process_group()
+    say_repeated([prompt for prompt, *_ in pairs.rows["hashes"]])
     same = all(places == seen[0] for places in seen)  # a tokenizer may have led to drop some
     print_scores([(name, *values) for name, values in columns.items()], items if same else None)
     figure = Path(args.output_dir) / "preference.png"

@@ -68,9 +68,9 @@ TABLES = {
 DECODING = ("temperature", "top_p", "max_new_tokens", "template_args")
 CONDITIONS = {
     "alpaca_eval2": ("annotator", "judge", "judge_version", "reference_sha256", *DECODING),
-    "mt_bench": ("judge", "judge_version", "reference", "repeats"),
+    "mt_bench": ("judge", "judge_version", "reference", "repeats", "template_args"),
     "win_rate": ("judge", "judge_version", "orders", "data_sha256", "num_prompts", *DECODING),
-    "preference": ("data", "max_length", "max_prompt_length", "truncation"),
+    "preference": ("data", "columns", "max_length", "max_prompt_length", "truncation", "dtype"),
 }
 
 
@@ -218,14 +218,18 @@ def conditions(result: dict, score: str) -> dict:
     """What a score was obtained under, as far as it decides whether it can be compared."""
     settings = result["settings"]
     if result["benchmark"] == "leaderboard":  # each benchmark has its own
-        own = settings.get(score.removeprefix("normalized/"), {})
-        return {name: own.get(name) for name in ("apply_chat_template", "shots", "lm_eval")}
+        benchmark = score.removeprefix("normalized/")
+        own = settings.get(benchmark, {})
+        found = {name: own.get(name) for name in ("apply_chat_template", "shots", "lm_eval")}
+        return found | {"questions": result["items"].get(benchmark, {}).get("of", "")[:12]}
     benchmark = "win_rate" if result["benchmark"].startswith(AGAINST) else result["benchmark"]
     found = {name: settings.get(name) for name in CONDITIONS[benchmark]}
     if result["benchmark"] in ("preference", "mt_bench"):
         files = {k: v for k, v in result["inputs_sha256"].items() if k != "answers"}
         found["files"] = sorted(digest[:12] for digest in files.values())
         found["pairs"] = result["scores"].get("pairs")  # a tokenizer may have led to drop some
+    if result["benchmark"] == "preference" and "accuracy" not in score:  # by token
+        found["tokens"] = settings.get("tokens_sha256", "")[:12]
     return found
 
 
@@ -363,7 +367,15 @@ def read_methods(folders: list[str], labels: list[str]) -> dict[str, list[dict]]
         methods[name] = [*read_results(matches).values()]
         if len(methods[name]) < len(matches):
             raise InputError(f"--label {name}: not all of {', '.join(matches)} hold results")
+        if again := copies(methods[name]):
+            raise InputError(f"--label {name}: {again} of its runs repeat another, with its scores")
     return methods
+
+
+def copies(runs: list[dict]) -> int:
+    """How many runs, {benchmark: result} each, are of the model of another one, with its scores."""
+    seen = {repr([(r["model_sha256"], r["scores"]) for r in run.values()]) for run in runs}
+    return len(runs) - len(seen)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from benchmarks.plan import GPUS, plan, sizes_of
 from eval.alpaca_eval2 import DECODING, HUB, RECIPES, REFERENCE, hub_file, load_outputs
 from eval.generate import short_name
 from eval.judge import MODEL
-from eval.results import at_least, make_parser
+from eval.results import AGAINST, at_least, make_parser
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.log import write_whole
@@ -87,12 +87,12 @@ RUNNING: list[subprocess.Popen] = []  # the stages' processes
 @dataclass(frozen=True)
 class Stage:
     """name: of its log and its mark; environment: what is added to the process's own; depends: the
-    files that it reads or writes, whose change undoes it."""
+    files, (folder, pattern), that it reads or writes, whose change undoes it."""
 
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
-    depends: tuple[Path, ...] = ()
+    depends: tuple[tuple[Path, str], ...] = ()
 
     def __str__(self) -> str:
         variables = [f"{name}={value}" for name, value in self.environment.items()]
@@ -100,7 +100,8 @@ class Stage:
 
     def made_of(self) -> str:
         """The command, and size and time of each file in `depends`."""
-        stats = [(path.name, path.stat()) for path in self.depends if path.exists()]
+        files = [file for folder, form in self.depends for file in sorted(folder.glob(form))]
+        stats = [(file.name, file.stat()) for file in files]
         return "\n".join([str(self), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in stats)])
 
     def is_done(self, output: Path) -> bool:
@@ -217,7 +218,7 @@ def training(setup: str, start: str, rates: list[float], args, flags: list[str])
         output = args.output_dir / "runs" / run_name(rate)
         command = [sys.executable, *launcher, "train.py", recipe, "--model", start]
         command += ["--learning_rate", f"{rate:g}", "--output_dir", str(output), *flags]
-        model = output / "final" / "config.json"
+        model = output / "final", "config.json"
         found.append(Stage(f"train-{run_name(rate)}", command, depends=(model,)))
     return found
 
@@ -234,10 +235,11 @@ def win_rate(model: str, other: str, decoding: dict, args, *more: str) -> list[s
     return [*command, *more]
 
 
-def read_by(args, model: str) -> tuple[Path, ...]:
-    """The files that an answer of the model depends on and that an earlier stage may rewrite: the
-    prompts and the weights."""
-    return args.output_dir / "alpaca_eval.jsonl", *sorted(Path(model).glob("*.safetensors"))
+def read_by(args, name: str, model: str) -> tuple[tuple[Path, str], ...]:
+    """The files that a model's answers depend on and that another stage may rewrite, the prompts
+    and the weights, and the answers."""
+    answers = args.output_dir / "results" / name / "win_rate", "*/answers.jsonl"
+    return (args.output_dir, "alpaca_eval.jsonl"), (Path(model), "*.safetensors"), answers
 
 
 def answering(models: dict[str, str], decoding: dict, args) -> list[Stage]:
@@ -249,7 +251,7 @@ def answering(models: dict[str, str], decoding: dict, args) -> list[Stage]:
     for number, (name, model) in enumerate(models.items()):
         command = win_rate(model, "", decoding, args, "--generate_only")
         own = {"CUDA_VISIBLE_DEVICES": gpus[number % args.gpus]} if args.gpus else {}
-        stages.append(Stage(f"answer-{name}", command, own, read_by(args, model)))
+        stages.append(Stage(f"answer-{name}", command, own, read_by(args, name, model)))
     return stages
 
 
@@ -259,19 +261,17 @@ def judging(
     """Each of {name: model} against GPT-4 Turbo's outputs, and each of ours against each of the
     published."""
     judge = ("--judge", args.judge, "--judge_base_url", url, "--workers", str(args.workers))
-    stages = [
-        Stage(
-            f"judge-{name}",
-            win_rate(model, "", decoding, args, *judge),
-            depends=read_by(args, model),
-        )
-        for name, model in (published | ours).items()
-    ]
+    stages, results = [], args.output_dir / "results"
+    for name, model in (published | ours).items():
+        depends = (*read_by(args, name, model), (results / name, "win_rate.json"))
+        command = win_rate(model, "", decoding, args, *judge)
+        stages.append(Stage(f"judge-{name}", command, depends=depends))
     for name, model in ours.items():
         for other, rival in published.items():
+            depends = (*read_by(args, name, model), *read_by(args, other, rival))
+            depends += ((results / name, f"{AGAINST}{other}.json"),)
             command = win_rate(model, rival, decoding, args, *judge)
-            name_of_both = f"judge-{name}-against-{other}"
-            stages.append(Stage(name_of_both, command, depends=read_by(args, model)))
+            stages.append(Stage(f"judge-{name}-against-{other}", command, depends=depends))
     return stages
 
 

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -259,6 +259,13 @@ def print_scores(
         print(line.rstrip())
     if comparisons:
         print(f"* significant at 5 % among the {comparisons} differences of this table")
+
+
+def say_repeated(prompts: Sequence[Hashable]) -> None:
+    """Print how many prompts there are more than once, if any."""
+    if again := len(prompts) - len({*prompts}):
+        problem = f"{again} of {len(prompts)} prompts repeat another one"
+        print(f"{problem}: errors and intervals, which count all, are too small")
 
 
 def by_item(values: dict[str, Sequence], of) -> dict[str, dict]:

@@ -33,6 +33,7 @@ from eval.results import (
     file_sha256,
     make_parser,
     read_records,
+    say_repeated,
     write_result,
 )
 from runtime.command_line import run_command
@@ -317,6 +318,7 @@ def main() -> None:
     )
     titles = {"win_rate": "win rate", "length_controlled_winrate": "controlled for length"}
     print(f"against {args.other or 'the chosen responses'}, {len(counted)} prompts in both orders")
+    say_repeated([*map(json.dumps, prompts)])
     for key, title in titles.items():
         if key not in scores:
             print(

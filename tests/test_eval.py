@@ -22,6 +22,7 @@ from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -115,6 +116,8 @@ def test_preference_equals_plain_forwards(model_folder, other_folder, tmp_path):
         error = correct[::2].std(ddof=1) / math.sqrt(5)
         assert result["standard_errors"]["accuracy/even"] == pytest.approx(error)
         assert result["inputs_sha256"] == {str(data): results.file_sha256(data)}
+        assert result["settings"]["tokens_sha256"] == pairs.fingerprint
+        assert result["settings"]["dtype"] == "float32" and result["settings"]["columns"] == ""
         assert "torch" in result["versions"]
         lines = read_lines(tmp_path / "results" / name / "preference_pairs.jsonl")
         assert np.allclose([line["logps"] for line in lines], sums, rtol=1e-5)
@@ -169,6 +172,40 @@ def test_show_pairs_numbers_the_responses_unless_they_are_two(
         counted = re.findall(r"^(\w+(?: \d)?)  +\d+ +\d+ +\d+ +\d+$", shown, re.MULTILINE)
         assert counted == names
         assert f"  {names[1]} (3 tokens, scored): a|b|<|im_end|>\n" in shown
+
+
+def test_preference_compares_what_is_comparable(model_folder, tmp_path, monkeypatch, capsys):
+    """Models that read other tokens by their accuracies alone; the content of a folder and the
+    names of columns are part of a result; repeated prompts are counted."""
+    other = tmp_path / "other"
+    make_model("llama", seed=1).save_pretrained(other)
+    make_tokenizer(CHATML.replace("assistant", "two")).save_pretrained(other)
+    path = write_pairs(tmp_path / "pairs.jsonl", 11)
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+    def evaluate(*flags) -> str:
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+        flags = ["--data", tmp_path / "rows", "--output_dir", tmp_path / "results", *flags]
+        models = model_folder, other
+        monkeypatch.setattr(sys, "argv", ["preference", *map(str, [*models, *flags])])
+        preference.main()
+        return capsys.readouterr().out
+
+    said = evaluate()
+    assert "other reads other tokens than tiny: only accuracies are compared" in said
+    compared = re.findall(r"^(\S+) .*(?:\]|in each)", said, re.MULTILINE)
+    assert {*compared} <= {"accuracy", "accuracy_sum"} and "prompts repeat" not in said
+    first = report.read_methods([str(tmp_path / "results" / "tiny")], [])["tiny"][0]["preference"]
+    rows[0], rows[1] = rows[0] | {"prompt": rows[2]["prompt"]}, rows[1] | {"chosen": "another"}
+    assert "1 of 11 prompts repeat another one: errors and intervals" in evaluate()
+    second = report.read_methods([str(tmp_path / "results" / "tiny")], [])["tiny"][0]["preference"]
+    evaluate("--columns", "chosen=rejected,rejected=chosen")
+    third = report.read_methods([str(tmp_path / "results" / "tiny")], [])["tiny"][0]["preference"]
+    items = [result["items"]["accuracy"]["of"] for result in (first, second, third)]
+    assert len({*items}) == 3
+    conditions = [report.conditions(result, "accuracy") for result in (first, second, third)]
+    assert conditions[0]["files"] != conditions[1]["files"] == conditions[2]["files"]
+    assert conditions[1]["columns"] == "" and "chosen=" in conditions[2]["columns"]
 
 
 def test_preference_refuses_two_models_of_one_name(model_folder, monkeypatch):
@@ -310,7 +347,13 @@ def test_several_runs_are_one_method(model_folder, tmp_path, monkeypatch, capsys
     said = capsys.readouterr().out
     assert "4 runs" in said and "+0.1750 |" in said
     assert "**0." not in said and "significant" not in said
-    write(tmp_path / "s-2", model_folder, "preference", {"accuracy": 0.5}, settings={"data": "e"})
+    copy = shutil.copytree(tmp_path / "s-2", tmp_path / "s-9")
+    with pytest.raises(
+        InputError, match="--label S: 1 of its runs repeat another, with its scores"
+    ):
+        report.main()
+    shutil.rmtree(copy)
+    write(tmp_path / "s-2", model_folder, "preference", {"accuracy": 0.4}, settings={"data": "e"})
     with pytest.raises(InputError, match="S: its runs differ in how accuracy came about: run 1"):
         report.main()
     write(tmp_path / "s-2", model_folder, "preference", {"logps/margin": 0.5})
@@ -444,16 +487,24 @@ def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
         scores = {"length_controlled_winrate": 50.0}
         write(tmp_path / name, model_folder, "alpaca_eval2", scores, settings=settings)
         inputs = {"question.jsonl": f"{name}1", "gpt-4.jsonl": "2", "answers": f"{name}3"}
-        write(tmp_path / name, model_folder, "mt_bench", {"score": 7.0}, inputs=inputs)
-        scores = {"GPQA": 30.0, "normalized/GPQA": 6.7}
-        write(tmp_path / name, model_folder, "leaderboard", scores, settings=shots)
+        more = {"inputs": inputs, "settings": {"template_args": f"system={name}"}}
+        write(tmp_path / name, model_folder, "mt_bench", {"score": 7.0}, **more)
+        scores = {"GPQA": 30.0, "normalized/GPQA": 6.7, "GSM8K": 5.0}
+        more = {"settings": shots, "items": results.by_item({"GSM8K": [0.0, 10.0]}, name)}
+        write(tmp_path / name, model_folder, "leaderboard", scores, **more)
         settings = {"data": "my.jsonl", "data_sha256": f"data of {name}"}
         write(tmp_path / name, model_folder, "win_rate", {"win_rate": 50.0}, settings=settings)
         scores = {"accuracy": 0.6, "pairs": 43 if name == "a" else 20}
-        write(tmp_path / name, model_folder, "preference", scores)
+        scores["inverse_perplexity/margin"] = 0.1
+        settings = {"columns": f"chosen={name}", "dtype": "float32", "tokens_sha256": f"T{name}"}
+        write(tmp_path / name, model_folder, "preference", scores, settings=settings)
     methods = report.read_methods([str(tmp_path / name) for name in ("a", "b")], [])
-    _, normalized, chat, pairs = report.tables(methods)
-    assert pairs[3] == ["a: pairs 43; b: pairs 20"]
+    raw, normalized, chat, pairs = report.tables(methods)
+    differ = "columns chosen=a, pairs 43", "columns chosen=b, pairs 20"
+    assert pairs[3][0] == "a: {}; b: {}".format(*differ)
+    assert pairs[3][1] == "a: {}, tokens Ta; b: {}, tokens Tb".format(*differ)
+    assert raw[1] == ["model", "GPQA", "GSM8K"] and raw[3][0] == ""
+    assert re.fullmatch(r"a: questions \w{12}; b: questions \w{12}", raw[3][1])
     assert normalized[:2] == (
         "Open LLM Leaderboard 2, normalized",
         ["model", "GPQA"],
@@ -462,7 +513,9 @@ def test_report_knows_the_files_that_scores_depend_on(model_folder, tmp_path):
     references, files, data = chat[3]
     assert data == "a: data_sha256 data of a; b: data_sha256 data of b"
     assert references == "a: reference_sha256 reference of a; b: reference_sha256 reference of b"
-    assert files == "a: files ['2', 'a1']; b: files ['2', 'b1']"
+    assert files == (
+        "a: template_args system=a, files ['2', 'a1']; b: template_args system=b, files ['2', 'b1']"
+    )
 
 
 def test_report_by_start_model(model_folder, tmp_path, monkeypatch, capsys):
@@ -749,6 +802,8 @@ def test_alpaca_eval_with_the_official_tool(alpaca, model_folder, tmp_path):
         assert spent.returncode == 1 and "You exceeded your current quota" in line
         assert "Its judgments so far are kept in" in line and "Traceback" not in spent.stderr
         (kept,) = (tmp_path / "tiny" / "alpaca_eval2").glob("judgments-*.json")
+        of_judge = hashlib.sha256(f"{url} mock".encode()).hexdigest()[:8]
+        assert kept.name == f"judgments-{of_judge}.json"  # another judge's are in another file
         text = kept.read_text()
         assert len(json.loads(text)) == 96  # written after every 32
         kept.write_text(text[: len(text) // 2])  # killed while it wrote
@@ -1023,6 +1078,9 @@ def test_a_failing_judge_loses_no_judgment(mt_bench_data, tmp_path):
     records = judge_all()
     assert len(records) == 12 and len(calls) - before == 12 - kept
     assert {record["score"] for record in records} == {5}
+    prompts["single-v1"]["system_prompt"] += " Be strict."
+    with pytest.raises(InputError, match="judges different answers, or with other prompts"):
+        judge_all()
 
 
 class MockJudge:
@@ -1043,8 +1101,21 @@ class MockJudge:
 
 
 def ask(judge, numbers, path: Path, workers: int = 1) -> dict:
-    record = lambda number, text: {"index": number, "judgment": text}  # noqa: E731
+    def record(number: int, text: str) -> dict:
+        return {"index": number, "judgment": text, "score": 1 if text == "A" else None}
+
     return judge_module.ask_all(judge, {n: n for n in numbers}, record, path, workers)
+
+
+def test_a_judge_without_a_verdict_is_not_paid_for_all(tmp_path):
+    """Unless there are few to judge, or one of the first has a verdict."""
+    judge = MockJudge(lambda n: "I like both")
+    with pytest.raises(InputError, match="none of its first 20 judgments holds a verdict.*kept in"):
+        ask(judge, range(100), tmp_path / "judgments.jsonl", workers=4)
+    assert len(judge.calls) <= 20 + 2 * 4
+    assert len(ask(judge, range(19), tmp_path / "few.jsonl")) == 19
+    once = MockJudge(lambda n: "A" if n == 5 else "I like both")
+    assert len(ask(once, range(60), tmp_path / "once.jsonl")) == 60
 
 
 def refusal(status: int = 400) -> Exception:
@@ -1887,6 +1958,33 @@ def test_math_and_gpqa_are_normalized_as_a_whole():
     scores, errors = leaderboard.collect(results, "GPQA")
     assert scores == pytest.approx({"GPQA": 40, "normalized/GPQA": 20})  # (0.4 − 0.25) / 0.75
     assert errors == pytest.approx({"GPQA": 3, "normalized/GPQA": 4})
+
+
+def test_a_question_that_gpqa_asks_several_times_is_one():
+    """Three questions in five places, by hand: 100, 0, 100, 100, 0 in per cent, of which the second
+    part repeats the first question and the third all of them but one."""
+    parts = {"diamond": [("a", 1)], "main": [("a", 1), ("b", 0)], "extended": [("a", 0), ("c", 1)]}
+    samples = {
+        name: [
+            {"doc_id": n, "filter": "none", "acc_norm": x, "doc": {"Question": q}, "doc_hash": name}
+            for n, (q, x) in enumerate(asked)
+        ]
+        for name, asked in parts.items()
+    }
+    found = {"group_subtasks": {"leaderboard_gpqa": [*parts]}}
+    items, error = leaderboard.question_scores(samples, found, "GPQA")
+    values = items["GPQA"]["values"]
+    assert values == pytest.approx([100 * 2 * 3 / 5, 0, 100 * 3 / 5])  # a, b, c; their mean is 60
+    residuals = [200 - 3 * 60, 0 - 60, 100 - 60]  # of the sums of each question
+    assert sum(residuals) == 0
+    expected = math.sqrt(3 / 2 * sum(r**2 for r in residuals)) / 5
+    assert error == pytest.approx(expected)
+    # Each asked once, it is the standard error of the mean.
+    samples = {"all": [samples["diamond"][0], samples["main"][1] | {"doc_id": 1}]}
+    found = {"group_subtasks": {"leaderboard_gpqa": ["all"]}}
+    items, error = leaderboard.question_scores(samples, found, "GPQA")
+    assert items["GPQA"]["values"] == [100, 0]
+    assert error == pytest.approx(np.std([100, 0], ddof=1) / math.sqrt(2))
 
 
 def test_ifeval_is_the_mean_of_two():

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,6 +156,7 @@ def test_a_reproduction_from_the_first_stage_to_the_last(setting, capsys):
     start()
     said = capsys.readouterr().out
     assert "train-simper-0.001: done before" in said and "answer-rival: done before" in said
+    assert "answer-simper-0.001: done before" in said  # its weights came after it was planned
     assert metrics.read_bytes() == trained
     assert all(path.read_text().startswith(text) for path, text in judged.items())
     # Judge and tables: three models against the reference, ours against both others.
@@ -196,10 +198,16 @@ def test_a_reproduction_from_the_first_stage_to_the_last(setting, capsys):
     start()
     again = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" min")]
     assert [line.split("-")[0] for line in again[:5]] == ["train", "answer", *["judge"] * 3]
+    shutil.rmtree(output / "results" / "rival")  # and if a result is gone
+    start()
+    again = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" min")]
+    again = [line.split(":")[0] for line in again[:-1]]
+    assert again == ["answer-rival", "judge-rival", "judge-simper-0.001-against-rival"]
+    assert "| rival |" in (output / "report.md").read_text()
     start("--limit", 12)  # other instructions: nothing of it is done
     assert "n = 12" in (output / "report.md").read_text()
     assert capsys.readouterr().out.count("done before") == 1
-    assert len((server / "started").read_text().splitlines()) == 4
+    assert len((server / "started").read_text().splitlines()) == 5
 
 
 def read_lines_of(path: Path) -> list[dict]:

@@ -669,6 +669,9 @@ def test_overlaps_by_hand(tmp_path):
     said = "2 rows are repeated, 1 pairs are also there the other way round"
     assert overlaps(train, None) == said
     assert overlaps(train, heldout) == f"{said}; 1 of 2 held-out prompts are also in training"
+    heldout.rows = datasets.concatenate_datasets([heldout.rows, heldout.rows])
+    again = "2 of 4 held-out prompts are also in training, 2 repeat another one: intervals, which"
+    assert f"{said}; {again} count all, are too small" == overlaps(train, heldout)
 
 
 # ---- What a second reader found ------------------------------------------------------------------

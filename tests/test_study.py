@@ -404,6 +404,9 @@ def test_plots_command(tiny_study, tmp_path, monkeypatch):
         plots.main()
         assert figure.stat().st_size > 10_000
         figure.unlink()
+    monkeypatch.setattr(sys, "argv", ["plots", *runs, "--label", f"{runs[0]}={runs[1]}"])
+    with pytest.raises(InputError, match=f"--label {runs[0]}: a run has that name, too"):
+        plots.main()
 
 
 def test_heldout_points_have_intervals(tmp_path, monkeypatch):
