@@ -44,6 +44,7 @@ from runtime.weights import (
     check_surgery,
     first_values,
     load_config,
+    lost_in_loading,
     model_class,
     other_parts,
     read_weights,
@@ -83,10 +84,14 @@ class PackedModel(torch.nn.Module):
         self.packed, self.own_logits = True, False
         self.kept = False  # weights are gathered once a step
         self.masters = None  # by name, if the modules' weights are not float32: see masters.py
-        self.loaded = set()  # the parameters that load_model made, for check_trainable
+        self.loaded = {}  # {parameter: whether it is trained} of those that load_model made
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Log-prob of every response token: (R,) float32, in the order of batch.targets."""
+        """Log-prob of every response token: (R,) float32, in the order of batch.targets. Raises
+        InputError for optimized parameters that have changed since `refresh`."""
+        for name, master in (self.masters or {}).items():
+            if master.seen != (master._version, master.weight._version):
+                raise InputError(f"{name} has changed: change model.optimized(), then refresh()")
         if not self.packed:
             return self.separate_logps(batch)
         hidden = self.model.base_model(
@@ -139,14 +144,15 @@ class PackedModel(torch.nn.Module):
         """What the optimizer moves, by name, or what it moves of one module: float32 parameters
         that are not frozen, with their gradients; of a sharded model, this rank's shards. They may
         be others than the parameters of the modules, which then have no gradients, and on the host,
-        with their gradients on the GPU (see streaming.py)."""
+        with their gradients on the GPU (see streaming.py). Raises InputError for one that has been
+        frozen or unfrozen since load_model."""
+        for name, parameter in self.named_parameters():
+            if self.loaded.get(parameter, parameter.requires_grad) != parameter.requires_grad:
+                how = "unfrozen" if parameter.requires_grad else "frozen"
+                raise InputError(f"{name} was {how} after load_model: do it in surgery()")
         inside = {*(self if part is None else part).parameters()}
         own = {n: p for n, p in self.named_parameters() if p.requires_grad and p in inside}
-        if self.masters is None:
-            return own
-        if late := own.keys() - self.masters.keys():
-            raise InputError(f"{min(late)} was unfrozen after load_model: do it in surgery()")
-        return {name: self.masters[name] for name in own}
+        return own if self.masters is None else {name: self.masters[name] for name in own}
 
     def refresh(self) -> None:
         """Called whenever the optimized parameters have changed: what is computed with is renewed,
@@ -181,8 +187,9 @@ class PackedModel(torch.nn.Module):
 
 def surgery(model) -> None:
     """The place to freeze weights, to put adapters in, or to change layers. model: a transformers
-    model on "meta": names and shapes, no values yet. What is added here gets its first values from
-    its module's `reset_parameters`; what the exported model must not have, `merge` takes out."""
+    model on "meta": names and shapes, no values yet. Parameters that are added here get their first
+    values from `reset_parameters` of their module; what the exported model must not have, `merge`
+    takes out."""
 
 
 @torch.no_grad()
@@ -190,6 +197,17 @@ def merge(model) -> None:
     """Take out what `surgery` put in, before the model is exported: it must then have the names and
     shapes of the model that training started from (LoRA adds its product to the weights here).
     model: the transformers model, sharded or not, or on "meta". Collective."""
+
+
+def operate(config) -> tuple[PackedModel, dict[str, torch.Tensor]]:
+    """build_model and surgery, on "meta"; and what the files hold of the model, by name. Raises
+    InputError as they do, and as check_surgery."""
+    with torch.device("meta"):
+        model = build_model(config)
+        needed, before = stored_tensors(model.model), lost_in_loading(model.model)
+        surgery(model.model)
+    check_surgery(model.model, needed, before)
+    return model, needed
 
 
 def load_model(
@@ -205,11 +223,7 @@ def load_model(
     backward pass, "selective" also their matrix products and attention; all else is computed again.
     stream_optimizer: keep what the optimizer moves on the host. Collective. Raises InputError if
     weights are missing, if the model cannot be built, or if there is no memory for it."""
-    with torch.device("meta"):
-        model = build_model(load_config(name))
-        needed = stored_tensors(model.model)
-        surgery(model.model)
-    check_surgery(model.model, needed)
+    model, needed = operate(load_config(name))
     values = first_values(model.model, needed)
     if activation_checkpointing != "false":
         # Called gradient_checkpointing_enable before transformers 5.23; vLLM still needs an older
@@ -239,7 +253,7 @@ def load_model(
         kept, home = {*other_parts(model.model).values()}, device if stream_optimizer else None
         model.masters = keep_masters(model, dtype, kept, home)
     fuse_norms(model, device, dtype)
-    model.loaded = {*model.parameters()}
+    model.loaded = {parameter: parameter.requires_grad for parameter in model.parameters()}
     return model.train()
 
 
@@ -389,6 +403,8 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise NotImplementedError("the head has no second derivatives")
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         scale, cap = ctx.shape
         # Several chunks are summed in float32: bfloat16 would round the sum with each of them.

@@ -142,16 +142,16 @@ def train(config: Config) -> None:
                 break
             meter = meter or Meter()
             set_learning_rate(optimizer, share_of_peak(step, last, config.warmup_ratio))
+            # The mean over the step's pairs. FSDP averages over ranks, so times their number.
+            share = ranks / len(data.indices(step))
             for batch in batches:
                 model.begin_micro_batch(last=batch is batches[-1])
                 batch = batch.to(device)
                 logps = model(batch)  # (R,) float32: the log-prob of each of R response tokens
                 logps.retain_grad()  # for the metrics
                 losses = loss_function(logps, batch.lengths, **batch.columns)  # (pairs,)
-                # The mean over the batch. FSDP averages over ranks, so times their number.
-                (losses.sum() * ranks / config.batch_size).backward()
-                grads = logps.grad * config.batch_size / ranks  # ∂(the pair's loss) / ∂logps
-                meter.rows.append(pair_metrics(logps, losses, grads, batch))
+                (losses.sum() * share).backward()
+                meter.rows.append(pair_metrics(logps, losses, logps.grad / share, batch))
             metrics = gradient_metrics(model)
             clip_grads_with_norm_(weights, config.max_grad_norm, metrics["grad_norm"])
             batches = data.batches(step + 1, rank)  # before the host waits for the GPU
@@ -394,6 +394,7 @@ def evaluate(
     signals: see watch_signals. Raises Stopped on all ranks as soon as one has received a signal.
     Collective."""
     rows = []
+    model.eval()
     try:
         for batch in heldout.batches(0, dist.get_rank()):
             (stop,) = processes.max_over_ranks(device, signals())
@@ -406,7 +407,7 @@ def evaluate(
                 losses.sum().backward()
             rows.append(pair_metrics(logps, losses, logps.grad, batch))
     finally:
-        model.free_gathered()  # after forwards without a backward
+        model.train().free_gathered()  # after forwards without a backward
     found = {name: torch.cat([row[name] for row in rows]).double() for name in rows[0]}
     heldout.first = heldout.first or found
     changes = {f"change/{name}": found[name] - heldout.first[name] for name in found}

@@ -17,14 +17,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from eval.results import make_parser
-from model import build_model, export, load_model, merge, surgery
+from model import export, load_model, merge, operate
 from runtime.cache import file_digest
 from runtime.card import model_card
 from runtime.checkpoints import read_state
 from runtime.command_line import run_command
 from runtime.errors import InputError
 from runtime.weights import (
-    check_surgery,
     load_config,
     load_tokenizer,
     model_fingerprint,
@@ -53,11 +52,7 @@ def export_checkpoint(checkpoint: Path, output: Path) -> None:
         raise InputError(f"{config.model} is not the model that the run began with: it has changed")
     tokenizer = load_tokenizer(source, config.chat_template, config.template_args)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with torch.device("meta"):
-        model = build_model(load_config(source))
-        needed = stored_tensors(model.model)
-        surgery(model.model)
-    check_surgery(model.model, needed)
+    model, needed = operate(load_config(source))
     trained = model.optimized()
     if others := sorted(trained.keys() ^ saved["optimizer"].keys()):
         problem = f"{checkpoint} and {config.model} do not both have {others[0]} to optimize"

@@ -84,7 +84,7 @@ def check_loss(
 
     try:
         both, again, alone = losses(0, 1), losses(0, 1), torch.cat([losses(0), losses(1)])
-    except (ValueError, IndexError, RuntimeError) as error:
+    except (ValueError, IndexError, RuntimeError, TypeError) as error:
         raise InputError(f"the loss does not take {count} responses to a prompt: {error}") from None
     if both.shape != (2,):
         raise InputError(
@@ -118,9 +118,11 @@ def check_trainable(model: PackedModel, optimizer, name: str) -> None:
             problem = f"final/ would have {key} as {exported.get(key)}, not {expected.get(key)}"
             raise InputError(f"{problem}: merge() in model.py must undo what surgery() changes")
     changed = made ^ stored_tensors(model.model).keys()
-    changed |= {key for key, parameter in model.named_parameters() if parameter not in model.loaded}
+    for key, parameter in model.named_parameters():
+        if parameter not in model.loaded or not key.startswith("model."):  # it has no first values
+            changed.add(key)
     if changed:
-        problem = f"{min(changed)} was added or taken out after load_model"
+        problem = f"{min(changed)} was added or taken out outside of surgery()"
         raise InputError(f"{problem}: do it in surgery(), in model.py")
     for key, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
@@ -134,11 +136,12 @@ def check_trainable(model: PackedModel, optimizer, name: str) -> None:
         say("The experts' routers have no balancing loss here: forks/router_loss.patch adds it.")
     names = {parameter: key for key, parameter in model.optimized().items()}
     moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if strange := [[*parameter.shape] for parameter in moved if parameter not in names]:
-        problem = (
-            f"the optimizer has a parameter of shape {strange[0]} that the model does not have"
-        )
-        raise InputError(f"{problem}, or has frozen: add or unfreeze it in surgery(), in model.py")
+    if strange := [parameter for parameter in moved if parameter not in names]:
+        problem = f"the optimizer has a parameter of shape {[*strange[0].shape]}"
+        if model.loaded.get(strange[0]):
+            raise InputError(f"{problem} of the modules: take those of model.optimized()")
+        problem += " that the model does not have, or has frozen"
+        raise InputError(f"{problem}: add or unfreeze it in surgery(), in model.py")
     if left := names.keys() - {*moved}:
         problem = f"{names[left.pop()]} requires a gradient, but the optimizer does not have it"
         raise InputError(f"{problem}: freeze it in surgery(), in model.py")
@@ -252,10 +255,10 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
     if not all(found[key] <= limits[key] for key in found):
         figures = ", ".join(f"{key} {found[key]:.1e} ({limits[key]:.1e})" for key in found)
         kind = AttentionError if found.get("attention", 0) > limits["attention"] else InputError
-        raise kind(
-            f"{name} cannot be trained {how}: its log-probs are not those of one sequence at a "
-            f"time. Found, and in brackets accepted: {figures}."
-        )
+        problem = "its log-probs are not those of one sequence at a time"
+        problem = problem if packed.isfinite().all() else "its log-probs are not finite"
+        figures = f"Found, and in brackets accepted: {figures}"
+        raise kind(f"{name} cannot be trained {how}: {problem}. {figures}.")
 
 
 def has_plain_head(model: PackedModel, ids: torch.Tensor, limit: float) -> bool:

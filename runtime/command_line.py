@@ -226,6 +226,8 @@ def choose_loss(name: str, arguments: str) -> tuple[Callable, list[str]]:
             values[key] = float(value)
         except ValueError:
             values[key] = math.nan
+        if type(defaults.get(key)) is int and values[key].is_integer():
+            values[key] = int(value)
         if key not in defaults or not math.isfinite(values[key]):
             raise InputError(f"loss_args: '{text}' does not fit the loss {name}, which has {known}")
     asked = [p.name for p in parameters if p.default is p.empty][2:]

@@ -71,6 +71,7 @@ def renew(masters: dict) -> None:
         if not vars(master).pop("renewed", False):  # by the optimizer's step
             master.weight.copy_(master)
         master.grad = master.weight.total.zero_()
+        master.seen = master._version, master.weight._version  # for PackedModel.forward
 
 
 def put_back(model: torch.nn.Module, masters: dict) -> None:
@@ -134,6 +135,8 @@ class SumLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise NotImplementedError("linear layers with masters have no second derivatives")
         x, weight = ctx.saved_tensors
         add_product(ctx.total, grad.flatten(0, -2).T, x.flatten(0, -2))
         grad_bias = grad.flatten(0, -2).sum(dim=0) if ctx.has_bias else None

@@ -1,5 +1,6 @@
 """Log-probs of whole data sets, and those of the model that training starts from."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from data import DataSet
 from loss import sum_logps
+from runtime.checkpoints import FREE_TO_CHANGE
 
 
 @torch.no_grad()
@@ -16,11 +18,12 @@ def response_logps(model, data: DataSet, micro_batches: list) -> torch.Tensor:
     """log p(response | prompt) of every row: (rows, K) float64 on the model's device.
     micro_batches: see spread_rows. Collective."""
     rank, device = dist.get_rank(), next(model.parameters()).device
+    model.eval()
     sums = torch.zeros(data.lengths[:, 1:].shape, dtype=torch.float64, device=device)
     for shares in tqdm(micro_batches, "log-probs", disable=rank > 0, dynamic_ncols=True):
         batch = data.pack(shares[rank]).to(device)
         sums[shares[rank]] = sum_logps(model(batch).double(), batch.lengths)
-    model.free_gathered()
+    model.train().free_gathered()
     dist.all_reduce(sums)  # every row is on one rank, and 0 on the others
     return sums
 
@@ -32,8 +35,11 @@ def add_reference(
     them in the run's folder, as reference.safetensors, from which a run that is made of the same
     (see checks.digests) takes them when it is resumed. Collective."""
     file, found = Path(config.output_dir) / "reference.safetensors", [{}]
-    key, ranks = repr(sorted(made_of.items())), dist.get_world_size()
-    if dist.get_rank() == 0 and file.exists():
+    # With all settings that decide the gradient: a fork may make the reference by one of its own.
+    own = {key: v for key, v in asdict(config).items() if key not in FREE_TO_CHANGE}
+    key, ranks = repr(sorted((own | made_of).items())), dist.get_world_size()
+    # (A fork that renews the reference calls this again.)
+    if dist.get_rank() == 0 and file.exists() and data.reference is None:
         try:
             with safe_open(file, "pt") as opened:
                 same = opened.metadata()["key"] == key

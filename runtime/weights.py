@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -271,11 +272,26 @@ def other_parts(model) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p not in text}
 
 
-def check_surgery(model, needed: dict[str, torch.Tensor]) -> None:
-    """Raise InputError, naming it, for a tensor of the files that `surgery` has taken out, renamed
-    or reshaped, for a buffer that it has added, whose values no file has, and if all is frozen.
+def lost_in_loading(model) -> set[str]:
+    """What a transformers model on "meta" has that loading gives it anew, or not at all: buffers,
+    hooks and attributes of parameters, and parameters in two places."""
+    found, parameters = {f"the buffer {name}" for name, _ in model.named_buffers()}, set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in parameters:
+            found.add(f"{name}, another one's parameter")
+        parameters.add(parameter)
+        found |= {f"the attribute {attribute} of {name}" for attribute in vars(parameter)}
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            found.add(f"a hook of {name}")
+    return found
 
-    model: a transformers model after the surgery; needed: its stored_tensors before.
+
+def check_surgery(model, needed: dict[str, torch.Tensor], before: set[str]) -> None:
+    """Raise InputError, naming it, for a tensor of the files that `surgery` has taken out, renamed
+    or reshaped, for what it has added and loading loses, and if all is frozen.
+
+    model: a transformers model after the surgery; needed, before: its stored_tensors and
+    lost_in_loading before.
     """
     found, parameters = stored_tensors(model), dict(model.named_parameters())
     for name, tensor in needed.items():
@@ -284,8 +300,9 @@ def check_surgery(model, needed: dict[str, torch.Tensor]) -> None:
             raise InputError(
                 f"surgery() must leave {name}, of shape {shape}: it is read from files"
             )
-    if added := sorted(found.keys() - needed.keys() - parameters.keys()):
-        raise InputError(f"surgery() adds the buffer {added[0]}: make it with persistent=False")
+    if lost := sorted(lost_in_loading(model) - before):
+        problem = f"surgery() adds {lost[0]}, which loading would lose"
+        raise InputError(f"{problem}: add parameters, frozen ones where they are constants")
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise InputError("nothing is trained: surgery() has frozen every parameter")
 
@@ -293,7 +310,8 @@ def check_surgery(model, needed: dict[str, torch.Tensor]) -> None:
 def first_values(model, needed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Values of the parameters that `surgery` has added, which no file holds: the module that owns
     one gives it by its `reset_parameters`. Whole tensors on the CPU from torch's generator, so that
-    they are the same for any number of ranks. Raises InputError for one without that method.
+    they are the same for any number of ranks. Raises InputError for one without that method, or
+    that it leaves as it is.
 
     model: a transformers model on "meta"; needed: what the files hold, by name.
     """
@@ -306,7 +324,11 @@ def first_values(model, needed: dict[str, torch.Tensor]) -> dict[str, torch.Tens
             raise InputError(f"{problem}: its module needs a method reset_parameters")
         if mine:
             whole = copy.deepcopy(module).to_empty(device="cpu", recurse=False)
+            for n in mine:
+                whole.get_parameter(n).detach().fill_(math.nan)
             whole.reset_parameters()
+            if left := [name for n, name in mine.items() if whole.get_parameter(n).isnan().any()]:
+                raise InputError(f"reset_parameters of its module gives {left[0]} no values")
             values |= {name: whole.get_parameter(n).detach() for n, name in mine.items()}
     return values
 

@@ -15,12 +15,26 @@ import yaml
 from conftest import CHATML, ROOT, as_flags, run, run_python, timeless
 
 import data
+from loss import LOSSES
 from runtime import processes
+from runtime.command_line import choose_loss
 from runtime.errors import InputError
 from runtime.log import start_trackio
 from train import Config, parse_args
 
 # ---- Recipes and flags ---------------------------------------------------------------------------
+
+
+def test_whole_numbers_stay_whole_where_the_default_is(monkeypatch):
+    """For a loss that counts, such as one of the k worst tokens; its other values stay numbers."""
+
+    def worst_loss(token_logps, lengths, k=2, beta=1):
+        return k, beta
+
+    monkeypatch.setitem(LOSSES, "worst", worst_loss)
+    loss, asked = choose_loss("worst", "k=3,beta=0.5")
+    assert (loss(0, 0), asked) == ((3, 0.5), []) and isinstance(loss(0, 0)[0], int)
+    assert choose_loss("dpo", "beta=1")[0].keywords == {"beta": 1.0}
 
 
 def test_recipe_and_command_line_precedence(tmp_path):

@@ -73,6 +73,37 @@ def test_gradient_equals_plain_float64_forwards(base, three_steps):
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
+def test_a_step_of_fewer_rows_is_their_mean(base, tmp_path, monkeypatch):
+    """As where a fork keeps the last rows of an epoch: by plain float64 forwards."""
+    monkeypatch.setattr(data, "step_indices", lambda count, size, seed, step: [3, 5, 7])
+    (line,) = run(base | {"eval_data": "", "max_steps": 1}, tmp_path / "run")
+    expected, losses = plain_gradient(base, [3, 5, 7])
+    norm = sum(tensor.square().sum() for tensor in expected.values()).sqrt().item()
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert line["loss"] == pytest.approx(sum(losses) / 3, abs=1e-6)
+
+
+def test_evaluations_are_not_in_training_mode(base, tmp_path, monkeypatch):
+    """Nor is the reference: what a fork does in training alone is not in final/."""
+    modes, forward = [], train.PackedModel.forward
+
+    def noted(self, batch):
+        modes.append((torch.is_grad_enabled(), self.training))
+        return forward(self, batch)
+
+    monkeypatch.setattr(train.PackedModel, "forward", noted)
+    run(base | {"max_steps": 2, "loss": "dpo"}, tmp_path / "run")
+    last = modes[modes.index((False, False)) :]  # after the checks at the start
+    assert {*last} == {(False, False), (True, True)} and last[-1] == (False, False)
+
+
+def test_metrics_may_be_sharded_tensors(group):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    shards = torch.distributed.tensor.distribute_tensor(torch.tensor([3.0, 4.0]), mesh)
+    found = processes.max_over_ranks(torch.device("cpu"), shards.norm(), 2.0)
+    assert found == [5.0, 2.0]
+
+
 @pytest.mark.parametrize("other", ["split", "ranks", "replicas"])
 def test_gradient_is_the_same_for_any_split(three_steps, other):
     found, expected = (gradients(three_steps[name][0]) for name in (other, "one"))

@@ -28,6 +28,7 @@ from loss import simper_loss
 from model import compile_blocks, load_model
 from runtime import norms, rehearsal
 from runtime.checkpoints import read_state
+from runtime.errors import InputError
 from runtime.masters import keep_masters, masters_fit
 from runtime.rehearsal import tokens_that_fit
 
@@ -107,6 +108,35 @@ def test_sums_begin_anew_with_every_step(folder, group):
     model.refresh()
     second = gradient(model)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_masters_that_change_are_made_known_by_refresh(model_folder, group):
+    """As by a step of SAM, or a head that is set anew; else the forward would be the old one's."""
+    model, batch = load_model(str(model_folder), CPU, torch.bfloat16), pack(rows())
+    before = model(batch)
+    with torch.no_grad():
+        next(iter(model.optimized().values())).mul_(1.5)
+    with pytest.raises(InputError, match="has changed: change model.optimized.., then refresh"):
+        model(batch)
+    model.refresh()
+    assert not torch.equal(model(batch), before)
+    with torch.no_grad():
+        model.model.lm_head.weight.zero_()  # which refresh would undo
+    with pytest.raises(InputError, match="lm_head.weight has changed"):
+        model(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives_are_refused(model_folder, group, dtype):
+    model, batch = load_model(str(model_folder), CPU, dtype), pack(rows())
+    states = torch.randn(len(batch.targets), 32, dtype=dtype, requires_grad=True)
+    logps = model.token_logps(states, batch.targets)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(logps.sum(), states, create_graph=True)
+    if dtype == torch.bfloat16:
+        layer = model.model.model.layers[0].mlp.up_proj
+        with pytest.raises(NotImplementedError, match="no second derivatives"):
+            torch.autograd.grad(layer(states).sum(), states, create_graph=True)
 
 
 def test_the_weights_are_the_masters_rounded(base, tmp_path):

@@ -107,7 +107,9 @@ def other_config(folder: Path) -> None:
     (folder / "config.json").write_text(config.replace('"rope_theta": 1', '"rope_theta": 9'))
 
 
-@pytest.mark.parametrize("change", [other_weights, other_config, "pairs", "code", "dtype"])
+@pytest.mark.parametrize(
+    "change", [other_weights, other_config, "pairs", "code", "dtype", "setting"]
+)
 def test_what_is_computed_otherwise_has_another_reference(
     base, tmp_path, model_folder, monkeypatch, made, change
 ):
@@ -128,6 +130,8 @@ def test_what_is_computed_otherwise_has_another_reference(
         monkeypatch.setattr(train, "NEW", 1, raising=False)
     elif change == "dtype":
         values["dtype"] = "bfloat16"
+    elif change == "setting":  # by which a fork may choose the reference
+        values["loss_args"] = "beta=0.05"
     else:
         shutil.copytree(model_folder, tmp_path / "model")
         change(tmp_path / "model")
@@ -135,7 +139,33 @@ def test_what_is_computed_otherwise_has_another_reference(
     (line,) = run(values, output)
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-6) and len(made) == 2
     new = load_file(output / FILE)["train_data"]
-    assert torch.equal(new, made[-1]) and torch.equal(new, old) == (change == "code")
+    assert torch.equal(new, made[-1]) and torch.equal(new, old) == (change in ("code", "setting"))
+
+
+def test_a_reference_that_is_asked_for_again_is_of_the_model_as_it_is(base, tmp_path, made):
+    """As in TR-DPO, whose reference follows the model."""
+    values = base | {"loss": "dpo", "max_steps": 2, "save_every": 0, "eval_data": ""}
+    values |= {"learning_rate": 1e-2, "warmup_ratio": 0.0}
+    kept = {}
+
+    def noted(*args):
+        kept["reference"] = args
+        add_reference(*args)
+
+    add_reference = train.add_reference
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "add_reference", noted)
+        run(values, tmp_path / "run")
+    model, data, *rest = kept["reference"]
+    before = data.reference.clone()
+    group = torch.distributed.init_process_group
+    group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        add_reference(model, data, *rest)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(made) == 2 and not torch.equal(data.reference, before)
+    assert torch.equal(load_file(tmp_path / "run" / FILE)["train_data"].float(), data.reference)
 
 
 @pytest.mark.parametrize("name", train.LOSSES)

@@ -92,7 +92,7 @@ def operate(monkeypatch):
 
     def operate(surgery=None, merge=None) -> None:
         for module in (model_module, checks, eval_export):
-            if surgery:
+            if surgery and module is not eval_export:
                 monkeypatch.setattr(module, "surgery", surgery)
             if merge:
                 monkeypatch.setattr(module, "merge", merge)
@@ -315,6 +315,35 @@ def test_what_is_changed_after_the_loading_is_refused_by_name(
     refuses(short | {"dtype": dtype}, tmp_path / "run", name, "do it in surgery(), in model.py")
 
 
+def test_what_is_frozen_during_training_is_refused_by_name(short, tmp_path, monkeypatch):
+    """A checkpoint would lack its moments, and in bfloat16 it would go on moving."""
+    gradient_metrics = train.gradient_metrics
+
+    def and_freeze(model):
+        metrics = gradient_metrics(model)
+        model.model.lm_head.requires_grad_(False)
+        return metrics
+
+    monkeypatch.setattr(train, "gradient_metrics", and_freeze)
+    for dtype in ("float32", "bfloat16"):
+        output = tmp_path / dtype
+        refuses(short | {"dtype": dtype}, output, "lm_head.weight was frozen after load_model")
+
+
+def test_a_parameter_beside_the_transformers_model_is_refused_by_name(
+    short, tmp_path, monkeypatch, no_step
+):
+    """It would have no first value."""
+    init = model_module.PackedModel.__init__
+
+    def and_temperature(self, *args):
+        init(self, *args)
+        self.temperature = torch.nn.Parameter(torch.zeros(1))
+
+    monkeypatch.setattr(model_module.PackedModel, "__init__", and_temperature)
+    refuses(short, tmp_path / "run", "temperature was added", "outside of surgery()")
+
+
 def test_what_is_unfrozen_too_late_is_refused_by_name(short, tmp_path, monkeypatch, operate):
     operate(lambda model: model.lm_head.requires_grad_(False))
     load_model = train.load_model
@@ -364,6 +393,19 @@ def test_an_optimizer_with_a_frozen_parameter_is_refused(short, tmp_path, monkey
     refuses(short, tmp_path / "run", "the optimizer has", "[320, 32]", "frozen")
 
 
+def test_an_optimizer_of_the_modules_parameters_says_which_to_take(short, tmp_path, monkeypatch):
+    kept, load_model = [], train.load_model
+
+    def noted(*args):
+        kept.append(load_model(*args))
+        return kept[0]
+
+    monkeypatch.setattr(train, "load_model", noted)
+    optimizer_of(monkeypatch, lambda parameters: [*kept[0].parameters()])
+    said = "the optimizer has a parameter", "take those of model.optimized()"
+    refuses(short | {"dtype": "bfloat16"}, tmp_path / "run", *said)
+
+
 # ---- First values --------------------------------------------------------------------------------
 
 
@@ -380,15 +422,44 @@ def test_a_new_parameter_without_first_values_is_refused_by_name(short, tmp_path
     refuses(short, tmp_path / "run", "model.layers.1.input_layernorm.shift", "reset_parameters")
 
 
-def test_a_new_buffer_without_first_values_is_refused_by_name(short, tmp_path, operate, no_step):
-    def surgery(model):
-        model.model.norm.register_buffer("shift", torch.zeros(32))
+class Scaled(torch.nn.Linear):
+    """Whose reset_parameters, the linear layer's, does not know the scale."""
 
+
+def with_scale(model) -> None:
+    layer = model.model.layers[1].mlp.down_proj
+    layer.__class__, layer.scale = Scaled, torch.nn.Parameter(torch.ones(32))
+
+
+def test_first_values_that_are_not_given_are_refused_by_name(short, tmp_path, operate, no_step):
     def merge(model):
-        del model.model.norm.shift
+        del model.model.layers[1].mlp.down_proj.scale
 
-    operate(surgery, merge)
-    refuses(short, tmp_path / "run", "model.norm.shift")
+    operate(with_scale, merge)
+    said = "reset_parameters of its module gives model.layers.1.mlp.down_proj.scale no values"
+    refuses(short, tmp_path / "run", said)
+
+
+LOST = {
+    "the buffer model.norm.shift": lambda m: m.model.norm.register_buffer("shift", torch.zeros(32)),
+    "the buffer model.norm.gain": lambda m: m.model.norm.register_buffer(
+        "gain", torch.ones(32), persistent=False
+    ),
+    "a hook of lm_head.weight": lambda m: m.lm_head.weight.register_hook(lambda g: 0 * g),
+    "a hook of model.norm.weight": lambda m: m.model.norm.weight.register_post_accumulate_grad_hook(
+        print
+    ),
+    "the attribute scale of lm_head.weight": lambda m: setattr(m.lm_head.weight, "scale", 0.1),
+    "model.norm.shared, another one's parameter": lambda m: m.model.norm.register_parameter(
+        "shared", m.model.layers[0].input_layernorm.weight
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_loading_would_lose_is_refused_by_name(short, tmp_path, operate, no_step, name):
+    operate(LOST[name])
+    refuses(short, tmp_path / "run", f"surgery() adds {name}, which loading would lose")
 
 
 class Wrapper(torch.nn.Module):
@@ -434,7 +505,7 @@ def adapted(base, tmp_path_factory) -> dict[str, Path]:
     done = run_script(LORA, values, folder / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (model_module, checks, eval_export):
+        for module in (model_module, checks):
             patch.setattr(module, "surgery", FORK["lora"])
             patch.setattr(module, "merge", FORK["merge_lora"])
         run(values, folder / "one")
@@ -504,7 +575,7 @@ def test_a_plain_parameter_on_two_ranks_is_refused_by_name(short, tmp_path):
 def test_a_run_does_not_go_on_with_another_surgery(short, tmp_path, operate, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        for module in (model_module, checks, eval_export):
+        for module in (model_module, checks):
             frozen = lambda model: model.lm_head.requires_grad_(False)  # noqa: E731
             patch.setattr(module, "surgery", frozen)
         run(short, output)
