@@ -477,8 +477,8 @@ def rename(row: dict, columns: str) -> dict:
 
 
 def unread_columns(row: dict, numbers: Iterable[str]) -> list[str]:
-    """The columns of a row of which no format, check or loss, which asks for `numbers`, knows."""
-    known = {*READ, *FOREIGN, *SCORES, *numbers}
+    """The columns of a row that nothing reads. numbers: those that a loss asks for."""
+    known = {*READ, *FOREIGN, *numbers}
     return [name for name in row if name not in known]
 
 

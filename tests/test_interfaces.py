@@ -54,6 +54,13 @@ INTERFACES = {
                 and torch.ops.torch_attn._varlen_attn.default
             ),
         ),
+        "Tensor._backward_hooks, _post_accumulate_grad_hooks": (
+            "runtime/weights.py",
+            lambda: all(
+                hasattr(torch.zeros(1, device="meta"), name)
+                for name in ("_backward_hooks", "_post_accumulate_grad_hooks")
+            ),
+        ),
         "Module._parameters": (
             "runtime/masters.py",
             lambda: list(torch.nn.Linear(1, 1)._parameters) == ["weight", "bias"],
