@@ -319,8 +319,9 @@ def decode(line: bytes, number: int) -> str:
 
 
 def json_texts(file) -> Iterator[bytes]:
-    """The text of every row of JSON lines or of one JSON array. Raises InputError, naming the line,
-    for what is no JSON object, and for one that says something twice or is no text."""
+    """The text of every row of JSON lines or of one JSON array. Raises InputError, naming the line
+    (in an array, the entry), for what is no JSON object, and for one that says something twice or
+    is no text."""
 
     def unique(pairs: list[tuple]) -> dict:
         found = {}
@@ -330,54 +331,38 @@ def json_texts(file) -> Iterator[bytes]:
             found[name] = value
         return found
 
-    decoder = json.JSONDecoder(object_pairs_hook=unique)
-
-    def read(text: str, start: int, number: int) -> int:
-        """Where the row that begins at `start`, on line `number`, ends."""
+    def parse(text: str, number: int):
+        """The value of a text that begins on line `number`."""
         try:
-            row, end = decoder.raw_decode(text, start)
-            if not isinstance(row, dict):
-                raise InputError(f"line {number} is not a JSON object")
-            if not row:
-                raise InputError(f"line {number} is an empty object")
-            if "\\u" in text[start:end]:
-                json.dumps(row, ensure_ascii=False).encode()  # of a half of a pair: no text
-            return end
-        except InputError:
-            raise
+            value = json.loads(text, object_pairs_hook=unique)
+            if "\\u" in text:
+                json.dumps(value, ensure_ascii=False).encode()  # of a half of a pair: no text
+            return value
         except (ValueError, RecursionError) as reason:  # of json, unique and encode
-            problem = f"line {number} is not valid JSON ({reason})"
+            line = number + getattr(reason, "lineno", 1) - 1
+            problem = f"line {line} is not valid JSON ({getattr(reason, 'msg', reason)})"
             raise InputError(f"{problem}: write one object a line, or one list of them") from None
 
-    number, space, begun = 0, " \t\r\n", False
-    for line in file:
-        number += 1
+    def check(row, place: str) -> None:
+        if not isinstance(row, dict):
+            raise InputError(f"{place} is not a JSON object")
+        if not row:
+            raise InputError(f"{place} is an empty object")
+
+    number, begun, text = 0, False, ""
+    for number, line in enumerate(file, 1):
         text = decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, number)
-        start = len(text) - len(text.lstrip(space))
-        if text[start : start + 1] == "[" and not begun:
+        if text.lstrip().startswith("[") and not begun:
             break
-        if start < len(text):
+        if text := text.strip():
             begun = True
-            end = read(text, start, number)
-            if text[end:].strip(space):
-                raise InputError(f"line {number} is not valid JSON (it goes on after the object)")
-            yield text[start:end].encode()
+            check(parse(text, number), f"line {number}")
+            yield text.encode()
     else:
         return
-    text = text[start:] + decode(file.read(), number)
-    place, next_item = 1, re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
-    for row in itertools.count():
-        match = next_item.match(text, place)
-        number += text.count("\n", place, match.end())
-        if text[match.end() : match.end() + 1] == "]" and not match[1]:
-            if text[match.end() + 1 :].strip(space):
-                raise InputError(f"line {number} is not valid JSON (it goes on after the list)")
-            break
-        if bool(match[1]) != (row > 0):
-            raise InputError(f"line {number} is not valid JSON (objects, and a comma between two)")
-        place = read(text, match.end(), number)
-        yield text[match.end() : place].encode()
-        number += text.count("\n", match.end(), place)
+    for place, row in enumerate(parse(text + decode(file.read(), number), number)):
+        check(row, f"entry {place}")
+        yield json.dumps(row, ensure_ascii=False).encode()
 
 
 def csv_texts(file, separator: str) -> Iterator[bytes]:

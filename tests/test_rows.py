@@ -100,7 +100,7 @@ BAD_JSON = {
     "deep in it": ('{"chosen": [{"role": 1, "role": 2}]}', "line 3 .* 'role' is there twice"),
     "half of a pair": ('{"prompt": "\\ud83d"}', "line 3 is not valid JSON .*surrogates"),
     "two objects": ("{} {}", "line 3 is"),
-    "an object and more": ('{"a": 1} x', "line 3 is not valid JSON .*goes on"),
+    "an object and more": ('{"a": 1} x', "line 3 is not valid JSON .Extra data"),
     "nothing in it": ("{}", "line 3 is an empty object"),
     "cut off": ('{"prompt": "a', "line 3 is not valid JSON"),
     "a nest": ('{"a":' * 100_000, "line 3 is not valid JSON"),
@@ -118,7 +118,7 @@ def test_bad_json_is_an_error_that_names_the_line(tmp_path, name):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('[{"a": 1}\n {"a": 2}]', "line 2 is not valid JSON .*a comma"),
+        ('[{"a": 1}\n {"a": 2}]', "line 2 is not valid JSON .Expecting ',' delimiter"),
         ('[{"a": 1},\n\n,{"a": 2}]', "line 3 is not valid JSON"),
         ('[\n{"a": 1},\n{"a": }]', "line 3 is not valid JSON"),
         ('[{"a": 1}', "line 1 is not valid JSON"),
@@ -200,7 +200,7 @@ def test_an_array_may_begin_on_a_later_line(tmp_path):
 def test_nothing_after_a_list_is_left_unread(tmp_path, after):
     path = tmp_path / "rows.json"
     path.write_text(f"[{json.dumps(TEXT)}]\n{after}\n")
-    with pytest.raises(InputError, match="is not valid JSON .it goes on after the list"):
+    with pytest.raises(InputError, match="line 2 is not valid JSON .Extra data"):
         load_rows(str(path))
 
 
