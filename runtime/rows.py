@@ -172,8 +172,8 @@ def find_builder(name: str, *names: str) -> dict:
     `separator` of those of CSV, the `fingerprint` of those of Arrow, and the `commit` of the hub;
     "" where there is none. names: [config and] split. Raises InputError for a split that is not
     there."""
-    *config, split = names
-    path, revision = (name, "") if Path(name).is_dir() else name.partition("@")[::2]
+    (*config, split), local = names, Path(name).is_dir()
+    path, revision = (name, "") if local else name.partition("@")[::2]
     if revision and Path(path).exists():
         raise InputError(f"{path} is a folder, which has no revisions")
     try:
@@ -191,15 +191,15 @@ def find_builder(name: str, *names: str) -> dict:
         files = manager.download([*sources[split]])
         files = [file if is_gzip(file) else manager.extract(file) for file in files]
     else:
-        if Path(path).is_dir():  # as in load_file
-            parts = sorted(file for part in sources.values() for file in part)
-            digest = files_digest([*map(Path, parts)])[:32]
+        if local:  # as in load_file
+            parts = sorted(Path(file) for part in (sources or {}).values() for file in part)
+            digest = files_digest(parts)[:32]
             folder = str(cache_folder("rows") / digest)
             builder = datasets.load_dataset_builder(path, *config, cache_dir=folder)
         builder.download_and_prepare()
         rows = builder.as_dataset(split=split)
-        files, fingerprint = [file["filename"] for file in rows.cache_files], rows._fingerprint
-        fingerprint = digest + str(names) if Path(path).is_dir() else fingerprint
+        files = [file["filename"] for file in rows.cache_files]
+        fingerprint = digest + str(names) if local else rows._fingerprint
     commit = re.search("@([0-9a-f]{40})/", str(sources))
     found = {"files": files, "separator": getattr(builder.config, "sep", "")}
     return found | {"fingerprint": fingerprint, "commit": commit[1] if commit else ""}
@@ -560,8 +560,7 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
         row.get("responses"), list
     ):
         answers = row["responses"]
-        scores = [value for value in map(row.get, SCORES) if isinstance(value, list)]
-        if any(value != sorted(value, reverse=True) for value in scores):
+        if any(falls is False for falls in map(in_order, map(row.get, SCORES))):
             raise InputError("its responses, best first, are not in the order of their scores")
     blank = [*map(is_blank, (prompt, *answers))]
     conversations, messages = [*map(as_conversation, answers)], as_conversation(prompt)
@@ -601,6 +600,13 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
             if isinstance(message, dict) and not as_message(message):
                 raise InputError(f"{problem}, and {name}[{place}] is {message!r:.200}.\n{FORMATS}")
     raise InputError(f"{problem}.\n{FORMATS}")
+
+
+def in_order(scores) -> bool | None:
+    """Whether a list of numbers does not rise; None for anything else."""
+    if not isinstance(scores, list) or not all(isinstance(v, int | float) for v in scores):
+        return None
+    return scores == sorted(scores, reverse=True)
 
 
 def is_blank(value) -> bool:

@@ -387,7 +387,7 @@ def test_a_label_beside_answers_that_are_named_is_an_error(tmp_path):
 
 def test_responses_that_are_not_in_the_order_of_their_scores_are_an_error(tmp_path):
     row = {"prompt": "2+2?", "responses": ["4", "5"]}
-    for scores in ([3.0, -1.0], [1, 1], None):
+    for scores in ([3.0, -1.0], [1, 1], None, [1.0, None], ["b", "a"], []):
         path = write(tmp_path / "rows.jsonl", [row | {"rewards": scores}])
         assert load(path) == [[chatml("2+2?"), "4", "5"]]
     write(path, [row | {"rewards": [-1.0, 3.0]}])
