@@ -90,8 +90,10 @@ class PackedModel(torch.nn.Module):
         """Log-prob of every response token: (R,) float32, in the order of batch.targets. Raises
         InputError for optimized parameters that have changed since `refresh`."""
         for name, master in (self.masters or {}).items():
-            if master.seen != (master._version, master.weight._version):
-                raise InputError(f"{name} has changed: change model.optimized(), then refresh()")
+            same = master.seen == (master._version, master.weight._version)
+            if not same or master.grad is not master.weight.total:
+                how = "change model.optimized(), zero_grad(), then refresh()"
+                raise InputError(f"{name} has changed, or its gradient: {how}")
         if not self.packed:
             return self.separate_logps(batch)
         hidden = self.model.base_model(
@@ -147,8 +149,10 @@ class PackedModel(torch.nn.Module):
         with their gradients on the GPU (see streaming.py). Raises InputError for one that has been
         frozen or unfrozen since load_model."""
         for name, parameter in self.named_parameters():
-            if self.loaded.get(parameter, parameter.requires_grad) != parameter.requires_grad:
-                how = "unfrozen" if parameter.requires_grad else "frozen"
+            trained = parameter.requires_grad
+            trained &= (self.masters or {}).get(name, parameter).requires_grad
+            if self.loaded.get(parameter, trained) != trained:
+                how = "unfrozen" if trained else "frozen"
                 raise InputError(f"{name} was {how} after load_model: do it in surgery()")
         inside = {*(self if part is None else part).parameters()}
         own = {n: p for n, p in self.named_parameters() if p.requires_grad and p in inside}
@@ -410,9 +414,10 @@ class TokenLogps(torch.autograd.Function):
         # Several chunks are summed in float32: bfloat16 would round the sum with each of them.
         sum_dtype = torch.float32 if len(ctx.chunks) > 1 else weight.dtype
         sum_dtype = torch.promote_types(weight.dtype, sum_dtype)
-        grad_hidden, grad_weight = torch.empty_like(hidden), ctx.total
-        if ctx.total is None and ctx.needs_input_grad[1]:  # not of a frozen head
-            grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:  # not of a frozen head
+            new = ctx.total is None
+            grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if new else ctx.total
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=sum_dtype)
         for rows in reversed(ctx.chunks):
             slope = scale

@@ -124,6 +124,11 @@ def check_trainable(model: PackedModel, optimizer, name: str) -> None:
     if changed:
         problem = f"{min(changed)} was added or taken out outside of surgery()"
         raise InputError(f"{problem}: do it in surgery(), in model.py")
+    for key, parameter in model.named_parameters():
+        hooks = len(parameter._post_accumulate_grad_hooks or ()) - hasattr(parameter, "total")
+        if parameter._backward_hooks or hooks > 0:
+            problem = f"{key} has a hook, which not every kind of run calls: change the gradients"
+            raise InputError(f"{problem} of model.optimized() before gradient_metrics()")
     for key, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             problem = (

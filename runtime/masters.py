@@ -21,7 +21,8 @@ SHARE = 0.85  # of the device's memory that these may take; the rest is for acti
 def lighten(model: torch.nn.Module, dtype: torch.dtype, kept: set) -> None:
     """Make the frozen parameters of a model on "meta" of `dtype`: they are read as such."""
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter not in kept:
+        constant = not parameter.requires_grad and parameter.is_floating_point()
+        if constant and parameter not in kept:
             parameter.data = parameter.data.to(dtype)
 
 
@@ -40,7 +41,8 @@ def keep_masters(
     for name, master in model.named_parameters():  # tied ones once
         if master in weights:
             continue
-        weight = torch.nn.Parameter(master.to(device, dtype), master.requires_grad)
+        own = dtype if master.is_floating_point() else master.dtype  # of a fork's indices
+        weight = torch.nn.Parameter(master.to(device, own), master.requires_grad)
         weights[master] = weight
         if master.requires_grad:
             if device is not None:
@@ -138,7 +140,8 @@ class SumLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError("linear layers with masters have no second derivatives")
         x, weight = ctx.saved_tensors
-        add_product(ctx.total, grad.flatten(0, -2).T, x.flatten(0, -2))
+        if ctx.needs_input_grad[1]:  # frozen for a while, it has none
+            add_product(ctx.total, grad.flatten(0, -2).T, x.flatten(0, -2))
         grad_bias = grad.flatten(0, -2).sum(dim=0) if ctx.has_bias else None
         return grad @ weight, None, grad_bias, None
 

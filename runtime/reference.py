@@ -38,8 +38,8 @@ def add_reference(
     # With all settings that decide the gradient: a fork may make the reference by one of its own.
     own = {key: v for key, v in asdict(config).items() if key not in FREE_TO_CHANGE}
     key, ranks = repr(sorted((own | made_of).items())), dist.get_world_size()
-    # (A fork that renews the reference calls this again.)
-    if dist.get_rank() == 0 and file.exists() and data.reference is None:
+    renews = data.reference is not None  # as a fork may; a resume would not know of which step
+    if dist.get_rank() == 0 and file.exists() and not renews:
         try:
             with safe_open(file, "pt") as opened:
                 same = opened.metadata()["key"] == key
@@ -55,7 +55,7 @@ def add_reference(
             sums[name] = response_logps(model, rows, micro_batches).cpu()
         if rows:
             rows.reference = sums[name].float()
-    if dist.get_rank() == 0 and not found[0]:
+    if dist.get_rank() == 0 and not found[0] and not renews:
         scratch = file.with_name(f"{file.name}.part")
         save_file(sums, scratch, metadata={"key": key})
         scratch.replace(file)

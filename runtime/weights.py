@@ -274,15 +274,17 @@ def other_parts(model) -> dict[str, torch.nn.Parameter]:
 
 def lost_in_loading(model) -> set[str]:
     """What a transformers model on "meta" has that loading gives it anew, or not at all: buffers,
-    hooks and attributes of parameters, and parameters in two places."""
+    hooks and attributes of parameters, and parameters of two modules."""
     found, parameters = {f"the buffer {name}" for name, _ in model.named_buffers()}, set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in parameters:
-            found.add(f"{name}, another one's parameter")
-        parameters.add(parameter)
-        found |= {f"the attribute {attribute} of {name}" for attribute in vars(parameter)}
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            found.add(f"a hook of {name}")
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{key}".lstrip(".")
+            if parameter in parameters:
+                found.add(f"{name}, another module's parameter")
+            parameters.add(parameter)
+            found |= {f"the attribute {attribute} of {name}" for attribute in vars(parameter)}
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                found.add(f"a hook of {name}")
     return found
 
 
@@ -324,11 +326,13 @@ def first_values(model, needed: dict[str, torch.Tensor]) -> dict[str, torch.Tens
             raise InputError(f"{problem}: its module needs a method reset_parameters")
         if mine:
             whole = copy.deepcopy(module).to_empty(device="cpu", recurse=False)
-            for n in mine:
-                whole.get_parameter(n).detach().fill_(math.nan)
+            for parameter in whole.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    parameter.detach().fill_(math.nan)
             whole.reset_parameters()
             if left := [name for n, name in mine.items() if whole.get_parameter(n).isnan().any()]:
-                raise InputError(f"reset_parameters of its module gives {left[0]} no values")
+                problem = f"reset_parameters of its module gives {left[0]} no values"
+                raise InputError(f"{problem}, or those of weights that are not read yet")
             values |= {name: whole.get_parameter(n).detach() for n, name in mine.items()}
     return values
 

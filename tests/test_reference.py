@@ -165,7 +165,8 @@ def test_a_reference_that_is_asked_for_again_is_of_the_model_as_it_is(base, tmp_
     finally:
         torch.distributed.destroy_process_group()
     assert len(made) == 2 and not torch.equal(data.reference, before)
-    assert torch.equal(load_file(tmp_path / "run" / FILE)["train_data"].float(), data.reference)
+    # A rerun begins with that of the start.
+    assert torch.equal(load_file(tmp_path / "run" / FILE)["train_data"].float(), before)
 
 
 @pytest.mark.parametrize("name", train.LOSSES)

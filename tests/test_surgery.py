@@ -325,9 +325,17 @@ def test_what_is_frozen_during_training_is_refused_by_name(short, tmp_path, monk
         return metrics
 
     monkeypatch.setattr(train, "gradient_metrics", and_freeze)
+    said = "lm_head.weight was frozen after load_model"
     for dtype in ("float32", "bfloat16"):
-        output = tmp_path / dtype
-        refuses(short | {"dtype": dtype}, output, "lm_head.weight was frozen after load_model")
+        refuses(short | {"dtype": dtype}, tmp_path / dtype, said)
+
+    def and_freeze_what_is_optimized(model):
+        metrics = gradient_metrics(model)
+        model.optimized()["model.lm_head.weight"].requires_grad_(False)
+        return metrics
+
+    monkeypatch.setattr(train, "gradient_metrics", and_freeze_what_is_optimized)
+    refuses(short | {"dtype": "bfloat16"}, tmp_path / "masters", said)
 
 
 def test_a_parameter_beside_the_transformers_model_is_refused_by_name(
@@ -450,10 +458,59 @@ LOST = {
         print
     ),
     "the attribute scale of lm_head.weight": lambda m: setattr(m.lm_head.weight, "scale", 0.1),
-    "model.norm.shared, another one's parameter": lambda m: m.model.norm.register_parameter(
+    "model.norm.shared, another module's parameter": lambda m: m.model.norm.register_parameter(
         "shared", m.model.layers[0].input_layernorm.weight
     ),
 }
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_that_is_added_later_is_refused_by_name(short, tmp_path, monkeypatch, hook, no_step):
+    """Two ranks, or bfloat16, would not call it."""
+    load_model = train.load_model
+
+    def and_hook(*args):
+        loaded = load_model(*args)
+        getattr(loaded.model.lm_head.weight, hook)(lambda _: None)
+        return loaded
+
+    monkeypatch.setattr(train, "load_model", and_hook)
+    for dtype in ("float32", "bfloat16"):
+        refuses(short | {"dtype": dtype}, tmp_path / dtype, "lm_head.weight has a hook")
+
+
+class Places(torch.nn.Module):
+    """Constant indices, and a module that several layers share."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = torch.nn.Parameter(torch.empty(300, dtype=torch.long), requires_grad=False)
+        self.scale = torch.nn.Parameter(torch.empty(32))
+
+    def reset_parameters(self):
+        self.places.data.copy_(torch.arange(300))
+        self.scale.data.fill_(1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whole_numbers_and_shared_modules_keep_their_values(short, tmp_path, operate, dtype):
+    kept = []
+
+    def surgery(model):
+        module = Places()
+        for layer in model.model.layers:
+            layer.places = module
+        layer.mlp.down_proj.register_forward_hook(lambda m, _, out: out * module.scale)
+        kept.append(module)
+
+    def merge(model):
+        for layer in model.model.layers:
+            del layer.places
+
+    operate(surgery, merge)
+    run(short | {"dtype": dtype, "max_steps": 1}, tmp_path / "run")
+    (loaded,) = (module for module in kept if not module.places.is_meta)
+    assert torch.equal(loaded.places, torch.arange(300))
 
 
 @pytest.mark.parametrize("name", LOST)
