@@ -168,7 +168,8 @@ def ask_all(
         print(json.dumps(records[key]), file=file, flush=True)
         if len(records) == UNREADABLE and not any(map(has_score, records.values())):
             stop.set()
-            raise InputError(f"none of its first {UNREADABLE} judgments holds a verdict")
+            problem = f"none of its first {UNREADABLE} judgments holds a verdict"
+            raise InputError(f"{problem}; remove the file before you ask again")
 
     def ask(key: Hashable) -> None:
         create = judge.client.chat.completions.create

@@ -63,9 +63,6 @@ PROMPTS = {  # (with reference, turn): name of the judge's prompt
 }
 
 
-ASKED = ("user_prompt", "system_prompt")  # of a record: what the judge was asked
-
-
 def read_lines(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
@@ -183,8 +180,8 @@ def judge_all(
     workers: calls at a time. Raises InputError if `path` holds judgments of different answers, and
     as ask_all.
     """
-    kept = read_records(path, "question_id", "turn", "judgment")
-    records = {(r["question_id"], r["turn"]): r for r in kept}
+    found = read_records(path, "question_id", "turn", "judgment")
+    records = {(r["question_id"], r["turn"]): r for r in found}
     tasks, names, texts, systems = {}, {}, {}, {}
     for question, given in zip(questions, answers):
         number = question["question_id"]
@@ -203,7 +200,9 @@ def judge_all(
                     {"role": "system", "content": system},
                     {"role": "user", "content": text},
                 ]
-            elif (text, system) != tuple(map(records[number, turn].get, ASKED)):
+                continue
+            kept = records[number, turn]
+            if (text, system) != (kept["user_prompt"], kept.get("system_prompt", system)):
                 raise InputError(
                     f"{path} judges different answers, or with other prompts: remove it, or choose "
                     "another --output_dir"

@@ -226,7 +226,7 @@ def conditions(result: dict, score: str) -> dict:
     found = {name: settings.get(name) for name in CONDITIONS[benchmark]}
     if result["benchmark"] in ("preference", "mt_bench"):
         files = {k: v for k, v in result["inputs_sha256"].items() if k != "answers"}
-        found["files"] = sorted(digest[:12] for digest in files.values())
+        found["files"] = sorted(digest[-12:] for digest in files.values())
         found["pairs"] = result["scores"].get("pairs")  # a tokenizer may have led to drop some
     if result["benchmark"] == "preference" and "accuracy" not in score:  # by token
         found["tokens"] = settings.get("tokens_sha256", "")[:12]

@@ -1,5 +1,6 @@
 """Sources (files, folders, the hub) → rows → a prompt and its answers."""
 
+import bz2
 import csv
 import functools
 import glob
@@ -7,6 +8,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -44,14 +46,17 @@ FOREIGN += ("post", "dialog", "system_instruction", "custom_system_prompt", "sys
 # Columns that say which of two answers is better.
 LABELS = ("label", "labels", "winner", "winner_model_a", "better_response_id", "choice")
 LABELS += ("preference", "preference_strength", "overall_preference", "orig_preference")
-SCORES = ("scores", "rewards", "ratings")  # one for each of K responses
+LABELS += ("preferred", "human_preference", "chosen_index", "majority_vote", "verdict")
+SCORES = ("scores", "rewards", "ratings", "all_rm_scores")  # one for each of K responses
 SYSTEM = ("system", "system_prompt", "system_message")
 READ = ("prompt", "conversations", "chosen", "rejected", "responses", "tools", *SYSTEM)
 # In a cell: messages, as JSON, or as Python or numpy print them; and a list of texts.
 WRITTEN_CONVERSATION = re.compile(
-    r"""\s*\[?\s*\{\s*(['"](content|value)['"]|[^{}]{0,200}['"](role|from)['"]\s*:)"""
+    r"""\s*\[?\s*\{\s*(['"](role|content|from|value)['"]|"""
+    r"""[^{}]{0,200}['"](role|from)['"]\s*:\s*['"](system|user|assistant|human|gpt)['"])"""
 )
-WRITTEN_LIST = re.compile(r"""\s*\[\s*['"].*\]\s*""", re.DOTALL)
+QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|null|None)"""
+WRITTEN_LIST = re.compile(rf"\s*\[\s*{QUOTED}(?:(?:\s*,\s*|\s+){QUOTED})*\s*\]\s*", re.DOTALL)
 FORMATS = """Accepted rows (their other columns are not read):
   {"prompt": text, "chosen": text, "rejected": text}
   {"prompt": [messages], "chosen": text or [one assistant message], "rejected": likewise}
@@ -185,21 +190,18 @@ def find_builder(name: str, *names: str) -> dict:
     if isinstance(builder, Json) or isinstance(builder, Csv) and not builder.config.names:
         if split not in sources:
             raise InputError(f"it has no split '{split}': {', '.join(map(str, sources))}")
-        # What datasets unpacks, it keeps by its path, whatever the file holds now.
-        options = datasets.DownloadConfig(force_extract=True)
-        manager = datasets.DownloadManager(download_config=options)
-        files = manager.download([*sources[split]])
-        files = [file if is_gzip(file) else manager.extract(file) for file in files]
+        # (What datasets unpacks, it would keep by its path, whatever the file holds later.)
+        files = datasets.DownloadManager().download([*sources[split]])
     else:
         if local:  # as in load_file
-            parts = sorted(Path(file) for part in (sources or {}).values() for file in part)
-            digest = files_digest(parts)[:32]
+            parts = {key: files_digest([*map(Path, part)]) for key, part in (sources or {}).items()}
+            digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
             folder = str(cache_folder("rows") / digest)
             builder = datasets.load_dataset_builder(path, *config, cache_dir=folder)
         builder.download_and_prepare()
         rows = builder.as_dataset(split=split)
         files = [file["filename"] for file in rows.cache_files]
-        fingerprint = digest + str(names) if local else rows._fingerprint
+        fingerprint = f"{names}{digest}" if local else rows._fingerprint
     commit = re.search("@([0-9a-f]{40})/", str(sources))
     found = {"files": files, "separator": getattr(builder.config, "sep", "")}
     return found | {"fingerprint": fingerprint, "commit": commit[1] if commit else ""}
@@ -299,15 +301,16 @@ def content_digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_gzip(path: str) -> bool:
-    """Whether a file is compressed by gzip, whatever its name is."""
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
 def open_unpacked(path: str):
-    """A file that may be compressed by gzip, open for bytes."""
-    return gzip.open(path, "rb") if is_gzip(path) else open(path, "rb")
+    """A file, open for bytes; it may be compressed by gzip, bzip2 or xz, whatever its name is.
+    Raises InputError for another packing."""
+    with open(path, "rb") as file:
+        begin = file.read(4)
+    if begin in (b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18"):
+        raise InputError(f"{path} is packed by zip, zstd or lz4: unpack it")
+    packings = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zX": lzma.open}
+    found = [unpack for magic, unpack in packings.items() if begin.startswith(magic)]
+    return (found or [open])[0](path, "rb")
 
 
 def decode(line: bytes, number: int) -> str:
@@ -440,7 +443,7 @@ def rename(row: dict, columns: str) -> dict:
     """The row with other names of its columns: `columns` is "prompt=question,history=", the wanted
     names and those that the row has; a column without a new name is left out. Raises InputError for
     one that is not there, and for answers that one of the LABELS may put into another order."""
-    renamed, given = dict(row), {}
+    renamed, given, answers = dict(row), {}, False
     for part in filter(None, columns.split(",")):
         name, equals, own = map(str.strip, part.partition("="))
         if not equals:
@@ -452,8 +455,9 @@ def rename(row: dict, columns: str) -> dict:
         renamed.pop(own, None)
         renamed.pop(name, None)
         given[name] = row[own] if own else Missing
-    labels = [name for name in LABELS if name in renamed]
-    if labels and {"chosen", "rejected", "responses"} & {*given}:
+        answers |= own not in ("", name) and name in ("chosen", "rejected", "responses")
+    labels = [n for n, v in renamed.items() if n.lower() in LABELS and v is not None]
+    if labels and answers:
         problem = f"its column '{labels[0]}' may say which answer is better: order them by it"
         raise InputError(f"{problem}, or leave it out with --columns {labels[0]}=")
     if "responses" in given:  # instead of what the row has
@@ -506,6 +510,8 @@ def complete_prompt(row: dict, prompt: list | str, answers: Iterable[str] = ()) 
     for name in FOREIGN + ("messages", "conversation") * isinstance(prompt, str):
         value = row.get(name)
         value = any(value) and value if isinstance(value, list) else value
+        if isinstance(value, int | float):  # a number is no part of a prompt
+            continue
         if value and not is_there(value, prompt, answers):
             problem = f"its column '{name}' is not used: if it belongs to the prompt or the answers"
             raise InputError(f"{problem}, write it into them; --columns {name}= leaves it out")
@@ -545,9 +551,11 @@ def is_there(value, prompt: list | str, answers: Iterable[str]) -> bool:
     if messages:
         whole = {text.strip() for text in (*(m["content"] for m in as_messages(prompt)), *answers)}
         return all(message["content"].strip() in whole for message in messages)
+    if not isinstance(value, str):
+        return False
     shown = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
-    words = rf"(?<!\w){re.escape(value.strip())}(?!\w)" if isinstance(value, str) else "(?!)"
-    return re.search(words, shown) is not None
+    value, shown = (" ".join(text.split()).casefold() for text in (value, shown))
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", shown) is not None
 
 
 def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
@@ -560,7 +568,7 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
         row.get("responses"), list
     ):
         answers = row["responses"]
-        if any(falls is False for falls in map(in_order, map(row.get, SCORES))):
+        if any(rises(row.get(name), len(answers)) for name in SCORES):
             raise InputError("its responses, best first, are not in the order of their scores")
     blank = [*map(is_blank, (prompt, *answers))]
     conversations, messages = [*map(as_conversation, answers)], as_conversation(prompt)
@@ -579,10 +587,8 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
             return split_dialogues(answers)
         if isinstance(prompt, str) and not blank[0]:
             turns, answer, begun = prompt.rpartition("\n\nAssistant:")
-            begun = begun.strip() and "\n\nHuman:" not in begun
-            if answer and (
-                re.match(r"\n?Human:", prompt) or begun and turns.startswith("\n\nHuman:")
-            ):
+            form = r"\n\nHuman:" if begun.strip() else r"\n?Human:"
+            if answer and "\n\nHuman:" not in begun and re.match(form, turns):
                 problem = "a prompt in HH's form begins with two line breaks and 'Human:'"
                 raise InputError(f"{problem}, and nothing follows its last 'Assistant:'")
             return prompt, answers
@@ -602,11 +608,10 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
     raise InputError(f"{problem}.\n{FORMATS}")
 
 
-def in_order(scores) -> bool | None:
-    """Whether a list of numbers does not rise; None for anything else."""
-    if not isinstance(scores, list) or not all(isinstance(v, int | float) for v in scores):
-        return None
-    return scores == sorted(scores, reverse=True)
+def rises(scores, count: int) -> bool:
+    """Whether they are a list of so many numbers, one of which is above the one before."""
+    numbers = isinstance(scores, list) and all(isinstance(v, int | float) for v in scores)
+    return numbers and len(scores) == count and any(a < b for a, b in zip(scores, scores[1:]))
 
 
 def is_blank(value) -> bool:

@@ -1,8 +1,10 @@
 """Rows are trained on as their files say, in the forms that public data have; what would be left
 out of a prompt is an error."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 from pathlib import Path
 
@@ -249,7 +251,8 @@ def test_a_list_in_a_cell_is_an_error(tmp_path, cells):
     rows = [TEXT | {column: TEXT.get(column, "")}, TEXT | cells]
     datasets.Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
     is_refused(str(tmp_path / "rows.csv"))
-    harmless = [TEXT | {"prompt": '["a", "b"] How many?', "chosen": '["4"]'}, TEXT]
+    harmless = [TEXT | {"prompt": '["a", "b"] How many? [c]', "chosen": '["4"]'}]
+    harmless += [TEXT | {"chosen": '{"name": "Bob", "role": "engineer"}'}]
     datasets.Dataset.from_list(harmless).to_csv(tmp_path / "texts.csv")
     assert len(load(str(tmp_path / "texts.csv"))) == 2
 
@@ -381,14 +384,18 @@ def test_a_label_beside_answers_that_are_named_is_an_error(tmp_path):
     ):
         load(path, columns="chosen=a,rejected=b")
     assert load(path, columns="chosen=a,rejected=b,label=") == [[chatml("2+2?"), "4", "5"]]
-    named = str(write(tmp_path / "named.jsonl", [TEXT | {"label": 0}]))
-    assert load(named, columns="prompt=prompt") == [[chatml("2+2?"), "4", "5"]]
+    for more, columns in (({"label": 0}, "chosen=chosen"), ({"Winner": None}, "rejected=other")):
+        row = TEXT | {"other": "5"} | more
+        named = str(write(tmp_path / "named.jsonl", [row]))
+        assert load(named, columns=columns) == [[chatml("2+2?"), "4", "5"]]
+    with pytest.raises(InputError, match="its column 'Winner' may say"):
+        load(write(tmp_path / "w.jsonl", [LABELED | {"Winner": 1}]), columns="chosen=a,label=")
 
 
 def test_responses_that_are_not_in_the_order_of_their_scores_are_an_error(tmp_path):
     row = {"prompt": "2+2?", "responses": ["4", "5"]}
     for scores in ([3.0, -1.0], [1, 1], None, [1.0, None], ["b", "a"], []):
-        path = write(tmp_path / "rows.jsonl", [row | {"rewards": scores}])
+        path = write(tmp_path / "rows.jsonl", [row | {"rewards": scores, "ratings": [1, 2, 3]}])
         assert load(path) == [[chatml("2+2?"), "4", "5"]]
     write(path, [row | {"rewards": [-1.0, 3.0]}])
     with pytest.raises(InputError, match="best first, are not in the order of their scores"):
@@ -431,10 +438,13 @@ SYSTEMS = {
 def test_what_is_in_the_prompt_already_is_no_error(tmp_path):
     rows = [
         TEXT | {"input": "2+2"},
+        {"prompt": "What  is\n2+2?", "question": "what is 2+2?", "chosen": "4", "rejected": "5"},
+        TEXT | {"question": 12, "schema": 1.5},
         TEXT | {"messages": [*ASK, {"role": "assistant", "content": "4"}]},
         TEXT | {"prompt": "", "conversations": [{"from": "human", "value": "2+2?"}]},
     ]
-    assert load(write(tmp_path / "rows.jsonl", rows)) == [[chatml("2+2?"), "4", "5"]] * 3
+    prompts = ["2+2?", "What  is\n2+2?", *["2+2?"] * 3]
+    assert load(write(tmp_path / "rows.jsonl", rows)) == [[chatml(p), "4", "5"] for p in prompts]
 
 
 def test_names_of_columns_may_have_spaces(tmp_path):
@@ -606,7 +616,10 @@ def test_a_clone_of_a_data_set_of_the_hub(tmp_path, form):
         load(f"{tmp_path}:dev")
 
 
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".csv.gz", ".jsonl", ".parquet"])
+SUFFIXES = [".jsonl.gz", ".csv.gz", ".jsonl.xz", ".csv.bz2", ".jsonl", ".parquet"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_folder_whose_file_changes_is_read_anew(tmp_path, suffix):
     """Of the same size and time; datasets keeps what it unpacks by the path alone."""
     path = tmp_path / "pairs" / f"train{suffix}"
@@ -620,11 +633,32 @@ def test_a_folder_whose_file_changes_is_read_anew(tmp_path, suffix):
             path.unlink(missing_ok=True)
             datasets.Dataset.from_list([row]).to_parquet(str(path))
         else:
-            path.write_bytes(gzip.compress(text.encode()) if "gz" in suffix else text.encode())
+            pack = {"gz": gzip, "xz": lzma, "z2": bz2}.get(suffix[-2:])
+            path.write_bytes(pack.compress(text.encode()) if pack else text.encode())
         os.utime(path, (10**9, 10**9))
         for source in (path.parent, f"{path.parent}:train"):
             hub_builder.cache_clear()
             assert load(source) == [[chatml("2+2?"), answer, "5"]]
+
+
+def test_a_folder_whose_splits_are_exchanged_is_read_anew(tmp_path):
+    """The files are the same."""
+    for name in "46":
+        rows = datasets.Dataset.from_list([TEXT | {"chosen": name}])
+        rows.to_parquet(str(tmp_path / f"{name}.parquet"))
+    for train, test in ("46", "64", "46"):
+        splits = {"train": f"{train}.parquet", "test": f"{test}.parquet"}
+        files = [{"split": split, "path": path} for split, path in splits.items()]
+        configs = {"configs": [{"config_name": "default", "data_files": files}]}
+        (tmp_path / "README.md").write_text(f"---\n{json.dumps(configs)}\n---\n")
+        hub_builder.cache_clear()
+        assert [load(tmp_path)[0][1], load(f"{tmp_path}:test")[0][1]] == [train, test]
+
+
+def test_another_packing_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
+    with pytest.raises(InputError, match="rows.jsonl is packed by zip, zstd or lz4: unpack it"):
+        load(tmp_path / "rows.jsonl")
 
 
 def test_a_folder_of_several_configs_says_how_to_choose(tmp_path):
