@@ -412,7 +412,7 @@ def load_data(
         data.report += f": {cut} prompts lost their beginning ({bos} of them BOS), and "
         data.report += f"{', '.join(map(str, ends))} responses their end (best response first)"
     if unread:
-        data.report += f"; columns of the first rows that are not read: {', '.join(unread)}"
+        data.report += f"; other columns of the first rows, not read: {', '.join(unread)}"
     if control:
         data.report += f"; the texts of {control} contain control tokens, such as <s>"
     if thought:

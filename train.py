@@ -6,7 +6,7 @@
     python train.py recipes/demo.yaml --learning_rate 1e-5 --output_dir runs/demo-1e-5
 
 Every field of Config is a flag. A value that is not on the command line comes from the recipe, then
-from Config's defaults. If no recipe, --model or --train_data is given, the recipe is the demo's.
+from Config's defaults. With no recipe, no --model and no --train_data, the demo's recipe is used.
 """
 
 import functools

@@ -467,7 +467,7 @@ def rename(row: dict, columns: str) -> dict:
 
 def unread_columns(row: dict, numbers: Iterable[str]) -> list[str]:
     """The columns of a row that nothing reads. numbers: those that a loss asks for."""
-    known = {*READ, *FOREIGN, *numbers}
+    known = {*READ, *FOREIGN, *numbers, *(SCORES if row.get("responses") else ())}
     return [name for name in row if name not in known]
 
 

@@ -406,9 +406,9 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     first = str(write(tmp_path / "a.jsonl", [TEXT | {"score": 1, "margin": 2, "sql": "x"}]))
     second = str(write(tmp_path / "b.jsonl", [TEXT | {"score": 1, "code": ""}]))
     report = load_data(f"{first},{second}", CHAT, 200, 100, columns="sql=").report
-    assert report.endswith("; columns of the first rows that are not read: score, margin, code")
+    assert report.endswith("; other columns of the first rows, not read: score, margin, code")
     report = load_data(first, CHAT, 200, 100, numbers=["margin"]).report
-    assert report.endswith(" not read: score, sql")
+    assert report.endswith("; other columns of the first rows, not read: score, sql")
     assert (
         "not read" not in load_data(str(write(tmp_path / "c.jsonl", [TEXT])), CHAT, 200, 100).report
     )
