@@ -127,6 +127,7 @@ def fit(tokenize, prompt: list | str, max_length: int, max_prompt_length: int) -
     prompts = [prompt]
     while shorter := without_oldest_turn(prompts[-1]):
         prompts.append(shorter)
+    # The fewer turns, the fewer tokens: the first of these prompts that fits.
     kept = bisect.bisect_left(
         prompts, True, key=lambda prompt: row_length(tokenize(prompt, True)) <= max_length
     )
@@ -256,7 +257,7 @@ class DataSet:
     first: dict[str, torch.Tensor] | None = None
 
     def __setattr__(self, name: str, value) -> None:
-        if name == "rows":  # what has been derived from others is theirs
+        if name == "rows":  # what was computed from the former rows does not hold
             vars(self).update(reference=None, first=None)
             for member, kind in vars(type(self)).items():
                 if isinstance(kind, functools.cached_property):
@@ -332,7 +333,7 @@ class DataSet:
         return replace(batch, columns=columns)
 
     def indices(self, step: int) -> list[int]:
-        """Of the rows of a step, on all ranks."""
+        """Of a step's rows, those of all ranks together."""
         return [i for shares in self.schedule[step] for share in shares for i in share]
 
     def place(self, index: int) -> str:
@@ -412,7 +413,7 @@ def load_data(
         data.report += f": {cut} prompts lost their beginning ({bos} of them BOS), and "
         data.report += f"{', '.join(map(str, ends))} responses their end (best response first)"
     if unread:
-        data.report += f"; other columns of the first rows, not read: {', '.join(unread)}"
+        data.report += f"; columns that training does not read: {', '.join(unread)}"
     if control:
         data.report += f"; the texts of {control} contain control tokens, such as <s>"
     if thought:
@@ -422,8 +423,8 @@ def load_data(
 
 
 def overlaps(data: DataSet, heldout: DataSet | None) -> str:
-    """A sentence on rows that are there twice, on pairs that contradict each other, and on prompts
-    that the held-out rows share with those of training."""
+    """A sentence on rows that are there twice, on pairs that contradict each other, and on held-out
+    prompts that are also in training, or there twice."""
     rows = Counter(map(tuple, data.rows["hashes"][:]))
     twice = sum(rows.values()) - len(rows)
     exchanged = sum((p, *r[::-1]) in rows for p, *r in rows) // 2 if data.responses == 2 else 0
@@ -468,14 +469,14 @@ def step_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]
 
 class Schedule(Sequence):
     """A DataSet's schedule of the training that config describes. A step is made when it is asked
-    for: there may be any number of them. tokens: (rows,), DataSet.costs; padded: DataSet.separate.
+    for: there may be any number of them. costs: (rows,), DataSet.costs; separate: DataSet.separate.
 
     Raises InputError, before training, if a step cannot be spread over the ranks.
     """
 
-    def __init__(self, tokens: np.ndarray, config, ranks: int, padded: bool = False):
-        self.tokens, self.config, self.ranks, self.padded = tokens, config, ranks, padded
-        count, size, longest = len(tokens), config.batch_size, tokens.max()
+    def __init__(self, costs: np.ndarray, config, ranks: int, separate: bool = False):
+        self.costs, self.config, self.ranks, self.separate = costs, config, ranks, separate
+        count, size, longest = len(costs), config.batch_size, costs.max()
         if count < size:
             raise InputError(f"{count} pairs do not fill one batch: lower batch_size={size}")
         self.steps = config.max_steps or config.num_epochs * (count // size)
@@ -493,31 +494,31 @@ class Schedule(Sequence):
         if not 0 <= step < self.steps:
             raise IndexError(step)
         size, seed = self.config.batch_size, self.config.seed
-        indices = step_indices(len(self.tokens), size, seed, step)
+        indices = step_indices(len(self.costs), size, seed, step)
         budget = self.config.micro_batch_tokens
-        return spread_rows(indices, self.tokens, self.ranks, budget, self.padded)
+        return spread_rows(indices, self.costs, self.ranks, budget, self.separate)
 
 
 def spread_rows(
     indices: Sequence[int],
-    tokens: Sequence[int],
+    costs: Sequence[int],
     ranks: int,
     micro_batch_tokens: int,
-    padded: bool = False,
+    separate: bool = False,
 ) -> list[list[list[int]]]:
     """Spread rows over micro-batches × ranks: result[m][r] are the indices of the rows in rank
     r's micro-batch m. No micro-batch is empty or holds more than micro_batch_tokens, they are few,
     and their costs are balanced (longest row first, each to the micro-batch with the fewest
     tokens).
 
-    indices: of the rows to spread; tokens: of every row, by index, its prompt once; padded: whether
-    every row of a micro-batch takes as many as its longest.
+    indices: of the rows to spread; costs: DataSet.costs, by index; separate: whether every row of a
+    micro-batch takes as many tokens as its longest.
     Raises InputError if the rows cannot be spread so.
 
     >>> spread_rows([7, 0, 3], {0: 3, 3: 4, 7: 5}, ranks=2, micro_batch_tokens=8)
     [[[0, 3], [7]]]
     """
-    longest_first = sorted(((int(tokens[i]), i) for i in indices), key=lambda row: -row[0])
+    longest_first = sorted(((int(costs[i]), i) for i in indices), key=lambda row: -row[0])
     sizes = [size for size, _ in longest_first]
     if sizes[0] > micro_batch_tokens:
         raise InputError(
@@ -533,8 +534,8 @@ def spread_rows(
         members = [[] for _ in bins]
         for size, i in longest_first:
             cost, number = bins[0]
-            # Padded, a row takes as much as the first of its bin, which is the longest.
-            cost += int(tokens[members[number][0]]) if padded and members[number] else size
+            # Separate, a row takes as much as the first of its bin, which is the longest.
+            cost += int(costs[members[number][0]]) if separate and members[number] else size
             if cost > micro_batch_tokens:
                 break
             members[number].append(i)

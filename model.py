@@ -88,11 +88,12 @@ class PackedModel(torch.nn.Module):
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Log-prob of every response token: (R,) float32, in the order of batch.targets. Raises
-        InputError for optimized parameters that have changed since `refresh`."""
+        InputError if an optimized parameter has changed since `refresh`, or if zero_grad has taken
+        its gradient."""
         for name, master in (self.masters or {}).items():
             same = master.seen == (master._version, master.weight._version)
             if not same or master.grad is not master.weight.total:
-                how = "change model.optimized(), zero_grad(), then refresh()"
+                how = "after changing model.optimized(), call zero_grad(), then refresh()"
                 raise InputError(f"{name} has changed, or its gradient: {how}")
         if not self.packed:
             return self.separate_logps(batch)
@@ -139,15 +140,15 @@ class PackedModel(torch.nn.Module):
         return TokenLogps.apply(hidden, head.weight, getattr(head, "bias", None), targets, *shape)
 
     def call(self, function, *args):
-        """function(self, *args), in a sharded model with the parameters gathered, as in forward."""
+        """function(self, *args). The parameters of a sharded model are gathered, as for forward."""
         return function(self, *args)
 
     def optimized(self, part: torch.nn.Module | None = None) -> dict[str, torch.nn.Parameter]:
         """What the optimizer moves, by name, or what it moves of one module: float32 parameters
-        that are not frozen, with their gradients; of a sharded model, this rank's shards. They may
-        be others than the parameters of the modules, which then have no gradients, and on the host,
-        with their gradients on the GPU (see streaming.py). Raises InputError for one that has been
-        frozen or unfrozen since load_model."""
+        that are not frozen, with their gradients; of a sharded model, this rank's shards. In
+        bfloat16 on a single process they are masters (see masters.py), on the host with
+        stream_optimizer, and the parameters of the modules have no gradients. Raises InputError for
+        one that has been frozen or unfrozen since load_model."""
         for name, parameter in self.named_parameters():
             trained = parameter.requires_grad
             trained &= (self.masters or {}).get(name, parameter).requires_grad
@@ -204,8 +205,8 @@ def merge(model) -> None:
 
 
 def operate(config) -> tuple[PackedModel, dict[str, torch.Tensor]]:
-    """build_model and surgery, on "meta"; and what the files hold of the model, by name. Raises
-    InputError as they do, and as check_surgery."""
+    """The model on "meta", after surgery; and the tensors that its files hold, by name, as they
+    were before. Raises InputError as build_model and check_surgery."""
     with torch.device("meta"):
         model = build_model(config)
         needed, before = stored_tensors(model.model), lost_in_loading(model.model)
@@ -226,7 +227,8 @@ def load_model(
     computes in `dtype`. activation_checkpointing: "true" keeps the inputs of blocks alone for the
     backward pass, "selective" also their matrix products and attention; all else is computed again.
     stream_optimizer: keep what the optimizer moves on the host. Collective. Raises InputError if
-    weights are missing, if the model cannot be built, or if there is no memory for it."""
+    weights are missing, if the model cannot be built, if surgery() does what it may not, if
+    replicas or stream_optimizer do not fit the ranks and the dtype, or if there is no memory."""
     model, needed = operate(load_config(name))
     values = first_values(model.model, needed)
     if activation_checkpointing != "false":

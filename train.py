@@ -133,7 +133,7 @@ def train(config: Config) -> None:
     meter, signals = None, processes.watch_signals()
     batches = data.batches(start.step, rank)
     try:
-        for step in log.steps(start.step, last):  # so many have been taken
+        for step in log.steps(start.step, last):  # step: how many have been taken
             if stop:
                 raise Stopped(stop)
             if due(step):
@@ -142,16 +142,16 @@ def train(config: Config) -> None:
                 break
             meter = meter or Meter()
             set_learning_rate(optimizer, share_of_peak(step, last, config.warmup_ratio))
-            # The mean over the step's pairs. FSDP averages over ranks, so times their number.
-            share = ranks / len(data.indices(step))
+            # A pair's weight in the step's mean. FSDP averages over ranks, so times their number.
+            pair_weight = ranks / len(data.indices(step))
             for batch in batches:
                 model.begin_micro_batch(last=batch is batches[-1])
                 batch = batch.to(device)
                 logps = model(batch)  # (R,) float32: the log-prob of each of R response tokens
                 logps.retain_grad()  # for the metrics
                 losses = loss_function(logps, batch.lengths, **batch.columns)  # (pairs,)
-                (losses.sum() * share).backward()
-                meter.rows.append(pair_metrics(logps, losses, logps.grad / share, batch))
+                (losses.sum() * pair_weight).backward()
+                meter.rows.append(pair_metrics(logps, losses, logps.grad / pair_weight, batch))
             metrics = gradient_metrics(model)
             clip_grads_with_norm_(weights, config.max_grad_norm, metrics["grad_norm"])
             batches = data.batches(step + 1, rank)  # before the host waits for the GPU
@@ -294,7 +294,7 @@ def share_of_peak(step: int, last: int, warmup_ratio: float) -> float:
 
 
 def set_learning_rate(optimizer, share: float) -> None:
-    """Of every group of parameters, as a share of the rate that the group was made with."""
+    """Set the rate of every group of parameters to `share` of the one that it was made with."""
     for group in optimizer.param_groups:
         group["lr"] = share * group.setdefault("initial_lr", group["lr"])
 
@@ -389,10 +389,10 @@ def evaluate(
     model, loss_function: Callable, heldout: DataSet, step: int, device: torch.device, signals
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The line after `step` steps: {"eval/NAME": mean over the held-out pairs of all ranks}, their
-    number, and of FEW pairs or more {"standard_error/NAME": that of the mean}; and {NAME: that of
-    the change, pair by pair, since this process evaluated first}; without those that are 0.
-    signals: see watch_signals. Raises Stopped on all ranks as soon as one has received a signal.
-    Collective."""
+    number, and of FEW pairs or more {"standard_error/NAME": that of the mean}; and {NAME: the
+    standard error of the pairs' changes since this process's first evaluation}. Standard errors
+    that are 0 are left out. signals: see watch_signals. Raises Stopped on all ranks as soon as one
+    has received a signal. Collective."""
     rows = []
     model.eval()
     try:

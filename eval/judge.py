@@ -169,7 +169,7 @@ def ask_all(
         if len(records) == UNREADABLE and not any(map(has_score, records.values())):
             stop.set()
             problem = f"none of its first {UNREADABLE} judgments holds a verdict"
-            raise InputError(f"{problem}; remove the file before you ask again")
+            raise InputError(f"{problem}: remove the file, or they count as judged")
 
     def ask(key: Hashable) -> None:
         create = judge.client.chat.completions.create
@@ -238,7 +238,7 @@ def ask_all(
         except (OpenAIError, ValueError, TimeoutError) as error:
             raise InputError(
                 f"the judge {judge.model} failed: {error!r}. Its other judgments are kept in "
-                f"{path}: run the command again to continue"
+                f"{path}: the same command continues after them"
             ) from error
         finally:
             with lock:

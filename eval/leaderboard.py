@@ -129,8 +129,8 @@ def question_scores(
     the mean; and the standard error of this mean, None where the harness's holds. {} for IFEval,
     whose second metric counts instructions and not questions.
 
-    GPQA's three parts hold one another: a question that is asked n times has n times its mean
-    score's share, and the error is that of a ratio, over questions.
+    GPQA's three parts share questions. Of Q questions in N places, one that is asked n times has
+    the value n · Q / N times its mean score; the error is that of a ratio over the Q questions.
     """
     name, _, metrics = BENCHMARKS[benchmark]
     if len(metrics) > 1:

@@ -177,8 +177,8 @@ def judge_all(
     """Judge both turns of every answer that `path` has no judgment of, append FastChat's records to
     it, and return all records, in the order of the questions.
 
-    workers: calls at a time. Raises InputError if `path` holds judgments of different answers, and
-    as ask_all.
+    workers: calls at a time. Raises InputError if `path` holds judgments of different answers or
+    with other prompts, and as ask_all.
     """
     found = read_records(path, "question_id", "turn", "judgment")
     records = {(r["question_id"], r["turn"]): r for r in found}

@@ -52,11 +52,16 @@ def load_pairs(source: str, model: str, template_args: str = "", **options) -> D
     return data
 
 
+def own_dtype() -> tuple[torch.device, torch.dtype]:
+    """Where and in which dtype models are computed: bfloat16 on a GPU, float32 on CPUs."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, choose_dtype("auto", device)
+
+
 def pair_logps(name: str, data: DataSet, micro_batch_tokens: int) -> np.ndarray:
     """log p(response | prompt) of every pair under the model: (pairs, 2) float64, chosen and
     rejected. In bfloat16 on GPUs, in float32 on CPU. Needs a process group of one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(resolve_model(name), device, choose_dtype("auto", device))
+    model = load_model(resolve_model(name), *own_dtype())
     choose_forward(model, data, None)
     micro_batches = data.spread(range(len(data.rows)), 1, micro_batch_tokens)
     return response_logps(model, data, micro_batches).cpu().numpy()
@@ -164,22 +169,20 @@ def main() -> None:
         raise InputError(
             f"two models have the same name: {', '.join(names)}; results are kept by name"
         )
-    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
-    limits |= {"truncation": args.truncation}
+    how = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+    how |= {"truncation": args.truncation, "columns": args.columns}
+    how |= {"template_args": args.template_args}
     # The pairs of all models are tokenized before the first model runs, so that errors come early.
-    how = limits | {"columns": args.columns}
-    more = {"template_args": args.template_args}
-    inputs = [load_pairs(args.data, model, **how, **more) for model in args.models]
+    inputs = [load_pairs(args.data, model, **how) for model in args.models]
     if args.reference:
-        reference_pairs = load_pairs(args.data, args.reference, **how, **more)
+        reference_pairs = load_pairs(args.data, args.reference, **how)
         for model, pairs in zip(args.models, inputs):
             if pairs.fingerprint != reference_pairs.fingerprint:
                 raise InputError(f"{model} and the reference {args.reference} read other tokens")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    settings = {"data": args.data, **how, **more, "reference": args.reference}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings["dtype"] = str(choose_dtype("auto", device)).removeprefix("torch.")
+    settings = {"data": args.data, **how, "reference": args.reference}
+    settings["dtype"] = str(own_dtype()[1]).removeprefix("torch.")
     columns, inverse, items, seen, reference = {}, {}, [], [], None
     if args.reference:
         reference = pair_logps(args.reference, reference_pairs, args.micro_batch_tokens)
@@ -224,7 +227,7 @@ def main() -> None:
         items.append(values)
         seen.append(places)
     dist.destroy_process_group()
-    say_repeated([prompt for prompt, *_ in pairs.rows["hashes"]])
+    say_repeated([prompt for prompt, *_ in inputs[0].rows["hashes"]])
     same = all(places == seen[0] for places in seen)  # a tokenizer may have led to drop some
     print_scores([(name, *values) for name, values in columns.items()], items if same else None)
     figure = Path(args.output_dir) / "preference.png"

@@ -100,7 +100,7 @@ class Stage:
 
     def made_of(self) -> str:
         """The command, and size and time of each file in `depends`."""
-        files = [file for folder, form in self.depends for file in sorted(folder.glob(form))]
+        files = [file for folder, pattern in self.depends for file in sorted(folder.glob(pattern))]
         stats = [(file.name, file.stat()) for file in files]
         return "\n".join([str(self), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in stats)])
 

@@ -102,9 +102,9 @@ def check_loss(
 def check_trainable(model: PackedModel, optimizer, name: str) -> None:
     """Raise InputError, naming a parameter, if training the model would not be what it seems: if
     its export would not have the names and shapes of the model that it was loaded from, which
-    `name` is; if a tensor has been added or taken out since load_model, where ranks would diverge;
-    if it has dropout; or if the optimizer has other parameters than those that require a gradient.
-    """
+    `name` is; if a tensor has been added or taken out outside of surgery(), where ranks would
+    diverge; if a parameter has a hook; if it has dropout; or if the optimizer has other parameters
+    than those that require a gradient."""
     with torch.device("meta"):
         config = load_config(name)
         rebuilt = build_model(config).model
@@ -260,10 +260,9 @@ def check_forward(model: PackedModel, data: DataSet, heldout: DataSet | None) ->
     if not all(found[key] <= limits[key] for key in found):
         figures = ", ".join(f"{key} {found[key]:.1e} ({limits[key]:.1e})" for key in found)
         kind = AttentionError if found.get("attention", 0) > limits["attention"] else InputError
-        problem = "its log-probs are not those of one sequence at a time"
-        problem = problem if packed.isfinite().all() else "its log-probs are not finite"
+        what = "those of one sequence at a time" if packed.isfinite().all() else "finite"
         figures = f"Found, and in brackets accepted: {figures}"
-        raise kind(f"{name} cannot be trained {how}: {problem}. {figures}.")
+        raise kind(f"{name} cannot be trained {how}: its log-probs are not {what}. {figures}.")
 
 
 def has_plain_head(model: PackedModel, ids: torch.Tensor, limit: float) -> bool:

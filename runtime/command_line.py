@@ -214,7 +214,8 @@ def check_config(config) -> None:
 def choose_loss(name: str, arguments: str) -> tuple[Callable, list[str]]:
     """The function `name`_loss of loss.py, with `arguments` ("beta=2.5,gamma=0.5") bound to it, and
     the names of what else it asks for: its parameters without a default after the first two,
-    which are `reference` and columns of the data. Raises InputError for an unknown argument, and
+    which are `reference` and columns of the data. Where a default is an int, a whole number stays
+    one. Raises InputError for an unknown argument, and
     for a value that is not a finite number."""
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}

@@ -19,7 +19,8 @@ SHARE = 0.85  # of the device's memory that these may take; the rest is for acti
 
 @torch.no_grad()
 def lighten(model: torch.nn.Module, dtype: torch.dtype, kept: set) -> None:
-    """Make the frozen parameters of a model on "meta" of `dtype`: they are read as such."""
+    """Make the frozen parameters of a model on "meta" of `dtype`, but for whole numbers: they are
+    read as such."""
     for parameter in model.parameters():
         constant = not parameter.requires_grad and parameter.is_floating_point()
         if constant and parameter not in kept:
@@ -30,10 +31,10 @@ def lighten(model: torch.nn.Module, dtype: torch.dtype, kept: set) -> None:
 def keep_masters(
     model: torch.nn.Module, dtype: torch.dtype, kept: set, device: torch.device | None = None
 ) -> dict:
-    """Give the modules weights of `dtype`. Returns the float32 masters of those that are trained,
-    by name. Their .grad is the sum of the weights' gradients since `renew`, in float32: the product
-    that is a linear layer's gradient is added to it unrounded; any other gradient is computed in
-    `dtype`, and then added.
+    """Give the modules weights of `dtype`, but for whole numbers. Returns the float32 masters of
+    those that are trained, by name. Their .grad is the sum of the weights' gradients since `renew`,
+    in float32: the product that is a linear layer's gradient is added to it unrounded; any other
+    gradient is computed in `dtype`, and then added.
 
     kept: parameters that stay as they are. device: of the weights, if the model is on the host and
     its masters are to stay there, as HostMasters."""

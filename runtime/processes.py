@@ -143,8 +143,9 @@ def watch_signals() -> Callable[[], int]:
 
 
 def max_over_ranks(device: torch.device, *values, beside: torch.Tensor | None = None):
-    """The largest over all ranks of each value, a number or a () tensor; and, if it is given, the
-    values of the (n,) tensor `beside`, which come with them. Collective; one wait for the GPU."""
+    """The largest over all ranks of each value, a number or a () tensor, sharded or not; and, if it
+    is given, the values of the (n,) tensor `beside`, which come with them. Collective; one wait for
+    the GPU."""
     values = [v.full_tensor() if isinstance(v, DTensor) else v for v in values]
     maxima = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)

@@ -33,11 +33,13 @@ def add_reference(
 ) -> None:
     """Give the data sets their `reference`: response_logps of the model as it is now. Rank 0 keeps
     them in the run's folder, as reference.safetensors, from which a run that is made of the same
-    (see checks.digests) takes them when it is resumed. Collective."""
+    (see checks.digests) with the same settings takes them when it is resumed. If there is a
+    reference already, it is computed again, of the model as it is, and not kept. Collective."""
     file, found = Path(config.output_dir) / "reference.safetensors", [{}]
     # With all settings that decide the gradient: a fork may make the reference by one of its own.
-    own = {key: v for key, v in asdict(config).items() if key not in FREE_TO_CHANGE}
-    key, ranks = repr(sorted((own | made_of).items())), dist.get_world_size()
+    own = {key: v for key, v in asdict(config).items() if key not in FREE_TO_CHANGE} | made_of
+    own["training tokens"] = data.fingerprint  # which a fork may have replaced since
+    key, ranks = repr(sorted(own.items())), dist.get_world_size()
     renews = data.reference is not None  # as a fork may; a resume would not know of which step
     if dist.get_rank() == 0 and file.exists() and not renews:
         try:

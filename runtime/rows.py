@@ -185,7 +185,7 @@ def find_builder(name: str, *names: str) -> dict:
         builder = datasets.load_dataset_builder(path, *config, revision=revision or None)
     except ValueError as error:
         reason, *example = str(error).split("\nExample of usage")
-        raise InputError(reason + f": write {path}:CONFIG:SPLIT" * len(example)) from error
+        raise InputError(reason + f": write {name}:CONFIG:SPLIT" * len(example)) from error
     sources, fingerprint = builder.config.data_files, ""
     if isinstance(builder, Json) or isinstance(builder, Csv) and not builder.config.names:
         if split not in sources:
@@ -323,8 +323,8 @@ def decode(line: bytes, number: int) -> str:
 
 def json_texts(file) -> Iterator[bytes]:
     """The text of every row of JSON lines or of one JSON array. Raises InputError, naming the line
-    (in an array, the entry), for what is no JSON object, and for one that says something twice or
-    is no text."""
+    (of an array, the entry or "the list"), for what is no JSON object, and for one that says
+    something twice or is no text."""
 
     def unique(pairs: list[tuple]) -> dict:
         found = {}
@@ -334,17 +334,19 @@ def json_texts(file) -> Iterator[bytes]:
             found[name] = value
         return found
 
-    def parse(text: str, number: int):
-        """The value of a text that begins on line `number`."""
+    def parse(text: str, number: int, whole: str):
+        """The value of a text that begins on line `number`. whole: what to call it."""
         try:
             value = json.loads(text, object_pairs_hook=unique)
             if "\\u" in text:
                 json.dumps(value, ensure_ascii=False).encode()  # of a half of a pair: no text
             return value
         except (ValueError, RecursionError) as reason:  # of json, unique and encode
-            line = number + getattr(reason, "lineno", 1) - 1
-            problem = f"line {line} is not valid JSON ({getattr(reason, 'msg', reason)})"
-            raise InputError(f"{problem}: write one object a line, or one list of them") from None
+            syntax = isinstance(reason, json.JSONDecodeError)
+            place = f"line {number + reason.lineno - 1}" if syntax else whole
+            how = ": write one object a line, or one list of them" if syntax else ""
+            reason = getattr(reason, "msg", reason)
+            raise InputError(f"{place} is not valid JSON ({reason}){how}") from None
 
     def check(row, place: str) -> None:
         if not isinstance(row, dict):
@@ -352,18 +354,18 @@ def json_texts(file) -> Iterator[bytes]:
         if not row:
             raise InputError(f"{place} is an empty object")
 
-    number, begun, text = 0, False, ""
+    begun = False
     for number, line in enumerate(file, 1):
         text = decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, number)
         if text.lstrip().startswith("[") and not begun:
             break
         if text := text.strip():
             begun = True
-            check(parse(text, number), f"line {number}")
+            check(parse(text, number, f"line {number}"), f"line {number}")
             yield text.encode()
     else:
         return
-    for place, row in enumerate(parse(text + decode(file.read(), number), number)):
+    for place, row in enumerate(parse(text + decode(file.read(), number), number, "the list")):
         check(row, f"entry {place}")
         yield json.dumps(row, ensure_ascii=False).encode()
 
@@ -442,7 +444,8 @@ def map_rows(
 def rename(row: dict, columns: str) -> dict:
     """The row with other names of its columns: `columns` is "prompt=question,history=", the wanted
     names and those that the row has; a column without a new name is left out. Raises InputError for
-    one that is not there, and for answers that one of the LABELS may put into another order."""
+    one that is not there, and if `columns` names answers and a column of LABELS is there, which may
+    say that another one is better."""
     renamed, given, answers = dict(row), {}, False
     for part in filter(None, columns.split(",")):
         name, equals, own = map(str.strip, part.partition("="))
@@ -456,7 +459,7 @@ def rename(row: dict, columns: str) -> dict:
         renamed.pop(name, None)
         given[name] = row[own] if own else Missing
         answers |= own not in ("", name) and name in ("chosen", "rejected", "responses")
-    labels = [n for n, v in renamed.items() if n.lower() in LABELS and v is not None]
+    labels = [n for n, v in renamed.items() if n.lower() in LABELS and not is_blank(v)]
     if labels and answers:
         problem = f"its column '{labels[0]}' may say which answer is better: order them by it"
         raise InputError(f"{problem}, or leave it out with --columns {labels[0]}=")
@@ -510,9 +513,9 @@ def complete_prompt(row: dict, prompt: list | str, answers: Iterable[str] = ()) 
     for name in FOREIGN + ("messages", "conversation") * isinstance(prompt, str):
         value = row.get(name)
         value = any(value) and value if isinstance(value, list) else value
-        if isinstance(value, int | float):  # a number is no part of a prompt
+        if not value or is_blank(value) or isinstance(value, int | float):  # a number is no text
             continue
-        if value and not is_there(value, prompt, answers):
+        if not is_there(value, prompt, answers):
             problem = f"its column '{name}' is not used: if it belongs to the prompt or the answers"
             raise InputError(f"{problem}, write it into them; --columns {name}= leaves it out")
     systems = [value for value in map(row.get, SYSTEM) if not is_blank(value)]
@@ -586,9 +589,9 @@ def parse_format(row: dict, verbatim: bool) -> tuple[list | str, list[str]]:
         if any(a.startswith("\n\nHuman:") and "\n\nAssistant:" in a for a in answers):
             return split_dialogues(answers)
         if isinstance(prompt, str) and not blank[0]:
-            turns, answer, begun = prompt.rpartition("\n\nAssistant:")
+            turns, header, begun = prompt.rpartition("\n\nAssistant:")
             form = r"\n\nHuman:" if begun.strip() else r"\n?Human:"
-            if answer and "\n\nHuman:" not in begun and re.match(form, turns):
+            if header and "\n\nHuman:" not in begun and re.match(form, turns):
                 problem = "a prompt in HH's form begins with two line breaks and 'Human:'"
                 raise InputError(f"{problem}, and nothing follows its last 'Assistant:'")
             return prompt, answers

@@ -312,8 +312,8 @@ def check_surgery(model, needed: dict[str, torch.Tensor], before: set[str]) -> N
 def first_values(model, needed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Values of the parameters that `surgery` has added, which no file holds: the module that owns
     one gives it by its `reset_parameters`. Whole tensors on the CPU from torch's generator, so that
-    they are the same for any number of ranks. Raises InputError for one without that method, or
-    that it leaves as it is.
+    they are the same for any number of ranks. Raises InputError for one without that method, and
+    for one to which that method gives no values.
 
     model: a transformers model on "meta"; needed: what the files hold, by name.
     """
@@ -337,17 +337,25 @@ def first_values(model, needed: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return values
 
 
+def is_transformers(module) -> bool:
+    """Whether its class, or one that it is derived from, as for FSDP, is of transformers."""
+    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+
+
 @torch.no_grad()
 def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
     """Read a folder of weights_folder into a transformers model, every rank only its own shards,
     and set what no file holds: `values` of first_values, and buffers such as rotary frequencies.
     Collective.
 
-    Raises InputError if the config ties weights that differ in the file, if one is not finite, or
-    if the model cannot be sharded.
+    Raises InputError if the config ties weights that differ in the file, if one is not finite, if
+    nothing gives a buffer of a fork's module its values, or if the model cannot be sharded.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # so that transformers only sets the buffers
+    own = [m for m in model.modules() if not is_transformers(m)]  # of torch, or of a fork
+    for buffer in (buffer for module in own for buffer in module.buffers(recurse=False)):
+        buffer.fill_(math.nan) if buffer.is_floating_point() else None
     try:
         model.initialize_weights()
     except Exception as error:  # of a model whose own first values are not made for shards
@@ -368,6 +376,10 @@ def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
         total = tensor.sum()
         if total.isnan() or total.isinf() and name in parameters:  # a buffer may be a limit
             raise InputError(f"{folder}: {name} is not finite: its file is damaged")
+    for buffer in (buffer for module in own for buffer in module.buffers(recurse=False)):
+        if buffer.isnan().any():
+            name = next(name for name, other in model.named_buffers() if other is buffer)
+            raise InputError(f"nothing gives the buffer {name} its values: make it a parameter")
     known = model.state_dict().keys() - stored.keys() - values.keys()
     for name in sorted(in_files(folder).keys() & known):
         parameter = model.get_parameter(name)  # tied to another one, and in the file, too

@@ -99,7 +99,9 @@ def test_evaluations_are_not_in_training_mode(base, tmp_path, monkeypatch):
 
 def test_metrics_may_be_sharded_tensors(group):
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    shards = torch.distributed.tensor.distribute_tensor(torch.tensor([3.0, 4.0]), mesh)
+    shards = torch.distributed.tensor.distribute_tensor(
+        torch.tensor([3.0, 4.0]), mesh, [torch.distributed.tensor.Shard(0)]
+    )
     found = processes.max_over_ranks(torch.device("cpu"), shards.norm(), 2.0)
     assert found == [5.0, 2.0]
 

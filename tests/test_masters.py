@@ -116,7 +116,7 @@ def test_masters_that_change_are_made_known_by_refresh(model_folder, group):
     before = model(batch)
     with torch.no_grad():
         next(iter(model.optimized().values())).mul_(1.5)
-    with pytest.raises(InputError, match="has changed, .*: change model.optimized.., "):
+    with pytest.raises(InputError, match="has changed, .*: after changing model.optimized.., "):
         model(batch)
     model.refresh()
     assert not torch.equal(model(batch), before)
@@ -131,7 +131,7 @@ def test_a_gradient_that_zero_grad_has_taken_is_renewed_by_refresh(model_folder,
     optimizer = torch.optim.SGD(model.optimized().values(), lr=0.0)
     model(batch).sum().backward()
     optimizer.zero_grad()
-    with pytest.raises(InputError, match="or its gradient: change .* zero_grad.., then refresh"):
+    with pytest.raises(InputError, match="or its gradient: after .* zero_grad.., then refresh"):
         model(batch)
     model.refresh()
     model(batch)

@@ -235,7 +235,7 @@ def test_any_row_is_truncated_by_the_stated_rule(p, sizes, limits):
 )
 def test_no_padded_micro_batch_is_larger_than_its_budget(sizes, ranks, budget):
     try:
-        micro_batches = spread_rows(range(len(sizes)), sizes, ranks, budget, padded=True)
+        micro_batches = spread_rows(range(len(sizes)), sizes, ranks, budget, separate=True)
     except InputError:
         assert len(sizes) < ranks or len(sizes) % ranks or max(sizes) > budget
         return

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from data import load_data, overlaps
 from runtime.errors import InputError
-from runtime.rows import hub_builder, load_rows
+from runtime.rows import load_rows
 from runtime.weights import load_tokenizer, resolve_model
 
 CHAT = make_tokenizer()
@@ -126,6 +126,12 @@ def test_bad_json_is_an_error_that_names_the_line(tmp_path, name):
         ('[{"a": 1}', "line 1 is not valid JSON"),
         ('[{"a": 1},]', "line 1 is not valid JSON"),
         ("[]", "has no rows"),
+        (
+            '[{"a": 1},\n{"a": 1, "a": 2}]',
+            "the list is not valid JSON .the key 'a' is there twice.$",
+        ),
+        ('[{"a": "\\ud800"}]', "the list is not valid JSON "),
+        ('[{"a": 1}, 5]', "entry 1 is not a JSON object"),
     ],
 )
 def test_a_bad_array_is_an_error(tmp_path, text, message):
@@ -367,7 +373,12 @@ def test_what_other_code_would_put_into_the_prompt_is_an_error(tmp_path, more):
         InputError, match=f"column '{name}' is not used: .*; --columns {name}= leaves"
     ):
         load(path)
-    for harmless in ({name: None}, {name: ""}, {name: TEXT["prompt"]} if name == "input" else {}):
+    for harmless in (
+        {name: None},
+        {name: ""},
+        {name: " "},
+        {name: TEXT["prompt"]} if name == "input" else {},
+    ):
         assert load(write(tmp_path / "rows.jsonl", [TEXT | harmless])) == load(
             write(tmp_path / "text.jsonl", [TEXT])
         )
@@ -384,7 +395,7 @@ def test_a_label_beside_answers_that_are_named_is_an_error(tmp_path):
     ):
         load(path, columns="chosen=a,rejected=b")
     assert load(path, columns="chosen=a,rejected=b,label=") == [[chatml("2+2?"), "4", "5"]]
-    for more, columns in (({"label": 0}, "chosen=chosen"), ({"Winner": None}, "rejected=other")):
+    for more, columns in (({"label": 0}, "chosen=chosen"), ({"Winner": ""}, "rejected=other")):
         row = TEXT | {"other": "5"} | more
         named = str(write(tmp_path / "named.jsonl", [row]))
         assert load(named, columns=columns) == [[chatml("2+2?"), "4", "5"]]
@@ -406,11 +417,12 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     first = str(write(tmp_path / "a.jsonl", [TEXT | {"score": 1, "margin": 2, "sql": "x"}]))
     second = str(write(tmp_path / "b.jsonl", [TEXT | {"score": 1, "code": ""}]))
     report = load_data(f"{first},{second}", CHAT, 200, 100, columns="sql=").report
-    assert report.endswith("; other columns of the first rows, not read: score, margin, code")
+    assert report.endswith("; columns that training does not read: score, margin, code")
     report = load_data(first, CHAT, 200, 100, numbers=["margin"]).report
-    assert report.endswith("; other columns of the first rows, not read: score, sql")
+    assert report.endswith("; columns that training does not read: score, sql")
     assert (
-        "not read" not in load_data(str(write(tmp_path / "c.jsonl", [TEXT])), CHAT, 200, 100).report
+        "does not read"
+        not in load_data(str(write(tmp_path / "c.jsonl", [TEXT])), CHAT, 200, 100).report
     )
 
 
@@ -637,7 +649,6 @@ def test_a_folder_whose_file_changes_is_read_anew(tmp_path, suffix):
             path.write_bytes(pack.compress(text.encode()) if pack else text.encode())
         os.utime(path, (10**9, 10**9))
         for source in (path.parent, f"{path.parent}:train"):
-            hub_builder.cache_clear()
             assert load(source) == [[chatml("2+2?"), answer, "5"]]
 
 
@@ -651,7 +662,6 @@ def test_a_folder_whose_splits_are_exchanged_is_read_anew(tmp_path):
         files = [{"split": split, "path": path} for split, path in splits.items()]
         configs = {"configs": [{"config_name": "default", "data_files": files}]}
         (tmp_path / "README.md").write_text(f"---\n{json.dumps(configs)}\n---\n")
-        hub_builder.cache_clear()
         assert [load(tmp_path)[0][1], load(f"{tmp_path}:test")[0][1]] == [train, test]
 
 

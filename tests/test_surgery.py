@@ -513,6 +513,26 @@ def test_whole_numbers_and_shared_modules_keep_their_values(short, tmp_path, ope
     assert torch.equal(loaded.places, torch.arange(300))
 
 
+class Rotary(torch.nn.Module):
+    """In place of the model's, with its own frequencies in a buffer, which no file has."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("inv_freq", torch.ones(4), persistent=False)
+
+    def forward(self, x, position_ids):
+        angles = (position_ids[..., None] * self.inv_freq).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+
+def test_a_buffer_that_nothing_gives_its_values_is_refused_by_name(
+    short, tmp_path, operate, no_step
+):
+    operate(lambda model: setattr(model.model, "rotary_emb", Rotary()))
+    said = "nothing gives the buffer model.rotary_emb.inv_freq its values"
+    refuses(short, tmp_path / "run", said)
+
+
 @pytest.mark.parametrize("name", LOST)
 def test_what_loading_would_lose_is_refused_by_name(short, tmp_path, operate, no_step, name):
     operate(LOST[name])
