@@ -435,7 +435,7 @@ def overlaps(data: DataSet, heldout: DataSet | None) -> str:
         shared = sum(prompt in prompts for prompt in own)
         text += f"; {shared} of {len(own)} held-out prompts are also in training"
         if again := len(own) - len({*own}):
-            text += f", {again} repeat another one: intervals, which count all, are too small"
+            text += f", {again} repeat another one: intervals, which count all, are too narrow"
     return text
 
 

@@ -265,7 +265,7 @@ def say_repeated(prompts: Sequence[Hashable]) -> None:
     """Print how many prompts there are more than once, if any."""
     if again := len(prompts) - len({*prompts}):
         problem = f"{again} of {len(prompts)} prompts repeat another one"
-        print(f"{problem}: errors and intervals, which count all, are too small")
+        print(f"{problem}: errors are too small and intervals too narrow, since both count all")
 
 
 def by_item(values: dict[str, Sequence], of) -> dict[str, dict]:

@@ -337,9 +337,16 @@ def first_values(model, needed: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return values
 
 
-def is_transformers(module) -> bool:
-    """Whether its class, or one that it is derived from, as for FSDP, is of transformers."""
-    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+def own_buffers(model) -> dict[str, torch.Tensor]:
+    """The floating-point buffers, by name, of modules whose class is neither of transformers nor,
+    as FSDP's are, derived from one: nothing but a file gives them their values."""
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer
+        for prefix, module in model.named_modules()
+        if not any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    }
 
 
 @torch.no_grad()
@@ -353,9 +360,8 @@ def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # so that transformers only sets the buffers
-    own = [m for m in model.modules() if not is_transformers(m)]  # of torch, or of a fork
-    for buffer in (buffer for module in own for buffer in module.buffers(recurse=False)):
-        buffer.fill_(math.nan) if buffer.is_floating_point() else None
+    for buffer in own_buffers(model).values():
+        buffer.fill_(math.nan)
     try:
         model.initialize_weights()
     except Exception as error:  # of a model whose own first values are not made for shards
@@ -376,10 +382,8 @@ def read_weights(model, folder: str, values: dict[str, torch.Tensor]) -> None:
         total = tensor.sum()
         if total.isnan() or total.isinf() and name in parameters:  # a buffer may be a limit
             raise InputError(f"{folder}: {name} is not finite: its file is damaged")
-    for buffer in (buffer for module in own for buffer in module.buffers(recurse=False)):
-        if buffer.isnan().any():
-            name = next(name for name, other in model.named_buffers() if other is buffer)
-            raise InputError(f"nothing gives the buffer {name} its values: make it a parameter")
+    if left := [name for name, buffer in own_buffers(model).items() if buffer.isnan().any()]:
+        raise InputError(f"nothing gives the buffer {left[0]} its values: make it a parameter")
     known = model.state_dict().keys() - stored.keys() - values.keys()
     for name in sorted(in_files(folder).keys() & known):
         parameter = model.get_parameter(name)  # tied to another one, and in the file, too

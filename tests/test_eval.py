@@ -197,7 +197,7 @@ def test_preference_compares_what_is_comparable(model_folder, tmp_path, monkeypa
     assert {*compared} == {"accuracy"} and "prompts repeat" not in said
     first = report.read_methods([str(tmp_path / "results" / "tiny")], [])["tiny"][0]["preference"]
     rows[0], rows[1] = rows[0] | {"prompt": rows[2]["prompt"]}, rows[1] | {"chosen": "another"}
-    assert "1 of 11 prompts repeat another one: errors and intervals" in evaluate()
+    assert "1 of 11 prompts repeat another one: errors are too small" in evaluate()
     second = report.read_methods([str(tmp_path / "results" / "tiny")], [])["tiny"][0]["preference"]
     evaluate("--columns", "chosen=rejected,rejected=chosen")
     third = report.read_methods([str(tmp_path / "results" / "tiny")], [])["tiny"][0]["preference"]

@@ -715,7 +715,7 @@ def test_overlaps_by_hand(tmp_path):
     assert overlaps(train, heldout) == f"{said}; 1 of 2 held-out prompts are also in training"
     heldout.rows = datasets.concatenate_datasets([heldout.rows, heldout.rows])
     again = "2 of 4 held-out prompts are also in training, 2 repeat another one: intervals, which"
-    assert f"{said}; {again} count all, are too small" == overlaps(train, heldout)
+    assert f"{said}; {again} count all, are too narrow" == overlaps(train, heldout)
 
 
 # ---- What a second reader found ------------------------------------------------------------------

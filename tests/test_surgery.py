@@ -387,9 +387,18 @@ def test_an_optimizer_with_a_foreign_parameter_is_refused(short, tmp_path, monke
     refuses(short, tmp_path / "run", "the optimizer has a parameter of shape [5, 7]")
 
 
-def test_an_optimizer_with_a_frozen_parameter_is_refused(short, tmp_path, monkeypatch, operate):
-    """As with all parameters of the model in place of model.optimized()."""
-    operate(lambda model: model.lm_head.requires_grad_(False))
+@pytest.mark.parametrize(
+    "dtype, trained, said",
+    [
+        ("float32", False, ["the optimizer has", "[320, 32]", "frozen"]),
+        ("bfloat16", True, ["the optimizer has a parameter", "take those of model.optimized()"]),
+    ],
+)
+def test_an_optimizer_of_all_the_modules_parameters_is_refused(
+    short, tmp_path, monkeypatch, operate, dtype, trained, said
+):
+    """In place of those of model.optimized(): one is frozen, or there are masters."""
+    operate(lambda model: model.lm_head.requires_grad_(trained))
     kept, load_model = [], train.load_model
 
     def noted(*args):
@@ -398,20 +407,7 @@ def test_an_optimizer_with_a_frozen_parameter_is_refused(short, tmp_path, monkey
 
     monkeypatch.setattr(train, "load_model", noted)
     optimizer_of(monkeypatch, lambda parameters: [*kept[0].parameters()])
-    refuses(short, tmp_path / "run", "the optimizer has", "[320, 32]", "frozen")
-
-
-def test_an_optimizer_of_the_modules_parameters_says_which_to_take(short, tmp_path, monkeypatch):
-    kept, load_model = [], train.load_model
-
-    def noted(*args):
-        kept.append(load_model(*args))
-        return kept[0]
-
-    monkeypatch.setattr(train, "load_model", noted)
-    optimizer_of(monkeypatch, lambda parameters: [*kept[0].parameters()])
-    said = "the optimizer has a parameter", "take those of model.optimized()"
-    refuses(short | {"dtype": "bfloat16"}, tmp_path / "run", *said)
+    refuses(short | {"dtype": dtype}, tmp_path / "run", *said)
 
 
 # ---- First values --------------------------------------------------------------------------------
