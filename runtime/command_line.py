@@ -128,7 +128,7 @@ def parse_args(config_class: type, args: list[str], description: str = ""):
     parser.add_argument(
         "recipe",
         nargs="?",
-        help="a file of `name: value` lines; without --model or --train_data: the demo's",
+        help="a file of `name: value` lines; with no --model and no --train_data: the demo's",
     )
     for option in fields(config_class):
         default = "" if option.default == "" else f" (default: {option.default})"
@@ -228,7 +228,7 @@ def choose_loss(name: str, arguments: str) -> tuple[Callable, list[str]]:
         except ValueError:
             values[key] = math.nan
         if type(defaults.get(key)) is int and values[key].is_integer():
-            values[key] = int(value)
+            values[key] = int(values[key])
         if key not in defaults or not math.isfinite(values[key]):
             raise InputError(f"loss_args: '{text}' does not fit the loss {name}, which has {known}")
     asked = [p.name for p in parameters if p.default is p.empty][2:]

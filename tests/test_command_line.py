@@ -34,6 +34,7 @@ def test_whole_numbers_stay_whole_where_the_default_is(monkeypatch):
     monkeypatch.setitem(LOSSES, "worst", worst_loss)
     loss, asked = choose_loss("worst", "k=3,beta=0.5")
     assert (loss(0, 0), asked) == ((3, 0.5), []) and isinstance(loss(0, 0)[0], int)
+    assert choose_loss("worst", "k=3.0")[0].keywords == {"k": 3}
     assert choose_loss("dpo", "beta=1")[0].keywords == {"beta": 1.0}
 
 
